@@ -80,7 +80,9 @@ def load_data(args: MedicalScriptArguments, seed: int, tokenizer) -> tuple[Datas
         if held_out is None:
             held_out, dataset = dataset.take(args.eval_samples), dataset.skip(args.eval_samples)
         held_out = Dataset.from_list(list(held_out.take(args.eval_samples)))
-    elif held_out is None or args.dataset_name is None or os.path.isfile(args.dataset_name):
+        if args.max_train_samples:
+            dataset = dataset.take(args.max_train_samples)
+    elif held_out is None:
         # By text, so that no definition (or answer) is on both sides.
         keys = ("completion", "text", "messages", "conversations", "input_ids")
         key = next(name for name in keys if name in dataset.column_names)

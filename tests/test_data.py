@@ -209,6 +209,14 @@ def test_hub_name_without_a_hub_names_the_offline_default():
 # Held-out rows
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_file_has_no_other_split_than_train(tmp_path, streaming):
+    """Its own rows as a test split would be training rows."""
+    rows(2).to_json(tmp_path / "data.jsonl")
+    with pytest.raises(ValueError, match=r"data.jsonl is one file and has no split 'test', only 'train'"):
+        load_rows(str(tmp_path / "data.jsonl"), split="test", streaming=streaming)
+
+
 def split(dataset, seed=0, fraction=0.2, key="prompt"):
     train, held_out = held_out_split(dataset, fraction, key, seed)
     return list(train), list(held_out)

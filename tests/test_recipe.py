@@ -1,5 +1,6 @@
 """The main job, run as users run it, on a tiny model and local files."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -92,6 +93,19 @@ def test_holding_out_no_row_is_refused(workplace):
     arguments = ["--model_name_or_path", "model", "--dataset_name", "data.jsonl", "--eval_fraction", "0.0001", *QUICK]
     done = launch(*arguments, "--output_dir", "none", cwd=workplace, check=False)
     assert "No row is held out: `eval_fraction=0.0001` of 80 rows. Raise `--eval_fraction`" in done.stderr
+
+
+def test_a_stream_gives_at_most_max_train_samples_rows_and_holds_others_out(workplace, tokenizer):
+    spec = importlib.util.spec_from_file_location("medical_ema", ROOT / "recipes" / "medical_ema.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    args = recipe.MedicalScriptArguments(
+        dataset_name=str(workplace / "data.jsonl"), dataset_streaming=True, max_train_samples=10, eval_samples=6
+    )
+    train, held_out = recipe.load_data(args, 0, tokenizer)
+    prompts = [row["prompt"][0]["content"] for row in train]
+    assert len(prompts) == 10 and len(held_out) == 6
+    assert not {row["prompt"][0]["content"] for row in held_out} & set(prompts)
 
 
 @pytest.mark.slow

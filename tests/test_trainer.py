@@ -340,6 +340,16 @@ def test_activation_offloading_gives_the_same_run(make_trainer):
     same_run(offloaded, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu
+def test_fp16_follows_float32_and_only_steps_taken_move_the_teacher(make_trainer):
+    half, full = make_trainer(fp16=True, use_cpu=False), make_trainer(use_cpu=False)
+    half.train(), full.train()
+    torch.testing.assert_close(logged(half, "kl_loss"), logged(full, "kl_loss"), rtol=0.1, atol=0.05)
+    # The first loss scales overflow: those steps are skipped.
+    taken = sum(norm == norm and norm != float("inf") for norm in logged(half, "grad_norm"))
+    assert half.teacher.num_updates == taken <= full.teacher.num_updates == 4
+
+
 # Files
 
 

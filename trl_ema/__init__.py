@@ -11,7 +11,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 # The trainer reaches into TRL's `compute_loss` and fused head: these are the minor versions the suite was run against.
-TRL_RANGE = ("1.16", "1.17")
+TRL_RANGE = ("1.15", "1.17")
 if not Version(TRL_RANGE[0]) <= Version(version("trl")) < Version(TRL_RANGE[1]):
     raise ImportError(
         f"trl_ema {__version__} supports trl>={TRL_RANGE[0]},<{TRL_RANGE[1]}, found trl {version('trl')}. Install a "

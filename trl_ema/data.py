@@ -120,6 +120,8 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
     if os.path.isfile(name):
         if suffix not in _FILE_FORMATS:
             raise ValueError(f"{name} has the suffix {suffix!r}; expected one of {', '.join(_FILE_FORMATS)}.")
+        if split != "train":
+            raise ValueError(f"{name} is one file and has no split {split!r}, only 'train'. Give a folder for several.")
         return load_dataset(_FILE_FORMATS[suffix], data_files=name, split="train", streaming=streaming)
     if not os.path.isdir(name) and (suffix in _FILE_FORMATS or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"There is no data file {name!r}. Give the path of a JSONL, CSV or Parquet file.")
