@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and data, made on the spot: nothing is downloaded and nothing is left behind."""
 
+import json
 import os
 
 
@@ -13,8 +14,8 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
 
@@ -88,8 +89,38 @@ def _caches(tmp_path_factory):
         torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
 
 
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A folder with `model`, a tiny random Qwen2 (the study's architecture) with its tokenizer, and `data.jsonl`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    size = dict(hidden_size=64, intermediate_size=128, head_dim=16, vocab_size=416, max_position_embeddings=2048)
+    tokenizer = qwen2_tokenizer()
+    ids = {f"{name}_token_id": tokenizer.eos_token_id for name in ("bos", "eos", "pad")}
+    tiny_model("qwen2", **size, **ids).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows(80).to_json(folder / "data.jsonl")
+    return folder
+
+
+def qwen2_tokenizer():
+    """`AutoTokenizer` makes a `Qwen2Tokenizer` of whatever lies beside a Qwen2 model: this is one, with few merges."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    bpe = json.loads(core.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]])
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("</s>", tokenizer.eos_token)
+    return tokenizer
+
+
 @pytest.fixture
 def tokenizer():
+    return make_tokenizer()
+
+
+def make_tokenizer():
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<user>": 4, "<assistant>": 5}
     vocab |= {word: len(vocab) + i for i, word in enumerate(WORDS)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))

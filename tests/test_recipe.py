@@ -1,6 +1,5 @@
 """The main job, run as users run it, on a tiny model and local files."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from conftest import rows, tiny_model
 from peft import PeftModel
 
 from trl_ema.evaluation.drift import general_rows, measure_drift
+from trl_ema.training import TrainingScriptArguments, load_data
 
 
 ROOT = Path(__file__).parent.parent
@@ -33,16 +33,8 @@ def launch(*arguments, cwd, check=True):
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A tiny random Qwen2 (the study's architecture) with a tokenizer, and a local JSONL file."""
-    from conftest import tokenizer
-
-    folder = tmp_path_factory.mktemp("recipe")
-    tiny_model("qwen2", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(folder / "model")
-    make_tokenizer = getattr(tokenizer, "_get_wrapped_function", lambda: tokenizer.__wrapped__)()
-    make_tokenizer().save_pretrained(folder / "model")
-    rows(80).to_json(folder / "data.jsonl")
-    return folder
+def workplace(tiny_folder):
+    return tiny_folder
 
 
 def test_main_job_trains_measures_and_writes_its_files(workplace):
@@ -96,13 +88,10 @@ def test_holding_out_no_row_is_refused(workplace):
 
 
 def test_a_stream_gives_at_most_max_train_samples_rows_and_holds_others_out(workplace, tokenizer):
-    spec = importlib.util.spec_from_file_location("medical_ema", ROOT / "recipes" / "medical_ema.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    args = recipe.MedicalScriptArguments(
+    args = TrainingScriptArguments(
         dataset_name=str(workplace / "data.jsonl"), dataset_streaming=True, max_train_samples=10, eval_samples=6
     )
-    train, held_out = recipe.load_data(args, 0, tokenizer)
+    train, held_out = load_data(args, tokenizer)
     prompts = [row["prompt"][0]["content"] for row in train]
     assert len(prompts) == 10 and len(held_out) == 6
     assert not {row["prompt"][0]["content"] for row in held_out} & set(prompts)

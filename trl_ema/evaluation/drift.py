@@ -2,13 +2,17 @@
 
 import importlib.resources
 import json
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..forward import logit_transform
 from ..losses import IGNORE_INDEX, fused_linear_cross_entropy_kl
@@ -18,6 +22,33 @@ def general_rows() -> list[dict[str, str]]:
     """Short questions of general knowledge with their answers, for drift away from the domain: 48 rows of our own."""
     text = importlib.resources.files(__package__).joinpath("general_prompts.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def tokenized_batches(rows: Dataset, tokenizer, max_length: int | None = None, batch_size: int = 16) -> list[dict]:
+    """
+    Batches of prompt/completion rows with the labels on the completion, tokenized as `SFTTrainer` does.
+
+    Rows of about one length share a batch, so little is padding.
+    """
+
+    def token_ids(messages, **options):
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, **options)
+        return ids["input_ids"] if not isinstance(ids, list) else ids
+
+    examples = []
+    for row in rows:
+        if isinstance(row["prompt"], str):
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            whole = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
+        else:
+            prompt = token_ids(row["prompt"], add_generation_prompt=True)
+            whole = token_ids(row["prompt"] + row["completion"])
+        labels = [IGNORE_INDEX] * len(prompt) + whole[len(prompt) :]
+        examples.append({"input_ids": whole[:max_length], "labels": labels[:max_length]})
+    examples.sort(key=lambda example: len(example["input_ids"]))
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    collate = DataCollatorForLanguageModeling(pad)
+    return [collate(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
 
 
 @torch.no_grad()
@@ -37,7 +68,7 @@ def measure_drift(
     KL from the base on the data that a model was tuned on predicts what it forgets elsewhere.
 
     Args:
-        model (`PeftModel`): Put into eval mode; its adapter stays as it is.
+        model (`PeftModel`): Its adapter and mode stay as they are. A plain model is its own base, with zero drift.
         batches: Dicts with `input_ids` and `labels` (and what else the forward takes), such as a dataloader.
         adapter (callable): Gives the context of the model's own pass, such as `MeanTeacher.activate`.
         description (`str`): Label of the progress bar.
@@ -47,6 +78,7 @@ def measure_drift(
 
     Source: Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259.
     """
+    training = model.training
     model.eval()
     base = model.get_base_model() if is_peft_model(model) else model
     head = base.get_output_embeddings()
@@ -59,7 +91,7 @@ def measure_drift(
         mask = labels != IGNORE_INDEX
         with adapter():
             hidden, weight = base.base_model(**batch).last_hidden_state[:, :-1][mask], head.weight
-        with model.disable_adapter():
+        with model.disable_adapter() if is_peft_model(model) else nullcontext():
             base_hidden, base_weight = base.base_model(**batch).last_hidden_state[:, :-1][mask], head.weight
         one, other = [
             fused_linear_cross_entropy_kl(
@@ -75,6 +107,53 @@ def measure_drift(
             for direction in ("forward", "reverse")
         ]
         sums += torch.stack([one.ce_loss, one.kl_loss, other.kl_loss, mask.sum()]).float().cpu().double()
+    model.train(training)
     tokens = max(1.0, sums[3].item())
     loss, forward, reverse, _ = (sums / tokens).tolist()
     return {"loss": loss, "kl_base_model": forward, "kl_model_base": reverse, "tokens": int(tokens)}
+
+
+class DriftCallback(TrainerCallback):
+    """
+    Logs KL(base ‖ student), in nats per token, during training: `drift_NAME` for each evaluation set of the trainer.
+
+    Its cost is two forward passes over `rows` rows of each set every `steps` optimizer steps; `drift_time_share`, logged
+    beside, is what it took of the time so far.
+
+    Args:
+        trainer ([`EMARegularizedSFTTrainer`]): With an `eval_dataset`, one or several by name.
+        steps (`int`): Optimizer steps between two measurements.
+        rows (`int`): Rows of each set.
+
+    Source: Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259: drift on the new task predicts forgetting.
+    """
+
+    def __init__(self, trainer, steps: int, rows: int = 16):
+        if trainer.eval_dataset is None:
+            raise ValueError("Drift is measured on the evaluation data, and there is none. Pass an `eval_dataset`.")
+        if steps < 1:
+            raise ValueError(
+                f"`steps` must be at least 1, got {steps}. It counts optimizer steps between measurements."
+            )
+        self.trainer, self.steps, self.rows = trainer, steps, rows
+        self._batches: dict[str, list[dict]] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._start, self._seconds = time.perf_counter(), 0.0
+        sets = self.trainer.eval_dataset
+        sets = sets if isinstance(sets, dict) else {"eval": sets}
+        with torch.random.fork_rng():  # a loader draws a seed
+            for name, dataset in sets.items():
+                some = dataset.select(range(min(self.rows, len(dataset))))
+                self._batches[name] = list(self.trainer.get_eval_dataloader(some))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.steps:
+            return
+        start = time.perf_counter()
+        # Into TRL's own list: its next log takes them, as it does its other metrics.
+        metrics = self.trainer._metrics["train"]
+        for name, batches in self._batches.items():
+            metrics[f"drift_{name}"].append(measure_drift(self.trainer.model, batches)["kl_base_model"])
+        self._seconds += time.perf_counter() - start
+        metrics["drift_time_share"].append(self._seconds / (time.perf_counter() - self._start))

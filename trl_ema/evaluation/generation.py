@@ -1,0 +1,148 @@
+"""Greedy answers to held-out prompts, and how close they come to the references."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from ..offline import embedding_model
+from .tasks import hub_is_reachable
+
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def generate_answers(model, tokenizer, rows: Dataset, max_new_tokens: int, batch_size: int = 16) -> list[str]:
+    """
+    Greedy continuations of the prompts of `rows`, in left-padded batches.
+
+    Args:
+        rows (`Dataset`): With a `prompt` column, texts or lists of messages.
+        max_new_tokens (`int`): Tokens per answer at most.
+
+    Returns:
+        `list` of `str`: One answer per row, without special tokens.
+    """
+    model.eval()
+    prompts = [row["prompt"] for row in rows]
+    if prompts and not isinstance(prompts[0], str):
+        prompts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    # Prompts of about one length share a batch: less padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    try:
+        for start in tqdm(range(0, len(order), batch_size), desc="Generations", leave=False):
+            part = order[start : start + batch_size]
+            batch = tokenizer([prompts[i] for i in part], return_tensors="pt", padding=True, add_special_tokens=False)
+            output = model.generate(**batch.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)
+            texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            for i, text in zip(part, texts, strict=True):
+                answers[i] = text.strip()
+    finally:
+        tokenizer.padding_side = side
+    return answers
+
+
+def generation_metrics(
+    answers: Sequence[str], references: Sequence[str], semantic_model: str | None = None
+) -> dict[str, float]:
+    """
+    Agreement of answers with one reference each. Corpus means; BLEU and chrF in [0, 100], the others in [0, 1].
+
+    Args:
+        semantic_model (`str`, *optional*): Name or path of a `sentence-transformers` model. Default: all-MiniLM-L6-v2,
+            from the hub or, where it does not answer, from the package registry.
+
+    Returns:
+        `dict`: `bleu`, `chrf` (sacrebleu), `rouge1`, `rouge2`, `rougeL` (F1), `meteor`, `meteor_uses_wordnet` (1, or 0
+        where NLTK's WordNet is not installed: then METEOR matches words and stems, no synonyms), `semantic` (mean cosine
+        similarity of sentence embeddings) and `empty` (answers without a word: they score 0, and a warning says so).
+
+    Raises:
+        ValueError: There are not as many answers as references.
+        ImportError: The extra `eval` is not installed.
+
+    Sources: Papineni et al. 2002 (BLEU), Popović 2015 (chrF), Lin 2004 (ROUGE), Banerjee & Lavie 2005 (METEOR), Reimers &
+    Gurevych 2019, https://arxiv.org/abs/1908.10084 (sentence embeddings).
+    """
+    try:
+        import sacrebleu
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError(
+            f"Generation metrics need `{error.name}`. Install it with `pip install 'trl_ema[eval]'`."
+        ) from error
+    if len(answers) != len(references) or not references:
+        raise ValueError(
+            f"Got {len(answers)} answers and {len(references)} references; expected as many, at least one."
+        )
+    empty = sum(not answer.strip() for answer in answers)
+    if empty:
+        logger.warning(
+            "%d of %d generations are empty and score 0. If this is not the model's failure, look at the chat template and "
+            "the end token, or raise `max_new_tokens`.",
+            empty,
+            len(answers),
+        )
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    rouge = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
+    meteor, uses_wordnet = _meteor(answers, references)
+    return {
+        "bleu": sacrebleu.corpus_bleu(list(answers), [list(references)]).score,
+        "chrf": sacrebleu.corpus_chrf(list(answers), [list(references)]).score,
+        **{name: sum(r[name].fmeasure for r in rouge) / len(rouge) for name in ("rouge1", "rouge2", "rougeL")},
+        "meteor": meteor,
+        "meteor_uses_wordnet": float(uses_wordnet),
+        "semantic": sum(semantic_similarity(answers, references, semantic_model)) / len(answers),
+        "empty": empty,
+    }
+
+
+class _NoWordNet:
+    """Stands in for NLTK's WordNet reader: no word has a synonym."""
+
+    @staticmethod
+    def synsets(word: str) -> list:
+        return []
+
+
+def _meteor(answers: Sequence[str], references: Sequence[str]) -> tuple[float, bool]:
+    from nltk.corpus import wordnet
+    from nltk.tokenize import wordpunct_tokenize
+    from nltk.translate.meteor_score import single_meteor_score
+
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:
+        wordnet = _NoWordNet()
+    scores = [
+        single_meteor_score(wordpunct_tokenize(reference), wordpunct_tokenize(answer), wordnet=wordnet)
+        for answer, reference in zip(answers, references, strict=True)
+    ]
+    return sum(scores) / len(scores), not isinstance(wordnet, _NoWordNet)
+
+
+_SEMANTIC_MODELS: dict[str, object] = {}
+
+
+def semantic_similarity(
+    answers: Sequence[str], references: Sequence[str], model_name: str | None = None
+) -> list[float]:
+    """Cosine similarity of the sentence embeddings of each answer and its reference, in [-1, 1]; 0 for an empty answer."""
+    from sentence_transformers import SentenceTransformer
+
+    if model_name is None:
+        model_name = "sentence-transformers/all-MiniLM-L6-v2" if hub_is_reachable() else embedding_model()
+    if model_name not in _SEMANTIC_MODELS:
+        _SEMANTIC_MODELS[model_name] = SentenceTransformer(model_name)
+    model = _SEMANTIC_MODELS[model_name]
+    a, b = (
+        model.encode(list(texts), convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+        for texts in (answers, references)
+    )
+    cosines = (a * b).sum(-1).tolist()
+    return [cosine if answer.strip() else 0.0 for cosine, answer in zip(cosines, answers, strict=True)]

@@ -1,0 +1,77 @@
+"""Models to evaluate: a base model, an adapter folder, its `teacher/`, or a merged model."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..data import hub_errors
+
+
+def is_adapter(path: str) -> bool:
+    """Whether `path` is a folder with a PEFT adapter."""
+    return os.path.isfile(os.path.join(path, CONFIG_NAME))
+
+
+def adapter_base(folder: str, base: str | None = None) -> str:
+    """
+    The base model of the adapter in `folder`.
+
+    Args:
+        base (`str`, *optional*): What the user takes for it.
+
+    Raises:
+        ValueError: `base` is another model than the one the adapter was trained on.
+    """
+    trained_on = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if base is None or _same_model(base, trained_on):
+        return base or trained_on
+    raise ValueError(
+        f"The adapter in {folder} was trained on {trained_on!r}, not on {base!r}: on another base its figures mean nothing. "
+        f"Give {trained_on!r} (or nothing) as the base; if it only moved, correct `base_model_name_or_path` in "
+        f"{os.path.join(folder, CONFIG_NAME)}."
+    )
+
+
+def _same_model(one: str, other: str) -> bool:
+    return one == other or (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other))
+
+
+def load_base(name: str, revision: str = "main", **options) -> tuple[PreTrainedModel, object]:
+    """
+    A causal language model and its tokenizer, by hub name or path.
+
+    Args:
+        options: For `from_pretrained`: `quantization_config`, `dtype`, `device_map`, `trust_remote_code` ...
+
+    Raises:
+        ConnectionError: The hub cannot be reached.
+    """
+    with hub_errors("model", name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=options.get("trust_remote_code", False)
+        )
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def with_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
+    """`base` with the adapter in `folder`. Undo it with `model.unload()`."""
+    return PeftModel.from_pretrained(base, folder).eval()
+
+
+def fingerprint(base: str, adapter: str | None = None, **settings) -> str:
+    """
+    Tells one evaluated model from another: base name, adapter weights and configuration, and `settings` such as the
+    quantization or the scale of the adapter.
+    """
+    digest = hashlib.sha256(repr((base, sorted(settings.items()))).encode())
+    if adapter is not None:
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            digest.update(Path(adapter, name).read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,226 @@
+"""lm-eval on a model that is in memory: one file of results and one of answers per task, resumable."""
+
+import hashlib
+import json
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..files import read_json, read_jsonl, write_json, write_jsonl
+from .tasks import check_tasks, quiet
+
+
+_LM_EVAL_LOGGERS = ("lm_eval.api.task", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.api.model")
+_CPU_BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """
+    What decides the questions of a task and how they are asked.
+
+    Args:
+        num_fewshot (`int`, *optional*): Examples before each question; the task's own number by default.
+        limit (`int`, *optional*): The first so many questions of each subtask, as in lm-eval.
+        sample (`int`, *optional*): So many questions of the whole task, drawn with `seed`, every subtask in its share.
+        apply_chat_template (`bool`): Ask as a chat.
+        seed (`int`): Of the sample and of the few-shot examples.
+    """
+
+    num_fewshot: int | None = None
+    limit: int | None = None
+    sample: int | None = None
+    apply_chat_template: bool = False
+    seed: int = 1234
+
+    def __post_init__(self):
+        if self.limit is not None and self.sample is not None:
+            raise ValueError(f"`limit={self.limit}` and `sample={self.sample}` both choose the questions. Give one.")
+        for name in ("limit", "sample"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}. Leave it out for every question.")
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    folder: str,
+    *,
+    model_id: str,
+    manager,
+    settings: TaskSettings | None = None,
+    batch_size: int | str | None = None,
+) -> dict[str, dict]:
+    """
+    Runs lm-eval's tasks or groups and keeps the results in `folder`.
+
+    A task that `folder` holds already, of the same model and settings, is read instead of run. Within a task every
+    answer is kept as it comes, so an interrupted evaluation goes on at the next question.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): Evaluated as it is, with the adapter that is active.
+        tasks (list of `str`): Names of lm-eval tasks or groups.
+        folder (`str`): Gets `TASK.json` and `TASK.jsonl`, a line a question.
+        model_id (`str`): What tells this model from others, such as [`fingerprint`].
+        manager (`lm_eval.tasks.TaskManager`): See [`task_manager`].
+        batch_size (`int` or `str`, *optional*): Found automatically by default.
+
+    Returns:
+        `dict`: For each task its `score` (mean of `metric` over the questions, in [0, 1]), `n`, `chance` (score of
+        guessing), `subtasks` (score and n of each) and lm-eval's own results.
+
+    Raises:
+        ValueError: lm-eval knows no such task; the text lists near matches.
+    """
+    settings = settings or TaskSettings()
+    check_tasks(list(tasks), manager)
+    model.eval()
+    results = {}
+    for name in tasks:
+        path = Path(folder, f"{name}.json")
+        key = _key(model_id, name, settings)
+        known = read_json(path) if path.is_file() else {}
+        if known.get("key") != key:
+            known = _run(model, tokenizer, name, path, key, manager, settings, batch_size)
+        results[name] = known
+    return results
+
+
+def _run(model, tokenizer, name, path: Path, key, manager, settings, batch_size) -> dict:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    answers = path.with_name(f".{name}.{key}")
+    samples = sample_questions(name, settings.sample, settings.seed, manager) if settings.sample else None
+    with quiet(*_LM_EVAL_LOGGERS):
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or automatic_batch_size(model))
+        output = simple_evaluate(
+            lm,
+            tasks=[name],
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            samples=samples,
+            apply_chat_template=settings.apply_chat_template,
+            use_cache=str(answers),
+            bootstrap_iters=0,
+            task_manager=manager,
+            fewshot_random_seed=settings.seed,
+        )
+    rows = [_row(task, sample) for task, found in output["samples"].items() for sample in found]
+    result = {"key": key, "task": name, **summarize(rows), "settings": asdict(settings), "samples": samples}
+    result |= {"lm_eval_version": version("lm_eval"), "lm_eval": {**output["results"], **output.get("groups", {})}}
+    write_jsonl(path.with_suffix(".jsonl"), rows)
+    write_json(path, result)
+    for leftover in path.parent.glob(f"{answers.name}*"):
+        leftover.unlink()
+    return result
+
+
+def _row(task: str, sample: dict) -> dict:
+    """What a paired comparison needs of lm-eval's record of a question."""
+    metric = "acc_norm" if "acc_norm" in sample["metrics"] else "acc" if "acc" in sample["metrics"] else None
+    if metric is None:
+        raise ValueError(
+            f"Task {task!r} is scored by {sample['metrics']}; expected `acc` or `acc_norm`, one number per question. Choose "
+            "a multiple-choice task."
+        )
+    choices = len(sample["arguments"])
+    return {
+        "task": task,
+        "doc_id": sample["doc_id"],
+        "doc_hash": sample["doc_hash"],
+        "prompt_hash": sample["prompt_hash"],
+        "metric": metric,
+        "score": float(sample[metric]),
+        # lm-eval asks each option by itself; a task with one request has no options to guess from.
+        "chance": 1 / choices if choices > 1 else 0.0,
+    }
+
+
+def summarize(rows: list[dict]) -> dict:
+    """Mean score, number of questions and chance level, in all and for each subtask."""
+    by_task = defaultdict(list)
+    for row in rows:
+        by_task[row["task"]].append(row)
+
+    def mean(rows: list[dict], name: str) -> float:
+        return sum(row[name] for row in rows) / len(rows)
+
+    return {
+        "metric": rows[0]["metric"],
+        "score": mean(rows, "score"),
+        "chance": mean(rows, "chance"),
+        "n": len(rows),
+        "subtasks": {task: {"score": mean(part, "score"), "n": len(part)} for task, part in sorted(by_task.items())},
+    }
+
+
+def sample_questions(name: str, n: int, seed: int, manager) -> dict[str, list[int]]:
+    """
+    `n` questions of a task or group, drawn with `seed`: indices for each subtask, as lm-eval's `--samples` takes them.
+
+    Every subtask gets its share by size (largest remainders), and at least one question.
+    """
+    with quiet(*_LM_EVAL_LOGGERS):
+        sizes = {task: len(found.eval_docs) for task, found in manager.load([name])["tasks"].items()}
+    if n < len(sizes):
+        raise ValueError(f"`sample={n}` is less than one question for each of the {len(sizes)} subtasks of {name!r}.")
+    n = min(n, sum(sizes.values()))
+    shares = {task: n * size / sum(sizes.values()) for task, size in sizes.items()}
+    counts = {task: max(1, int(share)) for task, share in shares.items()}
+    by_remainder = sorted(sizes, key=lambda task: counts[task] - shares[task])
+    while sum(counts.values()) != n:
+        missing = n - sum(counts.values())
+        for task in by_remainder if missing > 0 else reversed(by_remainder):
+            if sum(counts.values()) == n:
+                break
+            change = 1 if missing > 0 else -1
+            if 1 <= counts[task] + change <= sizes[task]:
+                counts[task] += change
+    generator = random.Random(seed)
+    return {task: sorted(generator.sample(range(sizes[task]), counts[task])) for task in sizes}
+
+
+def automatic_batch_size(model) -> int | str:
+    """lm-eval's own search on a GPU; on a CPU, what fits into the free memory as float32 logits."""
+    if model.device.type != "cpu":
+        return "auto"
+    config = model.config.get_text_config()
+    length = min(2048, getattr(config, "max_position_embeddings", 2048))
+    return int(max(1, min(_CPU_BATCH_SIZE, psutil.virtual_memory().available // (3 * 4 * config.vocab_size * length))))
+
+
+def _key(model_id: str, task: str, settings: TaskSettings) -> str:
+    text = json.dumps([model_id, task, asdict(settings), version("lm_eval")], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def paired_scores(before: str | Path, after: str | Path) -> tuple[list[float], list[float], list[dict]]:
+    """
+    Scores of the same questions in two evaluations, in the same order, and the first one's rows.
+
+    Args:
+        before, after (`str`): The `TASK.jsonl` files of two evaluations.
+
+    Raises:
+        ValueError: The two were not asked the same questions in the same words.
+    """
+    rows = [{(r["task"], r["doc_hash"]): r for r in read_jsonl(path)} for path in (before, after)]
+    ours, theirs = rows
+    if ours.keys() != theirs.keys() or any(ours[q]["prompt_hash"] != theirs[q]["prompt_hash"] for q in ours):
+        shared = sum(q in theirs and ours[q]["prompt_hash"] == theirs[q]["prompt_hash"] for q in ours)
+        raise ValueError(
+            f"{before} and {after} are answers to different questions ({len(ours)} and {len(theirs)}, {shared} in common "
+            "with the same prompt), so they cannot be compared. Evaluate both with the same `limit`, `sample`, `seed` and "
+            "`num_fewshot`."
+        )
+    return [r["score"] for r in ours.values()], [theirs[q]["score"] for q in ours], list(ours.values())

@@ -1,0 +1,97 @@
+"""Everything that is measured of one model: benchmark tasks, loss and drift on domain and general text, generations."""
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from datasets import Dataset
+
+from ..files import read_json, write_json, write_jsonl
+from .drift import measure_drift, tokenized_batches
+from .generation import generate_answers, generation_metrics
+from .runner import TaskSettings, evaluate_tasks
+
+
+@dataclass(frozen=True)
+class Suite:
+    """
+    What to measure.
+
+    Args:
+        retention_tasks (`dict`): lm-eval task or group to its [`TaskSettings`]: what must not be forgotten.
+        domain_tasks (`dict`): The same for the domain.
+        domain_samples (`int`): Held-out rows for loss, drift and generations.
+        generation_tokens (`int`): Tokens per generated answer; 0 for no generations.
+        max_length (`int`): Tokens per row of the loss and the drift.
+        batch_size (`int`, *optional*): Found automatically by default.
+    """
+
+    retention_tasks: dict[str, TaskSettings] = field(default_factory=dict)
+    domain_tasks: dict[str, TaskSettings] = field(default_factory=dict)
+    domain_samples: int = 128
+    generation_tokens: int = 48
+    max_length: int = 1024
+    batch_size: int | None = None
+
+    @classmethod
+    def from_dict(cls, options: dict) -> "Suite":
+        """From the `evaluation` part of a YAML file; tasks are mappings, or null for their defaults."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(f"Unknown evaluation options {unknown}; expected some of {sorted(known)}.")
+        options = dict(options)
+        for name in ("retention_tasks", "domain_tasks"):
+            options[name] = {task: TaskSettings(**(given or {})) for task, given in (options.get(name) or {}).items()}
+        twice = set(options["retention_tasks"]) & set(options["domain_tasks"])
+        if twice:
+            raise ValueError(f"Tasks {sorted(twice)} are both retention and domain tasks. Name each once.")
+        return cls(**options)
+
+    @property
+    def tasks(self) -> dict[str, TaskSettings]:
+        """Retention and domain tasks together."""
+        return self.retention_tasks | self.domain_tasks
+
+
+def evaluate_model(
+    model, tokenizer, suite: Suite, folder: str, *, model_id: str, manager, domain: Dataset, general: Dataset
+) -> None:
+    """
+    Measure one model and keep everything in `folder`; what is there already, of the same model and settings, stays.
+
+    Args:
+        model_id (`str`): See [`fingerprint`].
+        manager (`lm_eval.tasks.TaskManager`): See [`task_manager`].
+        domain, general (`Dataset`): Prompt/completion rows.
+    """
+    for task, settings in suite.tasks.items():
+        evaluate_tasks(
+            model, tokenizer, [task], folder, model_id=model_id, manager=manager, settings=settings,
+            batch_size=suite.batch_size,
+        )  # fmt: skip
+    path = Path(folder, "text.json")
+    key = [model_id, len(domain), suite.generation_tokens, suite.max_length]
+    if path.is_file() and read_json(path)["key"] == key:
+        return
+    batch_size = suite.batch_size or 16
+    result: dict = {"key": key, "settings": asdict(suite)}
+    for name, rows in (("domain", domain), ("general", general)):
+        batches = tokenized_batches(rows, tokenizer, suite.max_length, batch_size)
+        measured = measure_drift(model, batches, description=f"{name} text")
+        result[name] = measured | {"perplexity": math.exp(measured["loss"])}
+    if suite.generation_tokens:
+        answers = generate_answers(model, tokenizer, domain, suite.generation_tokens, batch_size)
+        references = [text_of(row["completion"]) for row in domain]
+        rows = [
+            {"prompt": text_of(row["prompt"]), "reference": reference, "answer": answer}
+            for row, reference, answer in zip(domain, references, answers, strict=True)
+        ]
+        write_jsonl(path.with_name("generations.jsonl"), rows)
+        result["generation"] = generation_metrics(answers, references)
+    write_json(path, result)
+
+
+def text_of(messages: str | list[dict]) -> str:
+    """A text, or the content of the last of several messages."""
+    return messages if isinstance(messages, str) else messages[-1]["content"]

