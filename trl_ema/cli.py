@@ -77,7 +77,8 @@ def evaluate(arguments: list[str]) -> None:
     from .forgetting import bootstrap_mean
     from .offline import demo_model
 
-    (args,) = TrlParser((EvaluationArguments,), prog="trl-ema evaluate").parse_args_and_config(arguments)
+    parser = TrlParser(EvaluationArguments, prog="trl-ema evaluate")  # type: ignore[arg-type]
+    (args,) = parser.parse_args_and_config(arguments)
     settings = TaskSettings(args.num_fewshot, args.limit, args.sample, args.apply_chat_template, args.seed)
     manager = task_manager(args.offline)
     check_tasks(args.tasks, manager)
@@ -93,10 +94,8 @@ def evaluate(arguments: list[str]) -> None:
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_base(base, quantization_config=quantization, dtype=dtype, device_map={"": device})
-    if adapter:
-        model = with_adapter(model, adapter)
     results = evaluate_tasks(
-        model, tokenizer, args.tasks, args.output_dir,
+        with_adapter(model, adapter) if adapter else model, tokenizer, args.tasks, args.output_dir,
         model_id=fingerprint(base, adapter, load_in_4bit=args.load_in_4bit, dtype=args.dtype),
         manager=manager, settings=settings, batch_size=args.batch_size,
     )  # fmt: skip

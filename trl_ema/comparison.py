@@ -153,8 +153,12 @@ def run_comparison(
     Args:
         arms, seeds (*optional*): Do only these now; all of the plan by default.
     """
-    for name, asked, planned in (("arms", arms, comparison.arms), ("seeds", seeds, comparison.seeds)):
-        unknown = sorted(set(asked or ()) - set(planned))
+    choices: tuple[tuple[str, Sequence, Sequence], ...] = (
+        ("arms", arms or (), list(comparison.arms)),
+        ("seeds", seeds or (), comparison.seeds),
+    )
+    for name, asked, planned in choices:
+        unknown = [one for one in asked if one not in planned]
         if unknown:
             raise ValueError(f"The comparison has no {name} {unknown}; expected some of {list(planned)}.")
     parsed = {}

@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -332,7 +333,7 @@ class _Picture:
 def _pictures(summary: dict) -> dict[str, _Picture]:
     import matplotlib
 
-    style = {
+    style: Any = {
         "font.size": 10, "font.family": "sans-serif", "svg.fonttype": "none", "text.color": _INK, "axes.edgecolor": _INK,
         "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
         "axes.spines.right": False, "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "trl_ema",

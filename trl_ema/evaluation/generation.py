@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -126,7 +127,7 @@ def _meteor(answers: Sequence[str], references: Sequence[str]) -> tuple[float, b
     return sum(scores) / len(scores), not isinstance(wordnet, _NoWordNet)
 
 
-_SEMANTIC_MODELS: dict[str, object] = {}
+_SEMANTIC_MODELS: dict[str, Any] = {}
 
 
 def semantic_similarity(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import hub_errors
 
@@ -40,7 +40,7 @@ def _same_model(one: str, other: str) -> bool:
     return one == other or (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other))
 
 
-def load_base(name: str, revision: str = "main", **options) -> tuple[PreTrainedModel, object]:
+def load_base(name: str, revision: str = "main", **options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     A causal language model and its tokenizer, by hub name or path.
 

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import read_json, read_jsonl, write_json, write_jsonl
@@ -49,7 +50,7 @@ class TaskSettings:
 
 
 def evaluate_tasks(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     folder: str,

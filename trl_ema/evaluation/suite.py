@@ -81,7 +81,7 @@ def evaluate_model(
         measured = measure_drift(model, batches, description=f"{name} text")
         result[name] = measured | {"perplexity": math.exp(measured["loss"])}
     if suite.generation_tokens:
-        answers = generate_answers(model, tokenizer, domain, suite.generation_tokens, batch_size)
+        answers = generate_answers(model, tokenizer, domain, suite.generation_tokens, 4 * batch_size)
         references = [text_of(row["completion"]) for row in domain]
         rows = [
             {"prompt": text_of(row["prompt"]), "reference": reference, "answer": answer}
