@@ -334,9 +334,9 @@ def _pictures(summary: dict) -> dict[str, _Picture]:
     import matplotlib
 
     style: Any = {
-        "font.size": 10, "font.family": "sans-serif", "svg.fonttype": "none", "text.color": _INK, "axes.edgecolor": _INK,
+        "font.size": 9, "font.family": "sans-serif", "svg.fonttype": "none", "text.color": _INK, "axes.edgecolor": _INK,
         "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.titlesize": 10, "legend.frameon": False, "svg.hashsalt": "trl_ema",
+        "axes.spines.right": False, "axes.titlesize": 9, "legend.frameon": False, "svg.hashsalt": "trl_ema",
     }  # fmt: skip
     arms = list(summary["plan"]["arms"])
     colors = {arm: _COLORS[i % len(_COLORS)] for i, arm in enumerate(arms)}
@@ -372,7 +372,7 @@ def _tradeoff(summary: dict, colors: dict[str, str]):
     points = [point for point in summary["points"] if point["forgetting"]]
     if not points:
         return None
-    figure, axes = _new_figure(7.2, 4.8)
+    figure, axes = _new_figure(5.4, 4.6)
     ax = axes[0, 0]
     ax.axhline(0, color=_INK, alpha=0.25, linewidth=0.8)
     ax.axvline(0, color=_INK, alpha=0.25, linewidth=0.8)
@@ -380,8 +380,7 @@ def _tradeoff(summary: dict, colors: dict[str, str]):
         (100 * p["forgetting"]["mean"], p["domain_gain"]["mean"]) for p in points if p.get("on_front")
     ]
     ax.plot(*zip(*sorted(front), strict=True), color=_INK, alpha=0.5, linewidth=1, linestyle="--", zorder=1)
-    ax.plot(0, 0, marker="*", markersize=13, color=_INK)
-    ax.annotate("base", (0, 0), xytext=(7, 6), textcoords="offset points")
+    ax.plot(0, 0, marker="*", markersize=12, color=_INK, linestyle="none", label="base")
     for point in points:
         x, y = 100 * point["forgetting"]["mean"], point["domain_gain"]["mean"]
         color, role = colors[point["arm"]], point["role"]
@@ -390,10 +389,20 @@ def _tradeoff(summary: dict, colors: dict[str, str]):
         gain = point["domain_gain"]
         y_error = None if _absent(gain["low"]) else [[y - gain["low"]], [gain["high"] - y]]
         ax.errorbar(x, y, xerr=x_error, yerr=y_error, color=color, alpha=0.35, linewidth=1, capsize=0)
-        ax.plot(x, y, marker=marker, markersize=8, color=color, linestyle="none")
-        ax.annotate(point["label"], (x, y), xytext=(8, 6), textcoords="offset points", color=color)
+        shade = float(role.removeprefix("scale_")) if role.startswith("scale_") else 1.0
+        ax.plot(
+            x,
+            y,
+            marker=marker,
+            markersize=7,
+            color=color,
+            alpha=0.4 + 0.6 * shade,
+            linestyle="none",
+            label=point["label"],
+        )
     ax.set_xlabel("forgetting: mean drop over the retention tasks, points of accuracy")
     ax.set_ylabel("domain gain: held-out loss, nats per token")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, handletextpad=0.3, columnspacing=1.2)
     return figure
 
 
@@ -402,7 +411,7 @@ def _task_bars(summary: dict, colors: dict[str, str]):
     names = list(summary["base"]["tasks"])
     if not points or not names:
         return None
-    figure, axes = _new_figure(7.2, 0.24 * len(points) + 1.3, 1, len(names), sharey=True)
+    figure, axes = _new_figure(5.4, 0.24 * len(points) + 1.3, 1, len(names), sharey=True)
     for ax, name in zip(axes[0], names, strict=True):
         for i, point in enumerate(points):
             entry = point["tasks"].get(name)
@@ -416,7 +425,7 @@ def _task_bars(summary: dict, colors: dict[str, str]):
         ax.set_title(f"{name}\nbase {100 * summary['base']['tasks'][name]['score']:.1f} %")
     axes[0, 0].set_yticks(range(len(points)), [point["label"] for point in points])
     axes[0, 0].invert_yaxis()
-    figure.supxlabel("change, points of accuracy", color=_INK, fontsize=10)
+    figure.supxlabel("change, points of accuracy", color=_INK, fontsize=9)
     return figure
 
 
@@ -430,17 +439,17 @@ def _subject_bars(summary: dict, colors: dict[str, str]):
     if not groups or not points:
         return None
     subjects = [(group, subject) for group, task in groups.items() for subject in task["subtasks"]]
-    figure, axes = _new_figure(7.2, 0.2 * len(subjects) + 1.2, 1, len(points), sharey=True, sharex=True)
+    figure, axes = _new_figure(5.4, 0.2 * len(subjects) + 1.2, 1, len(points), sharey=True, sharex=True)
     for ax, point in zip(axes[0], points, strict=True):
         changes = [100 * point["tasks"][group]["subtasks"].get(subject, math.nan) for group, subject in subjects]
         ax.barh(range(len(subjects)), changes, color=colors[point["arm"]], alpha=0.85)
         ax.axvline(0, color=_INK, linewidth=0.8)
         ax.set_title(point["label"])
     labels = [subject.removeprefix("mmlu_").replace("_", " ") for _, subject in subjects]
-    axes[0, 0].set_yticks(range(len(subjects)), labels, fontsize=8)
+    axes[0, 0].set_yticks(range(len(subjects)), labels, fontsize=7)
     axes[0, 0].invert_yaxis()
     axes[0, 0].margins(y=0.01)
-    figure.supxlabel("change, points of accuracy", color=_INK, fontsize=10)
+    figure.supxlabel("change, points of accuracy", color=_INK, fontsize=9)
     return figure
 
 
@@ -450,7 +459,7 @@ def _curve_grid(summary: dict, colors: dict[str, str]):
         return None
     columns = 2
     rows = -(-len(curves) // columns)
-    figure, axes = _new_figure(7.2, 2.2 * rows + 0.4, rows, columns, sharex=True)
+    figure, axes = _new_figure(5.4, 2.2 * rows + 0.4, rows, columns, sharex=True)
     for ax in axes.flat[len(curves) :]:
         ax.set_visible(False)
     for ax, (name, by_arm) in zip(axes.flat, curves.items(), strict=False):
