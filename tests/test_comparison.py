@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -196,6 +195,7 @@ def test_answers_to_other_questions_are_refused(comparison: Comparison, tmp_path
         ({"training": {}, "arms": {"x": {"learning_rate_scale": 2}}}, "give the common one under `training`"),
         ({"evaluation": {"task": {}}}, r"Unknown evaluation options \['task'\]"),
         ({"evaluation": {"retention_tasks": {"a": {"limit": 1, "sample": 1}}}}, "both choose the questions"),
+        ({"evaluation": {"retention_tasks": {"a": {"metric": "f1"}}}}, "`metric` must be one of .*, got 'f1'"),
         ({"evaluation": {"retention_tasks": {"a": {"limit": 0}}}}, "`limit` must be at least 1, got 0"),
         ({"evaluation": {"retention_tasks": {"a": {}}, "domain_tasks": {"a": {}}}}, r"\['a'\] are both retention"),
     ],
@@ -222,11 +222,3 @@ def test_unknown_arms_and_seeds_are_refused(comparison: Comparison):
         run_comparison(comparison, arms=["emma"])
     with pytest.raises(ValueError, match=r"no seeds \[7\]"):
         run_comparison(comparison, seeds=[7])
-
-
-@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "report"])
-def test_each_command_has_a_help(command):
-    done = subprocess.run(
-        [sys.executable, "-m", "trl_ema", command, "--help"], capture_output=True, text=True, check=True
-    )
-    assert f"trl-ema {command}" in done.stdout

@@ -155,6 +155,7 @@ def test_scores_equal_lm_evals_and_each_question_is_kept(tiny, manager, tmp_path
     arc = found["arc_easy"]
     assert arc["score"] == pytest.approx(arc["lm_eval"]["arc_easy"]["acc_norm,none"]) and arc["metric"] == "acc_norm"
     kept = read_jsonl(tmp_path / "arc_easy.jsonl")
+    assert sum(row["acc"] for row in kept) / 12 == pytest.approx(arc["lm_eval"]["arc_easy"]["acc,none"])
     assert len(kept) == 12 == len({row["doc_hash"] for row in kept})
     assert sum(row["score"] for row in kept) / 12 == pytest.approx(arc["score"])
 
@@ -236,7 +237,7 @@ def test_a_sample_gives_each_subtask_its_share(manager):
 
 
 def test_a_task_without_accuracy_is_refused(tiny, manager, tmp_path):
-    with pytest.raises(ValueError, match=r"is scored by \[.*\]; expected `acc` or `acc_norm`"):
+    with pytest.raises(ValueError, match=r"is scored by \[.*\]; expected `acc` or `acc_norm`, one number"):
         evaluate_tasks(
             *tiny, ["wordless"], str(tmp_path), model_id="m", manager=_perplexity_manager(tmp_path),
             settings=TaskSettings(limit=1),

@@ -80,11 +80,11 @@ def evaluate(arguments: list[str]) -> None:
     parser = TrlParser(EvaluationArguments, prog="trl-ema evaluate")  # type: ignore[arg-type]
     (args,) = parser.parse_args_and_config(arguments)
     settings = TaskSettings(args.num_fewshot, args.limit, args.sample, args.apply_chat_template, args.seed)
-    manager = task_manager(args.offline)
-    check_tasks(args.tasks, manager)
     name = args.model or demo_model()
     adapter = name if is_adapter(name) else None
     base = adapter_base(name, args.base) if adapter else name
+    manager = task_manager(args.offline)
+    check_tasks(args.tasks, manager)
     quantization = None
     if args.load_in_4bit:
         compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32

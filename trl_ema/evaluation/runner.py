@@ -19,6 +19,7 @@ from .tasks import check_tasks, quiet
 
 _LM_EVAL_LOGGERS = ("lm_eval.api.task", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.api.model")
 _CPU_BATCH_SIZE = 16
+_METRICS = ("acc_norm", "acc")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class TaskSettings:
         sample (`int`, *optional*): So many questions of the whole task, drawn with `seed`, every subtask in its share.
         apply_chat_template (`bool`): Ask as a chat.
         seed (`int`): Of the sample and of the few-shot examples.
+        metric (`str`, *optional*): lm-eval's `acc` or `acc_norm` (by length); `acc_norm` by default where there is one.
     """
 
     num_fewshot: int | None = None
@@ -39,8 +41,13 @@ class TaskSettings:
     sample: int | None = None
     apply_chat_template: bool = False
     seed: int = 1234
+    metric: str | None = None
 
     def __post_init__(self):
+        if self.metric not in (None, *_METRICS):
+            raise ValueError(
+                f"`metric` must be one of {_METRICS}, got {self.metric!r}. Leave it out for the task's own."
+            )
         if self.limit is not None and self.sample is not None:
             raise ValueError(f"`limit={self.limit}` and `sample={self.sample}` both choose the questions. Give one.")
         for name in ("limit", "sample"):
@@ -116,7 +123,7 @@ def _run(model, tokenizer, name, path: Path, key, manager, settings, batch_size)
             task_manager=manager,
             fewshot_random_seed=settings.seed,
         )
-    rows = [_row(task, sample) for task, found in output["samples"].items() for sample in found]
+    rows = [_row(task, sample, settings.metric) for task, found in output["samples"].items() for sample in found]
     result = {"key": key, "task": name, **summarize(rows), "settings": asdict(settings), "samples": samples}
     result |= {"lm_eval_version": version("lm_eval"), "lm_eval": {**output["results"], **output.get("groups", {})}}
     write_jsonl(path.with_suffix(".jsonl"), rows)
@@ -126,13 +133,14 @@ def _run(model, tokenizer, name, path: Path, key, manager, settings, batch_size)
     return result
 
 
-def _row(task: str, sample: dict) -> dict:
+def _row(task: str, sample: dict, metric: str | None) -> dict:
     """What a paired comparison needs of lm-eval's record of a question."""
-    metric = "acc_norm" if "acc_norm" in sample["metrics"] else "acc" if "acc" in sample["metrics"] else None
-    if metric is None:
+    found = {name: float(sample[name]) for name in _METRICS if name in sample["metrics"]}
+    metric = metric or next(iter(found), None)
+    if metric not in found:
         raise ValueError(
-            f"Task {task!r} is scored by {sample['metrics']}; expected `acc` or `acc_norm`, one number per question. Choose "
-            "a multiple-choice task."
+            f"Task {task!r} is scored by {sample['metrics']}; expected {metric or '`acc` or `acc_norm`'}, one number per "
+            "question. Choose another `metric`, or a multiple-choice task."
         )
     choices = len(sample["arguments"])
     return {
@@ -140,8 +148,9 @@ def _row(task: str, sample: dict) -> dict:
         "doc_id": sample["doc_id"],
         "doc_hash": sample["doc_hash"],
         "prompt_hash": sample["prompt_hash"],
+        **found,
         "metric": metric,
-        "score": float(sample[metric]),
+        "score": found[metric],
         # lm-eval asks each option by itself; a task with one request has no options to guess from.
         "chance": 1 / choices if choices > 1 else 0.0,
     }
