@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -177,6 +177,7 @@ def run_comparison(
         "training": comparison.training,
         "arms": {arm.name: _as_dict(arm) for arm in comparison.arms.values()},
         "seeds": list(comparison.seeds),
+        "evaluation": asdict(comparison.suite),
     }
     first = next(iter(parsed.values()))
     plan |= sources(first[0], first[2]) | {"provenance": provenance()}

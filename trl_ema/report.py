@@ -80,7 +80,7 @@ def summarize_comparison(folder: str) -> dict:
             "it goes on where it stopped."
         )
     plan = read_json(plan_path)
-    suite = base["text"]["settings"]
+    suite = plan["evaluation"]
     grouped: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
     for arm, role, seed, path in evaluated_folders(folder):
         if arm in plan["arms"] and read_evaluation(path)["text"] is not None:
@@ -90,8 +90,7 @@ def summarize_comparison(folder: str) -> dict:
     points.sort(key=lambda point: (order.index(point.arm), point.role))
     summary = {
         "plan": plan,
-        "plan_yaml": _as_yaml(plan, suite),
-        "suite": suite,
+        "plan_yaml": _as_yaml(plan),
         "base": _base_entry(base_path, base),
         "points": [_entry(point, base_path, base, suite) for point in points],
         "missing": _missing(plan, folder, grouped),
@@ -102,13 +101,15 @@ def summarize_comparison(folder: str) -> dict:
     return summary
 
 
-def _as_yaml(plan: dict, suite: dict) -> str:
+def _as_yaml(plan: dict) -> str:
     """The configuration as a user would write it."""
-    tasks = {
-        group: {name: {k: v for k, v in options.items() if v is not None} for name, options in suite[group].items()}
-        for group in ("retention_tasks", "domain_tasks")
-    }
-    parts = {key: plan[key] for key in ("training", "arms", "seeds")} | {"evaluation": suite | tasks}
+    suite = dict(plan["evaluation"])
+    for group in ("retention_tasks", "domain_tasks"):
+        suite[group] = {
+            name: {key: value for key, value in options.items() if value is not None}
+            for name, options in suite[group].items()
+        }
+    parts = {key: plan[key] for key in ("training", "arms", "seeds")} | {"evaluation": suite}
     return yaml.safe_dump(parts, sort_keys=False)
 
 

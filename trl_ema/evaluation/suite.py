@@ -1,7 +1,7 @@
 """Everything that is measured of one model: benchmark tasks, loss and drift on domain and general text, generations."""
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from datasets import Dataset
@@ -75,7 +75,7 @@ def evaluate_model(
     if path.is_file() and read_json(path)["key"] == key:
         return
     batch_size = suite.batch_size or 16
-    result: dict = {"key": key, "settings": asdict(suite)}
+    result: dict = {"key": key}
     for name, rows in (("domain", domain), ("general", general)):
         batches = tokenized_batches(rows, tokenizer, suite.max_length, batch_size)
         measured = measure_drift(model, batches, description=f"{name} text")
