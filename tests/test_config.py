@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import warnings
 from dataclasses import fields
@@ -95,10 +96,17 @@ def test_half_life_and_decay_exclude_each_other(make_config):
         make_config(ema_half_life=0.5, ema_decay=0.9)
 
 
-def test_half_life_is_filled_in_only_without_a_decay(make_config):
-    assert make_config().ema_half_life == DEFAULT_HALF_LIFE
-    assert make_config(ema_half_life=0.1).ema_half_life == 0.1
-    assert make_config(ema_decay=0.9).ema_half_life is None
+def test_default_half_life_is_in_force_only_without_a_decay(make_config):
+    assert make_config().half_life == DEFAULT_HALF_LIFE
+    assert make_config(ema_half_life=0.1).half_life == 0.1
+    assert make_config(ema_decay=0.9).half_life is None
+    assert dataclasses.replace(make_config(), ema_decay=0.9).half_life is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("ema_decay", "0.9"), ("kl_weight", None), ("teacher_anchor", True)])
+def test_what_is_no_number_is_refused(make_config, name, value):
+    with pytest.raises(TypeError, match=rf"`{name}` must be a number, got {value!r}"):
+        make_config(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,16 @@ def test_hub_name_without_a_hub_names_the_offline_default():
 # Held-out rows
 
 
+@pytest.mark.parametrize("other", ["messages", "text"])
+def test_a_prompt_beside_messages_or_text_is_dropped(other):
+    """TRL would take the row for a prompt with a completion."""
+    value = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] if other == "messages" else "a b"
+    dataset = Dataset.from_list([{"prompt": "a", other: value}])
+    with pytest.raises(ValueError, match=r"has columns \['messages', 'prompt'\]|has columns \['prompt', 'text'\]"):
+        check_columns({"prompt", other})
+    assert to_prompt_completion(dataset).column_names == [other]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_one_file_has_no_other_split_than_train(tmp_path, streaming):
     """Its own rows as a test split would be training rows."""

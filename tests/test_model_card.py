@@ -57,6 +57,7 @@ def test_card_has_every_setting_of_ours_and_those_of_the_training(make_trained, 
     for f in fields(MeanTeacherConfig):
         if f.name in MeanTeacherConfig.__annotations__:
             assert settings[f.name] == str(getattr(trainer.args, f.name))
+    assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == ("4", "8", "LORA")
     assert settings["learning_rate"] == "0.01"
     assert settings["max_length"] == "20"
     assert settings["lr_scheduler_type"] == "constant"
@@ -135,3 +136,15 @@ def test_model_without_an_adapter_has_a_card_too(make_trained):
 def test_streamed_training_data_is_called_a_stream(make_trained):
     text = saved_card(make_trained(data=rows().to_iterable_dataset())).text
     assert "optimizer steps on a stream." in text
+
+
+def test_card_shows_the_half_life_in_force(make_trained):
+    assert table(saved_card(make_trained()).text)["ema_half_life"] == "0.25"
+
+
+def test_card_takes_more_tables(make_trained):
+    trainer = make_trained()
+    trainer.model_card_details = {"Sources": {"data": "some ontology 1.0"}, "Figures": {"before": 3.14159}}
+    text = saved_card(trainer).text
+    assert "## Sources" in text and table(text.split("## Sources")[1])["data"] == "some ontology 1.0"
+    assert table(text.split("## Figures")[1])["before"] == "3.142"

@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import rows, tiny_model
 from peft import PeftModel
 
+from trl_ema import MeanTeacherConfig
 from trl_ema.evaluation.drift import general_rows, measure_drift
-from trl_ema.training import TrainingScriptArguments, load_data
+from trl_ema.training import TrainingScriptArguments, load_data, resume_from
 
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +51,12 @@ def test_main_job_trains_measures_and_writes_its_files(workplace):
     assert {"prompt", "reference", "before", "student", "teacher"} == metrics["generations"][0].keys()
     assert metrics["provenance"]["versions"].keys() >= {"trl", "torch", "trl_ema"}
     assert "held-out domain loss" in done.stdout and "KL(base || model), general text" in done.stdout
+    card = (workplace / "out" / "README.md").read_text()
+    assert (
+        "| `data` | data.jsonl |" in card
+        and "| `student, domain, loss` |" in card
+        and "| `quantization` | nf4 |" in card
+    )
     assert {"adapter_model.safetensors", "teacher", "README.md", "metrics.json", "checkpoint-6"} <= set(
         os.listdir(workplace / "out")
     )
@@ -79,6 +87,68 @@ def test_a_hub_name_without_a_hub_says_what_works_offline(workplace, option):
     assert done.returncode != 0
     assert "ConnectionError" in done.stderr and "'no-such/thing' is no local path" in done.stderr
     assert "run `recipes/medical_ema.py` with no arguments" in done.stderr
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_first(workplace):
+    (workplace / "file").write_text("")
+    done = launch("--model_name_or_path", "no/such", *QUICK, "--output_dir", "file/out", cwd=workplace, check=False)
+    assert "OutputError: Cannot write to `output_dir='file/out'`" in done.stderr and "hub" not in done.stderr
+
+
+def test_rows_of_tokens_with_a_prompt_are_trained_and_measured(workplace):
+    """A TRL format without completions: there is nothing to generate for."""
+    tokens = [
+        {"prompt": "a", "input_ids": list(range(3, 9 + i % 5)), "labels": list(range(3, 9 + i % 5))} for i in range(30)
+    ]
+    datasets.Dataset.from_list(tokens).to_json(workplace / "tokens.jsonl")
+    arguments = ["--model_name_or_path", "model", "--dataset_name", "tokens.jsonl", "--eval_fraction", "0.3", *QUICK]
+    launch(*arguments, "--output_dir", "tokens", cwd=workplace)
+    metrics = json.loads((workplace / "tokens" / "metrics.json").read_text())
+    assert metrics["student"]["domain"]["loss"] < metrics["before"]["domain"]["loss"] and not metrics["generations"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (dict(eval_fraction=1.5), r"`eval_fraction` must be in \(0, 1\), got 1.5"),
+        (dict(eval_samples=0), "`eval_samples` must be at least 1, got 0"),
+        (dict(max_train_samples=0), "`max_train_samples` must be at least 1"),
+    ],
+)
+def test_ranges_of_the_jobs_own_options(changes, match):
+    with pytest.raises(ValueError, match=match):
+        TrainingScriptArguments(**changes)
+
+
+def test_no_training_row_left_is_refused(workplace, tokenizer):
+    args = TrainingScriptArguments(str(workplace / "data.jsonl"), dataset_streaming=True, eval_samples=90)
+    with pytest.raises(ValueError, match="No training row is left beside 80 held-out ones"):
+        load_data(args, tokenizer)
+
+
+def test_a_test_split_that_was_named_must_be_there(workplace, tokenizer, tmp_path):
+    args = TrainingScriptArguments(str(workplace / "data.jsonl"), dataset_test_split="validatoin", eval_fraction=0.2)
+    with pytest.raises(ValueError, match="has no split 'validatoin', only 'train'"):
+        load_data(args, tokenizer)
+    args.dataset_test_split = "test"  # the default: rows are held out
+    train, held_out = load_data(args, tokenizer)
+    assert len(train) + len(held_out) == 80 and len(held_out) > 0
+
+
+def test_own_text_field_works_in_the_main_job(tokenizer, tmp_path):
+    rows(40, kind="text").rename_column("text", "content").to_json(tmp_path / "data.jsonl")
+    args = TrainingScriptArguments(str(tmp_path / "data.jsonl"), eval_fraction=0.2)
+    train, held_out = load_data(args, tokenizer, "content")
+    assert len(train) + len(held_out) == 40 and train.column_names == ["content"]
+
+
+@pytest.mark.parametrize("word", [True, "true", "True"])
+def test_resume_true_is_the_newest_checkpoint_if_there_is_one(tmp_path, word):
+    args = MeanTeacherConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, resume_from_checkpoint=word)
+    assert resume_from(args) is None
+    for step in (2, 10):
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+    assert resume_from(args) == str(tmp_path / "out" / "checkpoint-10")
 
 
 def test_holding_out_no_row_is_refused(workplace):

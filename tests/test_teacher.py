@@ -1,5 +1,4 @@
 import copy
-import time
 
 import pytest
 import torch
@@ -156,17 +155,18 @@ def test_teacher_is_deterministic_while_the_student_drops_out(dropout):
         assert torch.equal(logits(model), logits(model))
 
 
-def test_activation_costs_about_a_millisecond_on_two_hundred_layers():
+def test_activation_touches_each_layer_once_and_walks_no_module(monkeypatch):
     model = get_peft_model(tiny_model(num_hidden_layers=30), lora())
     teacher = MeanTeacher(model)
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        with teacher.activate():
-            pass
-        times.append(time.perf_counter() - start)
+
+    def walk(*args, **kwargs):
+        raise AssertionError("walked the model")
+
+    for name in ("modules", "named_modules", "children", "parameters", "train"):
+        monkeypatch.setattr(torch.nn.Module, name, walk)
+    with teacher.activate():
+        pass
     assert sum("_active_adapter" in switch for switch in teacher._switches) == 210
-    assert min(times) < 0.02  # a guard against walking the model, not a speed claim
 
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "rank_pattern"])

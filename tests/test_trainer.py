@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import adapter_weights, config, logged, lora, rows, tiny_model
-from peft import PeftModel, PromptTuningConfig
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -223,8 +224,10 @@ def test_a_batch_without_labels_gives_an_attached_zero(make_trainer):
 def test_kl_weight_follows_its_ramp(make_trainer):
     trainer = make_trainer(kl_weight=2.0, kl_warmup_ratio=0.5)
     trainer.train()
-    expected = [2 * math.exp(-5 * (1 - min(s / 2, 1)) ** 2) for s in (1, 2, 3, 4)]
+    expected = [2 * math.exp(-5 * (1 - min(s / 2, 1)) ** 2) for s in (0, 1, 2, 3)]
     assert logged(trainer, "kl_weight") == pytest.approx(expected)
+    parts = zip(logged(trainer, "ce_loss"), logged(trainer, "kl_loss"), logged(trainer, "kl_weight"), strict=True)
+    assert logged(trainer, "loss") == pytest.approx([ce + weight * kl for ce, kl, weight in parts], rel=1e-4)
 
 
 # The average
@@ -425,6 +428,12 @@ def test_best_student_comes_back_with_its_own_teacher(make_trainer, tmp_path):
         (dict(peft_config=lora(target_modules=["q_proj"])), "Student checkpoint .* first unexpected"),
         (dict(peft_config=lora(r=2)), r"Student checkpoint .* has shape \(4"),
         (dict(teacher="frozen"), "holds a teacher adapter, but the frozen teacher"),
+        (dict(peft_config=lora(lora_alpha=16)), "Student checkpoint .* trained with `lora_alpha=8`, the model has 16"),
+        (dict(peft_config=lora(use_rslora=True)), "Student checkpoint .* trained with `use_rslora=False`"),
+        (
+            dict(teacher_anchor=0.5),
+            "Teacher checkpoint .* `lora_alpha=8`.* Resume with the original .*`teacher_anchor`",
+        ),
     ],
 )
 def test_resume_with_another_setup_is_refused_and_changes_nothing(make_trainer, tmp_path, changes, match):
@@ -447,6 +456,45 @@ def test_resume_without_a_whole_teacher_is_refused(make_trainer, tmp_path, damag
 
 
 # Bad input
+
+
+@pytest.mark.parametrize(
+    "prepare, match",
+    [
+        (
+            lambda: get_peft_model(tiny_model(), lora(), adapter_name="other"),
+            "adapter is named 'other'; expected 'default'",
+        ),
+        (lambda: get_peft_model(tiny_model(), lora(inference_mode=True)), "has no trainable parameter"),
+        (lambda: get_peft_model(tiny_model(), lora(target_modules=["lm_head"])), "has an adapter on `lm_head`"),
+    ],
+)
+def test_an_unfit_adapter_is_refused_before_the_data_are_tokenized(make_trainer, monkeypatch, prepare, match):
+    def tokenize(*args, **kwargs):
+        raise AssertionError("tokenized")
+
+    monkeypatch.setattr(SFTTrainer, "_prepare_dataset", tokenize)
+    with pytest.raises(ValueError, match=match):
+        make_trainer(model=prepare(), peft_config=None)
+
+
+def test_a_stream_without_a_label_is_refused(make_trainer):
+    masked = datasets.Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}] * 3)
+    with pytest.raises(ValueError, match="No token of the training data carries a label"):
+        make_trainer(data=masked.to_iterable_dataset())
+    labelled = datasets.Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 8)
+    trainer = make_trainer(data=labelled.to_iterable_dataset())
+    trainer.train()
+    assert logged(trainer, "loss")[0] > 0
+
+
+def test_a_subclass_of_sft_config_is_read_without_its_own_fields(make_trainer, tmp_path):
+    @dataclasses.dataclass
+    class Mine(SFTConfig):
+        own: int = 3
+
+    trainer = make_trainer(args=Mine(str(tmp_path / "out"), use_cpu=True, bf16=False, learning_rate=0.5))
+    assert isinstance(trainer.args, MeanTeacherConfig) and trainer.args.learning_rate == 0.5
 
 
 @pytest.mark.parametrize(

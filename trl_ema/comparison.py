@@ -236,7 +236,7 @@ class _Evaluator:
             trust_remote_code=training_args.trust_remote_code,
         )
         args.eval_samples = comparison.suite.domain_samples
-        _, self.domain = load_data(args, self.tokenizer)
+        _, self.domain = load_data(args, self.tokenizer, training_args.dataset_text_field)
         general = Dataset.from_list(general_rows())
         self.general = data.as_conversation(general) if self.tokenizer.chat_template else general
 

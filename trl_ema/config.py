@@ -12,6 +12,9 @@ TEACHERS = ("ema", "frozen", "none")
 KL_TOKENS = ("loss", "all")
 # The slowest of three that kept 90 % of SFT's gain: recipes/results/half_life.md.
 DEFAULT_HALF_LIFE = 0.25
+_NUMBERS = (
+    "ema_half_life", "ema_decay", "teacher_anchor", "kl_weight", "kl_warmup_ratio", "kl_temperature", "jsd_mixture",
+)  # fmt: skip
 _EMA_FIELDS = ("ema_half_life", "ema_decay", "ema_warmup", "ema_update_steps")
 
 
@@ -130,8 +133,12 @@ class MeanTeacherConfig(SFTConfig):
                 f"`ema_half_life` ({self.ema_half_life}) and `ema_decay` ({self.ema_decay}) both set the speed of the "
                 "teacher. Give one of them."
             )
-        if self.ema_half_life is None and self.ema_decay is None:
-            self.ema_half_life = DEFAULT_HALF_LIFE
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                if value is None and name in ("ema_half_life", "ema_decay"):
+                    continue
+                raise TypeError(f"`{name}` must be a number, got {value!r} ({type(value).__name__}).")
         if self.ema_half_life is not None and not 0 < self.ema_half_life < float("inf"):
             raise ValueError(
                 f"`ema_half_life` must be above 0, got {self.ema_half_life}. It is a fraction of the run; try "
@@ -158,12 +165,16 @@ class MeanTeacherConfig(SFTConfig):
                 "`kl_direction='forward'` or `'reverse'` for the two KLs, or try 0.5."
             )
 
+    @property
+    def half_life(self) -> float | None:
+        """The half-life in force, `None` where `ema_decay` is given."""
+        return DEFAULT_HALF_LIFE if self.ema_half_life is None and self.ema_decay is None else self.ema_half_life
+
     def _warn_about_ignored(self):
-        # The half-life that `__post_init__` fills in is no one's wish.
-        default = {f.name: f.default for f in fields(MeanTeacherConfig)} | {"ema_half_life": DEFAULT_HALF_LIFE}
+        default = {f.name: f.default for f in fields(MeanTeacherConfig)}
         ignored = []
         if self.teacher != "ema":
-            ignored += [n for n in _EMA_FIELDS if getattr(self, n) not in (None, default[n])]
+            ignored += [n for n in _EMA_FIELDS if getattr(self, n) != default[n]]
         if self.teacher == "none":
             others = ("teacher_anchor", "kl_weight", "kl_warmup_ratio", "kl_temperature", "kl_direction", "kl_tokens")
             ignored += [n for n in (*others, "eval_teacher") if getattr(self, n) != default[n]]

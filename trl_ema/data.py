@@ -7,6 +7,8 @@ from contextlib import nullcontext
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 
+from .files import OutputError
+
 
 _LETTERS = "ABCD"
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -64,7 +66,9 @@ FORMATS: dict[str, tuple[set[str], Callable[[dict], tuple[str, str]]]] = {
 
 
 def trl_format(columns: set[str], text_field: str = "text") -> bool:
-    """Whether TRL's `SFTTrainer` reads these columns as they are."""
+    """Whether TRL's `SFTTrainer` reads these columns as they are. It takes whatever has a `prompt` for a completion's."""
+    if "prompt" in columns and "input_ids" not in columns:
+        return "completion" in columns
     return bool({"input_ids", "messages", "conversations", text_field} & columns) or {"prompt", "completion"} <= columns
 
 
@@ -81,7 +85,7 @@ def check_columns(columns: set[str], name: str = "train", text_field: str = "tex
     )
 
 
-def to_prompt_completion(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+def to_prompt_completion(dataset: Dataset | IterableDataset, text_field: str = "text") -> Dataset | IterableDataset:
     """
     Rows of a well-known medical data set as `{"prompt", "completion"}`; rows in a TRL format come back unchanged.
 
@@ -89,8 +93,10 @@ def to_prompt_completion(dataset: Dataset | IterableDataset) -> Dataset | Iterab
         ValueError: The columns are of no known format; the text lists the known ones.
     """
     columns = set(dataset.column_names or next(iter(dataset)))
-    if trl_format(columns):
+    if trl_format(columns, text_field):
         return dataset
+    if trl_format(columns - {"prompt"}, text_field):  # the first message once more, as in ultrachat_200k
+        return dataset.remove_columns("prompt")
     for needed, convert in FORMATS.values():
         if needed <= columns:
             return dataset.map(
@@ -104,6 +110,10 @@ def to_prompt_completion(dataset: Dataset | IterableDataset) -> Dataset | Iterab
     )
 
 
+class NoSplitError(ValueError):
+    """A data set has no split of the name that was asked for."""
+
+
 def load_rows(name: str, config: str | None = None, split: str = "train", streaming: bool = False):
     """
     A data set by hub name, or by the path of a JSONL, CSV or Parquet file or of a folder of them.
@@ -114,14 +124,17 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
     Raises:
         FileNotFoundError: `name` looks like a path and nothing is there, or it is a folder without data files.
         ConnectionError: The hub cannot be reached; says what works without it.
-        ValueError: There is no such split, or the file has no known suffix.
+        NoSplitError: There is no such split.
+        ValueError: The file has no known suffix.
     """
     suffix = os.path.splitext(name)[1].lower()
     if os.path.isfile(name):
         if suffix not in _FILE_FORMATS:
             raise ValueError(f"{name} has the suffix {suffix!r}; expected one of {', '.join(_FILE_FORMATS)}.")
         if split != "train":
-            raise ValueError(f"{name} is one file and has no split {split!r}, only 'train'. Give a folder for several.")
+            raise NoSplitError(
+                f"{name} is one file and has no split {split!r}, only 'train'. Give a folder for several."
+            )
         return load_dataset(_FILE_FORMATS[suffix], data_files=name, split="train", streaming=streaming)
     if not os.path.isdir(name) and (suffix in _FILE_FORMATS or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"There is no data file {name!r}. Give the path of a JSONL, CSV or Parquet file.")
@@ -130,7 +143,7 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
     if not isinstance(dataset, (DatasetDict, dict)):
         return dataset
     if split not in dataset:
-        raise ValueError(f"{name} has no split {split!r}, only {sorted(dataset)}. Choose one with the split option.")
+        raise NoSplitError(f"{name} has no split {split!r}, only {sorted(dataset)}. Choose one with the split option.")
     return dataset[split]
 
 
@@ -144,6 +157,8 @@ class hub_errors:
         return self
 
     def __exit__(self, kind, error, traceback):
+        if isinstance(error, OutputError):
+            return
         if isinstance(error, OSError) or "offline" in type(error).__name__.lower():
             raise ConnectionError(
                 f"The {self.kind} {self.name!r} is no local path and could not be had from the hub "

@@ -2,9 +2,27 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+
+class OutputError(OSError):
+    """A folder for results that cannot be written to, or is full."""
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Raises [`OutputError`] unless files can be written to `output_dir`, which is made."""
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"Cannot write to `output_dir={output_dir!r}` ({error.strerror}). Choose another `--output_dir`, or change its "
+            "permissions."
+        ) from error
 
 
 def write_text(path: str | Path, text: str) -> None:

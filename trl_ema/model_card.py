@@ -60,8 +60,8 @@ def _section(trainer) -> str:
 
     args = trainer.args
     own = [f.name for f in fields(MeanTeacherConfig) if f.name in MeanTeacherConfig.__annotations__]
-    values = args.to_dict()  # with plain strings for enums
-    settings = "\n".join(f"| `{name}` | {values[name]} |" for name in (*own, *_TRAINING))
+    values = args.to_dict() | {"ema_half_life": args.half_life}  # with plain strings for enums
+    settings = {name: str(values[name]) for name in (*own, *_TRAINING)} | _adapter(trainer.model)
     lines = [
         "## Method (trl_ema)",
         "",
@@ -73,10 +73,12 @@ def _section(trainer) -> str:
     ]
     if trainer.teacher is not None and not trainer.teacher.is_base:
         lines.append("The student is this folder; its teacher, also a PEFT adapter, is in `teacher/`.")
-    lines += ["", "| setting | value |", "|---|---|", settings, ""]
-    metrics = _last_metrics(trainer.state.log_history)
-    if metrics:
-        lines += ["## Last logged metrics", "", "| metric | value |", "|---|---|", *metrics, ""]
+    tables = {"Settings": settings, "Last logged metrics": _last_metrics(trainer.state.log_history)}
+    for title, table in (tables | trainer.model_card_details).items():
+        if table:
+            rows = [f"| `{name}` | {_text(value)} |" for name, value in table.items()]
+            lines += ["", f"## {title}", "", "| | |", "|---|---|", *rows]
+    lines.append("")
     return "\n".join([*lines, "## Cite", "", "```bibtex", CITATIONS, "```", ""])
 
 
@@ -87,8 +89,30 @@ def _describe(dataset) -> str:
     return f"{rows} of `{name}`" if name else rows
 
 
-def _last_metrics(log_history: list[dict]) -> list[str]:
-    """The newest value of each logged number, as table rows."""
+def _adapter(model) -> dict:
+    """Adapter and quantization, of a PEFT model."""
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is None:
+        return {}
+    quantization = getattr(model.config, "quantization_config", None)
+    kind = getattr(quantization, "bnb_4bit_quant_type", None) if quantization is not None else None
+    found = {
+        "peft_type": getattr(config.peft_type, "value", config.peft_type),
+        "base_model": config.base_model_name_or_path,
+    }
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "modules_to_save"):
+        value = getattr(config, name, None)
+        if value is not None:
+            found[name] = sorted(value) if isinstance(value, set) else value
+    return found | ({} if quantization is None else {"quantization": kind or type(quantization).__name__})
+
+
+def _last_metrics(log_history: list[dict]) -> dict[str, float]:
+    """The newest value of each logged number."""
     newest = {key: value for entry in log_history for key, value in entry.items() if isinstance(value, float)}
     hidden = ("epoch", "_runtime", "_per_second", "total_flos")
-    return [f"| `{key}` | {value:.4g} |" for key, value in sorted(newest.items()) if not key.endswith(hidden)]
+    return {key: value for key, value in sorted(newest.items()) if not key.endswith(hidden)}
+
+
+def _text(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -65,14 +65,9 @@ class MeanTeacher:
     def __init__(self, model: PeftModel, *, frozen: bool = False, anchor: float = 0.0):
         self.model = model
         self.num_updates = 0
-        self._student = _student_name(model)
+        self._student = student_name(model)
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         check_adapter(model.peft_config[self._student], anchor)
-        if not trainable:
-            raise ValueError(
-                f"Adapter {self._student!r} has no trainable parameter. Load it with "
-                "`PeftModel.from_pretrained(..., is_trainable=True)`."
-            )
         self.is_base = frozen and _adapter_changes_nothing(model, self._student)
         if not self.is_base:
             self._add_adapter(anchor)
@@ -262,6 +257,7 @@ def check_adapter_file(model: PeftModel, adapter_name: str, folder: str, who: st
     embeddings = tuple(f"{name}.weight" for name in EMBEDDING_LAYER_NAMES)
     unexpected = [name for name in shapes if name not in expected and not name.endswith(embeddings)]
     remedy = "Resume with the original `target_modules`, `r` and `modules_to_save`."
+    _check_same_function(model.peft_config[adapter_name], folder, who)
     missing = [name for name in expected if name not in shapes]
     if missing or unexpected:
         first = f"first missing: {missing[0]!r}" if missing else f"first unexpected: {unexpected[0]!r}"
@@ -272,6 +268,23 @@ def check_adapter_file(model: PeftModel, adapter_name: str, folder: str, who: st
         if shapes[name] != shape:
             raise ValueError(
                 f"{who} checkpoint in {folder} has shape {shapes[name]} for {name!r}, the model has {shape}. {remedy}"
+            )
+
+
+def _check_same_function(config, folder: str, who: str) -> None:
+    """Options that change what an adapter's weights mean, without changing a shape."""
+    path = os.path.join(folder, CONFIG_NAME)
+    if not os.path.isfile(path):
+        return  # nothing to compare with
+    with open(path, encoding="utf-8") as file:
+        saved = json.load(file)
+    for name in ("lora_alpha", "use_rslora", "use_dora", "alpha_pattern"):
+        ours = getattr(config, name, None)
+        if name in saved and ours is not None and saved[name] != ours:
+            options = f"`{name}`, `teacher_anchor`" if who == "Teacher" else f"`{name}`"
+            raise ValueError(
+                f"{who} checkpoint in {folder} was trained with `{name}={saved[name]!r}`, the model has {ours!r}. Resume with "
+                f"the original {options}."
             )
 
 
@@ -287,7 +300,8 @@ def _read_shapes(path: str, who: str) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{who} checkpoint {path} is damaged ({error}). {remedy}.") from error
 
 
-def _student_name(model: PeftModel) -> str:
+def student_name(model: PeftModel) -> str:
+    """Name of the adapter that is trained. Raises `ValueError` if there is not just one, named as PEFT's default."""
     if not isinstance(model, PeftModel):
         raise ValueError(NO_ADAPTER)
     active = model.active_adapters
@@ -302,6 +316,11 @@ def _student_name(model: PeftModel) -> str:
         raise ValueError(
             f"The student's adapter is named {active[0]!r}; expected 'default', the one that PEFT saves at the root of a "
             "folder. Create or load it without an `adapter_name`."
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            f"Adapter {active[0]!r} has no trainable parameter. Load it with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`."
         )
     return active[0]
 

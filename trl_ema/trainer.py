@@ -1,16 +1,16 @@
 """`EMARegularizedSFTTrainer`: TRL's `SFTTrainer` with a mean teacher wired in."""
 
 import contextlib
+import itertools
 import os
 import shutil
-import tempfile
 from collections import defaultdict
 from dataclasses import fields
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
@@ -18,11 +18,16 @@ from trl.trainer.utils import get_config_model_id
 
 from .config import MeanTeacherConfig
 from .data import check_columns
+from .files import OutputError, check_output_dir
 from .forward import add_mean_teacher_forward, check_head, divergence_mask
 from .losses import IGNORE_INDEX
 from .model_card import write_model_card
 from .schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
-from .teacher import NO_ADAPTER, MeanTeacher, check_adapter, check_adapter_file
+from .teacher import NO_ADAPTER, MeanTeacher, check_adapter, check_adapter_file, student_name
+
+
+# Rows of a stream that are read, at most, in search of a label.
+_STREAM_ROWS = 1000
 
 
 class EMARegularizedSFTTrainer(SFTTrainer):
@@ -70,7 +75,7 @@ class EMARegularizedSFTTrainer(SFTTrainer):
         formatting_func=None,
     ):  # fmt: skip
         args = _as_mean_teacher_config(args, model)
-        _check_output_dir(args.output_dir)
+        check_output_dir(args.output_dir)
         if args.teacher != "none":
             _refuse_what_cannot_work(args, compute_loss_func, train_dataset)
             _refuse_parallelism(args.parallelism_config)
@@ -87,7 +92,8 @@ class EMARegularizedSFTTrainer(SFTTrainer):
         if args.teacher == "none":  # for the model card
             self._name, self._paper = SFTTrainer._name, SFTTrainer._paper
         self._kl_tokens_in_batch = None
-        self._ema_decay = None
+        self._ema_decay = self._kl_weight = None
+        self.model_card_details: dict[str, dict] = {}  # more tables for the model card, by title
         self.last_good_checkpoint = None
         self._loss_sums = torch.zeros(4, dtype=torch.float64)  # Σ CE, Σ D and their tokens since the last log
         if args.teacher != "none":
@@ -128,7 +134,7 @@ class EMARegularizedSFTTrainer(SFTTrainer):
         # An evaluation is the student's, as SFT would report it.
         if self.teacher is None or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        kl_weight = self.current_kl_weight()
+        kl_weight = self._kl_weight = self.current_kl_weight()
         if self.args.kl_tokens == "all":
             # TRL divides by the labelled tokens, the divergence is a mean over its own.
             num_labels, num_kl = num_items_in_batch, self._kl_tokens_in_batch
@@ -189,7 +195,7 @@ class EMARegularizedSFTTrainer(SFTTrainer):
             return
         decay = args.ema_decay
         if decay is None:
-            decay = half_life_to_decay(args.ema_half_life, self.state.max_steps, args.ema_update_steps)
+            decay = half_life_to_decay(args.half_life, self.state.max_steps, args.ema_update_steps)
         if args.ema_warmup:
             decay = warmed_up_decay(decay, self.teacher.num_updates)
         self.teacher.update(decay)
@@ -203,7 +209,7 @@ class EMARegularizedSFTTrainer(SFTTrainer):
             ce, kl, num_labels, num_kl = self._loss_sums.tolist()
             metrics["ce_loss"], metrics["kl_loss"] = [ce / max(num_labels, 1)], [kl / max(num_kl, 1)]
             self._loss_sums.zero_()
-            metrics["kl_weight"] = [self.current_kl_weight()]
+            metrics["kl_weight"] = [self._kl_weight]
             if self._ema_decay is not None:
                 metrics["ema_decay"] = [self._ema_decay]
             if not self.teacher.is_base:
@@ -322,7 +328,8 @@ def _as_mean_teacher_config(args, model) -> MeanTeacherConfig:
     if isinstance(args, MeanTeacherConfig):
         return args
     if isinstance(args, SFTConfig):
-        return MeanTeacherConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.init})
+        known = {f.name for f in fields(MeanTeacherConfig) if f.init}
+        return MeanTeacherConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.name in known})
     raise TypeError(f"`args` must be a `MeanTeacherConfig`, got `{type(args).__name__}`.")
 
 
@@ -347,7 +354,16 @@ def _refuse_what_cannot_work(args, compute_loss_func, train_dataset) -> None:
 def _check_peft(model, peft_config, anchor: float) -> None:
     if peft_config is None and not is_peft_model(model):
         raise ValueError(NO_ADAPTER)
-    check_adapter(peft_config if peft_config is not None else model.active_peft_config, anchor)
+    if peft_config is None:
+        student_name(model)
+    config = peft_config if peft_config is not None else model.active_peft_config
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, (list, set, tuple)) and any(name.split(".")[-1] == "lm_head" for name in targets):
+        raise ValueError(
+            f"`target_modules={sorted(targets)}` has an adapter on `lm_head`, whose weight the loss multiplies by directly. "
+            "Leave it out, or train the whole head with `modules_to_save=['lm_head']`."
+        )
+    check_adapter(config, anchor)
 
 
 def _refuse_parallelism(config) -> None:
@@ -376,10 +392,18 @@ def _check_datasets(train_dataset, eval_dataset, args, formatting_func, data_col
 
 
 def _check_labels(dataset) -> None:
-    """TRL drops rows without a labelled token; it does not say when none is left."""
-    if not isinstance(dataset, Dataset) or "labels" not in (dataset.column_names or ["labels"]):
+    """TRL drops rows without a labelled token; it does not say when none is left. Of a stream the first rows are read."""
+    if isinstance(dataset, Dataset):
+        rows = dataset.select_columns("labels") if "labels" in dataset.column_names else ()
+        missing = len(rows) > 0 or len(dataset) == 0
+    elif isinstance(dataset, IterableDataset):
+        rows, missing = itertools.islice(dataset, _STREAM_ROWS), True
+    else:
         return
-    if not any(any(label != IGNORE_INDEX for label in row["labels"]) for row in dataset.select_columns("labels")):
+    for row in rows:
+        if "labels" not in row or any(label != IGNORE_INDEX for label in row["labels"]):
+            return
+    if missing:
         raise ValueError(
             "No token of the training data carries a label: every one is masked, or every prompt alone fills "
             "`max_length`. Raise `max_length`, shorten the prompts, or look at `completion_only_loss` and "
@@ -387,24 +411,12 @@ def _check_labels(dataset) -> None:
         )
 
 
-def _check_output_dir(output_dir: str) -> None:
-    try:
-        os.makedirs(output_dir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"Cannot write to `output_dir={output_dir!r}` ({error.strerror}). Choose another `--output_dir`, or change its "
-            "permissions."
-        ) from error
-
-
 def _check_free_space(output_dir: str, model) -> None:
     """Room for one checkpoint: student, teacher and the optimizer's two moments in float32."""
     free = shutil.disk_usage(output_dir).free
     needed = 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     if free < needed:
-        raise OSError(
+        raise OutputError(
             f"`output_dir={output_dir!r}` has {free / 2**20:.0f} MiB free; one checkpoint needs {needed / 2**20:.0f} MiB. "
             "Free some space, or choose another `--output_dir`."
         )

@@ -19,10 +19,13 @@ from .config import MeanTeacherConfig
 from .evaluation.drift import DriftCallback, general_rows, measure_drift
 from .evaluation.generation import generate_answers
 from .evaluation.suite import text_of
-from .files import write_json
+from .files import check_output_dir, write_json
+from .model_card import write_model_card
 from .provenance import provenance
 from .trainer import EMARegularizedSFTTrainer
 
+
+logger = logging.getLogger(__name__)
 
 DEMO_CONFIG = str(files(__package__) / "configs" / "smollm2_demo.yaml")
 
@@ -56,6 +59,15 @@ class TrainingScriptArguments(ScriptArguments):
         default=True, metadata={"help": "Measure loss, drift and generations before and after. False trains alone."}
     )
 
+    def __post_init__(self):
+        if not 0 < self.eval_fraction < 1:
+            raise ValueError(f"`eval_fraction` must be in (0, 1), got {self.eval_fraction}. It is a share of the rows.")
+        for name, least in (("eval_samples", 1), ("generations", 0), ("generation_tokens", 1), ("drift_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise ValueError(f"`max_train_samples` must be at least 1, got {self.max_train_samples}.")
+
 
 def parse(arguments: list[str]) -> tuple[TrainingScriptArguments, MeanTeacherConfig, ModelConfig]:
     """Command line to arguments; without a model or a config file, those of the offline demo."""
@@ -66,34 +78,42 @@ def parse(arguments: list[str]) -> tuple[TrainingScriptArguments, MeanTeacherCon
     return parser.parse_args_and_config(arguments)
 
 
-def load_data(args: TrainingScriptArguments, tokenizer) -> tuple[Dataset, Dataset]:
+def load_data(args: TrainingScriptArguments, tokenizer, text_field: str = "text") -> tuple[Dataset, Dataset]:
     """`(train, held_out)` in a TRL format; plain prompts become chats where the model has a template."""
     held_out = None
     if args.dataset_name is None:
         dataset = Dataset.from_list(offline.demo_rows())
     else:
-        load = lambda split: data.load_rows(args.dataset_name, args.dataset_config, split, args.dataset_streaming)  # noqa: E731
-        dataset = data.to_prompt_completion(load(args.dataset_train_split))
+        dataset = _load_split(args, args.dataset_train_split, text_field)
         try:
-            held_out = data.to_prompt_completion(load(args.dataset_test_split))
-        except ValueError:
-            held_out = None  # no such split: hold some of the training rows out
+            held_out = _load_split(args, args.dataset_test_split, text_field)
+        except data.NoSplitError:
+            if args.dataset_test_split != TrainingScriptArguments.dataset_test_split:
+                raise  # the user named it
+            logger.info("There is no test split: some training rows are held out.")
     if args.dataset_streaming:
         if held_out is None:
             held_out, dataset = dataset.take(args.eval_samples), dataset.skip(args.eval_samples)
         held_out = Dataset.from_list(list(held_out.take(args.eval_samples)))
         if args.max_train_samples:
             dataset = dataset.take(args.max_train_samples)
-    elif held_out is None:
-        # By text, so that no definition (or answer) is on both sides.
-        keys = ("completion", "text", "messages", "conversations", "input_ids")
-        key = next(name for name in keys if name in dataset.column_names)
-        dataset, held_out = data.held_out_split(dataset, args.eval_fraction, key, args.split_seed)
-    if not args.dataset_streaming:
+        empty = next(iter(dataset), None) is None
+    else:
+        if held_out is None:
+            # By text, so that no definition (or answer) is on both sides.
+            keys = ("completion", text_field, "messages", "conversations", "input_ids")
+            key = next(name for name in keys if name in dataset.column_names)
+            dataset, held_out = data.held_out_split(dataset, args.eval_fraction, key, args.split_seed)
         dataset = dataset.shuffle(seed=args.split_seed)
         if args.max_train_samples:
             dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
         held_out = held_out.shuffle(seed=args.split_seed).select(range(min(args.eval_samples, len(held_out))))
+        empty = not len(dataset)
+    if empty:
+        raise ValueError(
+            f"No training row is left beside {len(held_out)} held-out ones. Lower `--eval_samples` or `--eval_fraction`, or "
+            "give more data."
+        )
     if not len(held_out):
         raise ValueError(
             f"No row is held out: `eval_fraction={args.eval_fraction}` of {len(dataset)} rows. Raise `--eval_fraction`, or "
@@ -103,6 +123,11 @@ def load_data(args: TrainingScriptArguments, tokenizer) -> tuple[Dataset, Datase
     if plain and tokenizer.chat_template:
         dataset, held_out = data.as_conversation(dataset), data.as_conversation(held_out)
     return dataset, held_out
+
+
+def _load_split(args: TrainingScriptArguments, split: str, text_field: str):
+    rows = data.load_rows(args.dataset_name, args.dataset_config, split, args.dataset_streaming)
+    return data.to_prompt_completion(rows, text_field)
 
 
 def quantization(model_args: ModelConfig, training_args: MeanTeacherConfig) -> BitsAndBytesConfig | None:
@@ -182,7 +207,7 @@ def make_trainer(args: TrainingScriptArguments, training_args: MeanTeacherConfig
     """Model, data and trainer, ready to train."""
     with training_args.main_process_first(local=False, desc="model and data"):
         model_name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
-        train, held_out = load_data(args, tokenizer)
+        train, held_out = load_data(args, tokenizer, training_args.dataset_text_field)
     general = Dataset.from_list(general_rows())
     general = data.as_conversation(general) if tokenizer.chat_template else general
     training_args.model_init_kwargs = {
@@ -212,7 +237,7 @@ def make_trainer(args: TrainingScriptArguments, training_args: MeanTeacherConfig
 def resume_from(training_args: MeanTeacherConfig) -> str | None:
     """`--resume_from_checkpoint true` is the newest checkpoint in the output folder, if there is one."""
     asked = training_args.resume_from_checkpoint
-    if isinstance(asked, str) and asked.lower() == "true":
+    if asked is True or (isinstance(asked, str) and asked.lower() == "true"):
         folder = training_args.output_dir
         return get_last_checkpoint(folder) if os.path.isdir(folder) else None
     return asked
@@ -226,13 +251,14 @@ def train(arguments: list[str]) -> None:
     start = time.perf_counter()
     args, training_args, model_args = parse(arguments)
     say = print if training_args.process_index == 0 else lambda *_: None
+    check_output_dir(training_args.output_dir)
     checkpoint = resume_from(training_args)
     trainer, held_out = make_trainer(args, training_args, model_args)
     rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "a stream of"
     say(f"{rows} training rows, {len(held_out)} held out.")
     metrics: dict = {}
     texts: dict[str, list[str]] = {}
-    has_prompts = "prompt" in held_out.column_names
+    has_prompts = {"prompt", "completion"} <= set(held_out.column_names)
     samples = held_out.select(range(min(args.generations, len(held_out)) if has_prompts else 0))
     measure = Measurement(trainer, samples, args.generation_tokens)
     if args.measure:
@@ -258,7 +284,16 @@ def train(arguments: list[str]) -> None:
     metrics["provenance"] = describe_run(trainer, args, model_args) | {
         "wall_seconds": round(time.perf_counter() - start)
     }
+    trainer.model_card_details = {"Sources": sources(args, model_args)}
+    if args.measure:
+        trainer.model_card_details["Held-out figures, nats per token"] = {
+            f"{who}, {group}, {name}": metrics[who][group][name]
+            for who in ("before", "student", "teacher")
+            for group in metrics.get(who, ())
+            for name in ("loss", "kl_base_model")
+        }
     if trainer.is_world_process_zero():
+        write_model_card(trainer, training_args.output_dir)
         path = os.path.join(training_args.output_dir, "metrics.json")
         write_json(path, metrics)
         for sample in metrics.get("generations", ()):
