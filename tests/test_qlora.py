@@ -21,12 +21,19 @@ def nf4_model(tmp_path):
 
 
 def test_teacher_averages_in_float32_beside_a_bfloat16_student(nf4_model, make_trainer):
-    trainer = make_trainer(model=nf4_model(), ema_decay=0.999)
+    trainer = make_trainer(model=nf4_model(), ema_decay=0.999, bf16=True)
     trainer.train()
     assert {w.dtype for w in adapter_weights(trainer).values()} == {torch.bfloat16}
     assert {w.dtype for w in adapter_weights(trainer, "teacher").values()} == {torch.float32}
     assert logged(trainer, "kl_loss")[0] == pytest.approx(0.0, abs=1e-7)
     assert logged(trainer, "teacher_distance")[-1] > 0
+
+
+@pytest.mark.parametrize("teacher", ["ema", "none"])
+def test_a_float32_run_keeps_its_adapter_in_float32(nf4_model, make_trainer, teacher):
+    trainer = make_trainer(model=nf4_model(), teacher=teacher)
+    trainer.train()
+    assert {w.dtype for w in adapter_weights(trainer).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("teacher", ["ema", "none"])

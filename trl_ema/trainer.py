@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -88,6 +89,7 @@ class EMARegularizedSFTTrainer(SFTTrainer):
         )  # fmt: skip
         _check_labels(self.train_dataset)
         _keep_4bit_layers_trainable(self.model)
+        _keep_float32_adapter(self.model, args)
         self.teacher = None
         if args.teacher == "none":  # for the model card
             self._name, self._paper = SFTTrainer._name, SFTTrainer._paper
@@ -319,6 +321,19 @@ def _keep_4bit_layers_trainable(model) -> None:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.state_dict()  # unpacks, in place
             module.support_avx512bf16_for_cpu = False
+
+
+def _keep_float32_adapter(model, args) -> None:
+    """
+    TRL casts the adapter of a quantized model to bfloat16, the precision QLoRA computes in. A run in float32 keeps it in
+    float32: nothing is rounded, and a CPU without bfloat16 instructions multiplies in bfloat16 tens of times slower.
+    """
+    if args.bf16 or args.fp16:
+        return
+    if {m.compute_dtype for m in model.modules() if isinstance(m, Linear4bit)} == {torch.float32}:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
 
 def _as_mean_teacher_config(args, model) -> MeanTeacherConfig:
