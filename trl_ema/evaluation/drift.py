@@ -51,19 +51,48 @@ def tokenized_batches(rows: Dataset, tokenizer, max_length: int | None = None, b
     return [collate(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
 
 
+def measure_drift(model: PeftModel, batches: Iterable[dict], *args, **kwargs) -> dict[str, float]:
+    """
+    Loss and drift over every labelled token together; the arguments are those of [`drift_of_rows`].
+
+    Returns:
+        `dict`: `loss`, `kl_base_model`, `kl_model_base` in nats per token, and `tokens`.
+
+    Raises:
+        ValueError: No token carries a label.
+    """
+    return mean_drift(drift_of_rows(model, batches, *args, **kwargs))
+
+
+def mean_drift(rows: torch.Tensor) -> dict[str, float]:
+    """What [`measure_drift`] returns, from the sums of [`drift_of_rows`]."""
+    loss, forward, reverse, tokens = rows.sum(0).tolist()
+    if not tokens:
+        raise ValueError(
+            f"No token of the {len(rows)} rows carries a label, so there is no loss and no drift. Raise `max_length`, or give "
+            "rows with a completion."
+        )
+    return {
+        "loss": loss / tokens,
+        "kl_base_model": forward / tokens,
+        "kl_model_base": reverse / tokens,
+        "tokens": int(tokens),
+    }
+
+
 @torch.no_grad()
-def measure_drift(
+def drift_of_rows(
     model: PeftModel,
     batches: Iterable[dict],
     adapter: Callable[[], AbstractContextManager] = nullcontext,
     description: str = "",
-) -> dict[str, float]:
+) -> torch.Tensor:
     r"""
-    Loss and drift over every labelled token, with the active adapter on and off:
+    Loss and drift of each row, summed over its labelled tokens, with the active adapter on and off:
 
-        loss              mean of −log p_model(y)
-        kl_base_model     mean of KL(p_base ‖ p_model) = Σ_v p_base·log(p_base / p_model)
-        kl_model_base     mean of KL(p_model ‖ p_base)
+        loss              Σ −log p_model(y)
+        kl_base_model     Σ KL(p_base ‖ p_model) = Σ Σ_v p_base·log(p_base / p_model)
+        kl_model_base     Σ KL(p_model ‖ p_base)
 
     KL from the base on the data that a model was tuned on predicts what it forgets elsewhere.
 
@@ -74,7 +103,8 @@ def measure_drift(
         description (`str`): Label of the progress bar.
 
     Returns:
-        `dict`: `loss`, `kl_base_model`, `kl_model_base` in nats per token, and `tokens`.
+        `torch.Tensor` of shape `(rows, 4)`, float64: the three sums in nats, and the number of labelled tokens. The rows
+        are in the order of the batches.
 
     Source: Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259.
     """
@@ -84,33 +114,32 @@ def measure_drift(
     head = base.get_output_embeddings()
     device = base.get_input_embeddings().weight.device
     options = dict(bias=getattr(head, "bias", None), transform=logit_transform(base.config.get_text_config()))
-    sums = torch.zeros(4, dtype=torch.float64)
+    rows = []
     for batch in tqdm(batches, desc=description or "Drift", leave=False):
         batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
         labels = batch.pop("labels")[:, 1:]
-        mask = labels != IGNORE_INDEX
         with adapter():
-            hidden, weight = base.base_model(**batch).last_hidden_state[:, :-1][mask], head.weight
+            hidden, weight = base.base_model(**batch).last_hidden_state[:, :-1], head.weight
         with model.disable_adapter() if is_peft_model(model) else nullcontext():
-            base_hidden, base_weight = base.base_model(**batch).last_hidden_state[:, :-1][mask], head.weight
-        one, other = [
-            fused_linear_cross_entropy_kl(
-                hidden,
-                base_hidden,
-                weight,
-                labels[mask],
-                0.0,
-                teacher_weight=base_weight,
-                direction=direction,
-                **options,
-            )
-            for direction in ("forward", "reverse")
-        ]
-        sums += torch.stack([one.ce_loss, one.kl_loss, other.kl_loss, mask.sum()]).float().cpu().double()
+            base_hidden, base_weight = base.base_model(**batch).last_hidden_state[:, :-1], head.weight
+        for states, base_states, targets in zip(hidden, base_hidden, labels, strict=True):
+            mask = targets != IGNORE_INDEX
+            one, other = [
+                fused_linear_cross_entropy_kl(
+                    states[mask],
+                    base_states[mask],
+                    weight,
+                    targets[mask],
+                    0.0,
+                    teacher_weight=base_weight,
+                    direction=direction,
+                    **options,
+                )
+                for direction in ("forward", "reverse")
+            ]
+            rows.append(torch.stack([one.ce_loss, one.kl_loss, other.kl_loss, mask.sum()]).double().cpu())
     model.train(training)
-    tokens = max(1.0, sums[3].item())
-    loss, forward, reverse, _ = (sums / tokens).tolist()
-    return {"loss": loss, "kl_base_model": forward, "kl_model_base": reverse, "tokens": int(tokens)}
+    return torch.stack(rows)
 
 
 class DriftCallback(TrainerCallback):

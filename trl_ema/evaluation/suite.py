@@ -1,5 +1,7 @@
 """Everything that is measured of one model: benchmark tasks, loss and drift on domain and general text, generations."""
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from ..files import read_json, write_json, write_jsonl
-from .drift import measure_drift, tokenized_batches
+from .drift import drift_of_rows, mean_drift, tokenized_batches
 from .generation import generate_answers, generation_metrics
 from .runner import TaskSettings, evaluate_tasks
 
@@ -71,15 +73,17 @@ def evaluate_model(
             batch_size=suite.batch_size,
         )  # fmt: skip
     path = Path(folder, "text.json")
-    key = [model_id, len(domain), suite.generation_tokens, suite.max_length]
+    key = [model_id, _digest(domain), _digest(general), suite.generation_tokens, suite.max_length]
     if path.is_file() and read_json(path)["key"] == key:
         return
     batch_size = suite.batch_size or 16
     result: dict = {"key": key}
     for name, rows in (("domain", domain), ("general", general)):
         batches = tokenized_batches(rows, tokenizer, suite.max_length, batch_size)
-        measured = measure_drift(model, batches, description=f"{name} text")
-        result[name] = measured | {"perplexity": math.exp(measured["loss"])}
+        by_row = drift_of_rows(model, batches, description=f"{name} text")
+        measured = mean_drift(by_row)
+        # For paired comparisons: each row's loss, summed over its tokens, and their number.
+        result[name] = measured | {"perplexity": math.exp(measured["loss"]), "rows": by_row[:, [0, 3]].tolist()}
     if suite.generation_tokens:
         answers = generate_answers(model, tokenizer, domain, suite.generation_tokens, 4 * batch_size)
         references = [text_of(row["completion"]) for row in domain]
@@ -90,6 +94,12 @@ def evaluate_model(
         write_jsonl(path.with_name("generations.jsonl"), rows)
         result["generation"] = generation_metrics(answers, references)
     write_json(path, result)
+
+
+def _digest(rows: Dataset) -> str:
+    """Tells one set of prompt/completion rows from another."""
+    content = [[row["prompt"], row["completion"]] for row in rows]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def text_of(messages: str | list[dict]) -> str:
