@@ -12,9 +12,11 @@ from trl_ema.evaluation.models import load_base
 from trl_ema.files import read_json, read_jsonl
 
 
-def trl_ema(*arguments, check=True):
+def trl_ema(*arguments, check=True, cwd=None):
     command = [sys.executable, "-m", "trl_ema", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=check)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+    assert done.returncode == 0 or not check, done.stderr[-3000:]
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,64 @@ def test_evaluate_refuses_another_base_before_it_loads_a_model(adapter, tmp_path
         "--output_dir", tmp_path, check=False,
     )  # fmt: skip
     assert done.returncode != 0 and "not on 'no/such': on another base its figures mean nothing" in done.stderr
+
+
+def evaluate(*arguments, **options):
+    return trl_ema("evaluate", "--tasks", "arc_easy", "--dtype", "float32", "--offline", "true", *arguments, **options)
+
+
+def test_evaluate_compares_with_an_earlier_evaluation(adapter, tiny_folder, tmp_path):
+    rows_file = tiny_folder / "data.jsonl"
+    before = evaluate("--model", tiny_folder / "model", "--sample", 12, "--output_dir", tmp_path / "before")
+    assert "against" not in before.stdout
+    after = evaluate(
+        "--model", adapter, "--sample", 12, "--output_dir", tmp_path / "after", "--against", tmp_path / "before",
+        "--dataset_name", rows_file, "--dataset_samples", 4, "--generation_tokens", 3,
+    )  # fmt: skip
+    scores = [
+        [row["score"] for row in read_jsonl(tmp_path / folder / "arc_easy.jsonl")] for folder in ("before", "after")
+    ]
+    lost = sum(a > b for a, b in zip(*scores, strict=True))
+    table = after.stdout[after.stdout.index("against") :]
+    assert f"{sum(scores[0]) / 12:9.4f}{sum(scores[1]) / 12:9.4f}" in table and f"{lost:6d}" in table
+    assert "Mean relative drop (FG" in table
+    text = read_json(tmp_path / "after" / "text.json")
+    assert f"{text['domain']['kl_base_model']:12.4f}" in after.stdout and text["domain"]["kl_base_model"] > 0
+    assert read_json(tmp_path / "after" / "arc_easy.json")["about"]["model"] == str(adapter)
+    other = evaluate(
+        "--model",
+        adapter,
+        "--sample",
+        11,
+        "--output_dir",
+        tmp_path / "other",
+        "--against",
+        tmp_path / "before",
+        check=False,
+    )
+    assert other.returncode == 1 and "are answers to different questions (12 and 11" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--against", "nowhere"], "`against='nowhere'` has no answers to 'arc_easy' (arc_easy.jsonl)"),
+        (["--output_dir", "/proc/none"], "Cannot write to `output_dir='/proc/none'`"),
+        (["--base", "some/base"], "`base='some/base'` is for an adapter"),
+        (["--metric", "f1"], "`metric` must be one of"),
+        (["--dtype", "float23"], "invalid choice: 'float23'"),
+        (["--limit", "2.5"], "`limit` must be a number of questions, or a share of them below 1, got 2.5"),
+    ],
+)
+def test_evaluate_refuses_bad_input_in_a_line(tiny_folder, tmp_path, arguments, message):
+    done = evaluate("--model", tiny_folder / "model", *arguments, check=False, cwd=tmp_path)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_each_model_has_a_folder_of_its_own_and_a_share_of_the_questions_is_a_limit(tiny_folder, tmp_path):
+    evaluate("--model", tiny_folder / "model", "--limit", 0.002, cwd=tmp_path)
+    (folder,) = (tmp_path / "runs" / "evaluation").iterdir()
+    assert folder.name.endswith("-model") and read_json(folder / "arc_easy.json")["n"] == 5
 
 
 def test_evaluate_refuses_an_unknown_task(tmp_path):

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trl_ema.comparison import Comparison, load_comparison, run_comparison
-from trl_ema.report import summarize_comparison, write_report
+from trl_ema.comparison import DEFAULT_CONFIG, Comparison, load_comparison, run_comparison
+from trl_ema.evaluation.tasks import check_tasks, mmlu_subjects, task_manager
+from trl_ema.report import _COLORS, _curve_grid, _subject_bars, _task_bars, _tradeoff, write_report
+from trl_ema.summary import CURVES, summarize_comparison
 
 
 PLAN = {
@@ -94,37 +96,149 @@ def test_what_is_done_is_not_done_again(comparison: Comparison, monkeypatch):
     monkeypatch.setattr("trl_ema.evaluation.runner._run", no_training)
     files = sorted(Path(comparison.output_dir).rglob("evaluation/*/*.json"))
     before = [path.stat().st_mtime_ns for path in files]
-    monkeypatch.setattr("trl_ema.comparison.provenance", dict)
     plan = Path(comparison.output_dir, "plan.json").read_text()
     run_comparison(comparison)
-    Path(comparison.output_dir, "plan.json").write_text(plan)
+    assert Path(comparison.output_dir, "plan.json").read_text() == plan
     assert [path.stat().st_mtime_ns for path in files] == before
 
 
-def test_a_finished_run_is_not_taken_for_one_with_other_options(comparison: Comparison, tiny_folder):
+@pytest.mark.parametrize("state", ["finished", "begun"])
+def test_a_run_is_not_taken_for_one_with_other_options(comparison: Comparison, tiny_folder, tmp_path, state):
+    folder = tmp_path / "moved"  # which is no other option
+    shutil.copytree(comparison.output_dir, folder)
+    if state == "begun":
+        (folder / "ema" / "seed_1" / "metrics.json").unlink()
+        shutil.rmtree(folder / "ema" / "seed_1" / "checkpoint-4")
+        shutil.rmtree(folder / "ema" / "seed_0")
     arms = PLAN["arms"] | {"ema": {"teacher": "ema", "kl_weight": 3.0}}
-    other = load_comparison(write_plan(tiny_folder, arms=arms), comparison.output_dir)
-    with pytest.raises(ValueError, match=r"finished run with other options \(kl_weight: None then, 3.0 now\)"):
+    other = load_comparison(write_plan(tiny_folder, arms=arms), str(folder))
+    configs = {path: path.read_text() for path in folder.rglob("config.yaml")}
+    with pytest.raises(ValueError, match=rf"{state} run with other options \(kl_weight: None then, 3.0 now\)"):
         run_comparison(other)
+    assert {path: path.read_text() for path in folder.rglob("config.yaml")} == configs
 
 
-def test_the_page_stands_alone_and_its_pictures_show_something(comparison: Comparison):
+def test_a_moved_comparison_goes_on(comparison: Comparison, tiny_folder, tmp_path, monkeypatch):
+    def no_training(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    shutil.copytree(comparison.output_dir, tmp_path / "moved")
+    monkeypatch.setattr(subprocess, "run", no_training)
+    run_comparison(load_comparison(write_plan(tiny_folder), str(tmp_path / "moved")))
+
+
+def test_every_figure_of_the_summary_is_the_one_by_hand(comparison: Comparison):
+    """Means of the answers in the files, with nothing of the package's own but its reader."""
+    root = Path(comparison.output_dir)
+
+    def scores(folder, task):
+        return [json.loads(line)["score"] for line in (root / folder / f"{task}.jsonl").read_text().splitlines()]
+
+    def loss(folder):
+        rows = json.loads((root / folder / "text.json").read_text())["domain"]["rows"]
+        return sum(row[0] for row in rows) / sum(row[1] for row in rows)
+
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values)
+
+    summary = json.loads((root / "comparison.json").read_text())
+    points = {point["label"]: point for point in summary["points"]}
+    folders = {"sft": "sft/seed_{}/evaluation/student", "ema, teacher": "ema/seed_{}/evaluation/teacher"}
+    gain, drop = {}, {}
+    for label, folder in folders.items():
+        gain[label] = loss("base") - mean(loss(folder.format(seed)) for seed in (0, 1))
+        assert points[label]["domain_gain"]["mean"] == pytest.approx(gain[label])
+        by_seed = [
+            mean(
+                mean(scores("base", task)) - mean(scores(folder.format(seed), task)) for task in points[label]["tasks"]
+            )
+            for seed in (0, 1)
+        ]
+        drop[label] = mean(by_seed)
+        assert points[label]["forgetting"]["mean"] == pytest.approx(drop[label])
+        assert points[label]["forgetting"]["by_seed"] == pytest.approx(by_seed)
+        assert points[label]["forgetting"]["low"] <= drop[label] <= points[label]["forgetting"]["high"]
+    teacher = points["ema, teacher"]
+    assert teacher["gain_kept"]["mean"] == pytest.approx(gain["ema, teacher"] / gain["sft"])
+    if drop["sft"] > 0:
+        assert teacher["forgetting_avoided"]["mean"] == pytest.approx(1 - drop["ema, teacher"] / drop["sft"])
+    against = {(pair["label"], pair["control"]): pair for pair in summary["against"]}
+    controls = {"sft", "sft_low_lr", "sft_interpolated, × 0.5"}
+    assert against.keys() == {(label, control) for label in ("ema", "ema, teacher") for control in controls}
+    pair = against["ema, teacher", "sft"]
+    assert pair["domain_gain"]["mean"] == pytest.approx(gain["ema, teacher"] - gain["sft"])
+    assert pair["forgetting"]["mean"] == pytest.approx(drop["ema, teacher"] - drop["sft"])
+    assert summary["reference"] == "sft"
+
+
+def test_the_page_stands_alone_and_its_pictures_show_the_figures(comparison: Comparison):
     page = Path(comparison.output_dir, "report.html").read_text()
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|url\((?!#)|@import""", page)
-    pictures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(pictures) == 4
-    for picture in pictures:
-        assert len(re.findall(r"<path|<use", picture)) > 20 and "currentColor" in picture
+    pictures = dict(
+        zip(("tradeoff", "tasks", "curves", "subjects"), re.findall(r"<svg.*?</svg>", page, re.DOTALL), strict=True)
+    )
+    assert all("currentColor" in picture for picture in pictures.values())
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r"url\(#([^)]*)\)", page)) | set(re.findall(r'href="#([^"]*)"', page))
+    assert used <= set(ids)
     check_tags(page)
-    for label in ("ema, teacher", "sft_interpolated, × 0.5", "arc_easy", "mmlu_medical", "Provenance"):
+    for label in (
+        "ema, teacher",
+        "sft_interpolated, × 0.5",
+        "arc_easy",
+        "mmlu_medical",
+        "Provenance",
+        "McNemar",
+        "chance",
+    ):
         assert label in page
-    from PIL import Image
-
-    for name in ("tradeoff", "tasks", "subjects", "curves"):
-        image = Image.open(Path(comparison.output_dir, f"{name}.png")).convert("L")
-        assert len(set(image.getdata())) > 20
+    # A drawn datum is a path in its arm's colour: a bar or a marker for each point, a line for each arm's curve.
+    arms = [("sft", 1), ("ema", 2), ("sft_low_lr", 1), ("sft_interpolated", 1)]
+    for (_, uses), color in zip(arms, _COLORS, strict=False):
+        assert pictures["tasks"].count(f"fill: {color}") >= 2 * uses
+        assert pictures["tradeoff"].count(color) >= uses
+    assert all(pictures["curves"].count(f"stroke: {color}") >= 2 for color in _COLORS[:3])
     text = Path(comparison.output_dir, "report.md").read_text()
     assert "| ema, teacher" in text and "![Domain gain against forgetting](tradeoff.png)" in text
+    assert "- commit: " in text and "learning_rate_scale: 0.1" in text
+    json.loads(Path(comparison.output_dir, "comparison.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("name", ["tradeoff", "tasks", "subjects", "curves"])
+def test_no_label_of_a_large_comparison_lies_on_another(comparison: Comparison, name):
+    summary = large(json.loads(Path(comparison.output_dir, "comparison.json").read_text()))
+    colors = {arm: _COLORS[i] for i, arm in enumerate(summary["plan"]["arms"])}
+    draw = {"tradeoff": _tradeoff, "tasks": _task_bars, "subjects": _subject_bars, "curves": _curve_grid}[name]
+    figure = draw(summary, colors)
+    figure.canvas.draw()
+    titles = [ax.title for ax in figure.axes if ax.get_visible() and ax.title.get_text()]
+    boxes = [title.get_window_extent() for title in titles]
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    for box in boxes:
+        assert figure.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
+
+
+def large(summary):
+    """The arms and tasks of the default plan, with the figures of a small one."""
+    plan = load_comparison(DEFAULT_CONFIG)
+    tasks = list(plan.suite.tasks)
+    point, base = summary["points"][0], summary["base"]
+    names = [f"mmlu_{subject}" for subject in mmlu_subjects("mmlu_general")]
+    for entry in (base, point):
+        task = dict(entry["tasks"]["mmlu_medical"])
+        entry["tasks"] = dict.fromkeys(tasks, task)
+        subtasks = dict.fromkeys(names, {"score": 0.3, "n": 4} if entry is base else 0.1)
+        entry["tasks"]["mmlu_general"] = task | {"subtasks": subtasks}
+    arms = {
+        name: arm.options | ({"interpolate": "sft", "scales": [0.5]} if arm.interpolate else {})
+        for name, arm in plan.arms.items()
+    }
+    summary["plan"]["arms"] = arms
+    summary["points"] = [point | {"arm": arm, "label": arm} for arm in arms]
+    summary["curves"] = {name: {arm: [[1, 0.5], [2, 0.4]] for arm in arms} for name in CURVES}
+    return summary
 
 
 def check_tags(page):
@@ -151,23 +265,65 @@ def test_a_report_names_the_parts_that_are_missing(comparison: Comparison, tmp_p
     folder = tmp_path / "copy"
     shutil.copytree(comparison.output_dir, folder)
     (folder / "ema" / "seed_1" / "metrics.json").unlink()
-    shutil.rmtree(folder / "ema" / "seed_1" / "evaluation")
+    (folder / "ema" / "seed_0" / "evaluation" / "teacher" / "arc_easy.jsonl").unlink()
+    (folder / "sft" / "seed_1" / "evaluation" / "student" / "generations.jsonl").unlink()
     shutil.rmtree(folder / "sft_interpolated" / "seed_0")
     write_report(str(folder))
-    missing = json.loads((folder / "comparison.json").read_text())["missing"]
-    assert [part.split(" (")[0] for part in missing] == [
+    summary = json.loads((folder / "comparison.json").read_text())
+    assert [part.split(" (")[0] for part in summary["missing"]] == [
+        "sft, seed 1: student not evaluated whole",
         "ema, seed 1: not trained",
-        "sft_interpolated, seed 0: scale_0.5 not evaluated",
+        "ema, seed 0: teacher not evaluated whole",
+        "sft_interpolated, seed 0: scale_0.5 not evaluated whole",
     ]
+    assert "no arc_easy.jsonl)" in summary["missing"][2]
     assert "Missing: ema, seed 1: not trained" in caplog.text
     assert "ema, seed 1: not trained" in (folder / "report.html").read_text()
+    # Half an evaluation is no point: its mean would be over other tasks. And every row says how many seeds it has.
+    assert {point["label"]: point["seeds"] for point in summary["points"]} == {
+        "sft": [0], "ema": [0], "sft_low_lr": [0, 1], "sft_interpolated, × 0.5": [1],
+    }  # fmt: skip
+    assert "| ema | 1 |" in (folder / "report.md").read_text()
+
+
+def test_a_report_without_a_point_has_no_picture_of_an_earlier_one(comparison: Comparison, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(comparison.output_dir, folder)
+    for path in folder.glob("*/seed_*"):
+        shutil.rmtree(path)
+    write_report(str(folder))
+    assert not list(folder.glob("*.png")) and "png" not in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["base/text.json", "sft/seed_0/metrics.json"])
+def test_a_damaged_file_is_named(comparison: Comparison, tmp_path, name):
+    folder = tmp_path / "copy"
+    shutil.copytree(comparison.output_dir, folder)
+    (folder / name).write_text((folder / name).read_text()[:50])
+    with pytest.raises(ValueError, match=f"{name} is damaged .*Delete it, and run what wrote it again"):
+        write_report(str(folder))
+
+
+def test_figures_of_different_commits_are_not_hidden(comparison: Comparison, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(comparison.output_dir, folder)
+    path = folder / "sft" / "seed_0" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["provenance"]["git_commit"] = "0123abcd-dirty"
+    path.write_text(json.dumps(metrics))
+    commits = summarize_comparison(str(folder))["provenance"]["commit"]
+    assert len(commits) == 2 and "0123abcd-dirty" in commits
 
 
 def test_a_report_needs_a_comparison_and_its_base(comparison: Comparison, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no comparison: .*plan.json is missing"):
         write_report(str(tmp_path))
     shutil.copy(Path(comparison.output_dir, "plan.json"), tmp_path)
-    with pytest.raises(FileNotFoundError, match="The base model of .* is not evaluated"):
+    with pytest.raises(FileNotFoundError, match="The base model of .* is not evaluated whole: .*text.json is missing"):
+        write_report(str(tmp_path))
+    shutil.copytree(Path(comparison.output_dir, "base"), tmp_path / "base")
+    (tmp_path / "base" / "arc_easy.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="is not evaluated whole: .*arc_easy.jsonl is missing"):
         write_report(str(tmp_path))
 
 
@@ -186,17 +342,34 @@ def test_answers_to_other_questions_are_refused(comparison: Comparison, tmp_path
         ({"arm": {}}, r"unknown keys \['arm'\]"),
         ({"arms": {}}, "has no arms"),
         ({"arms": {"base": {}}}, "An arm is named 'base'"),
+        ({"arms": {"lr/0.1": {}}}, "An arm is named 'lr/0.1'; it becomes a folder"),
+        ({"arms": ["sft"]}, r"`arms` in .* is \['sft'\]; expected a mapping"),
+        ({"arms": {"x": 3}}, "Arm 'x' is 3; expected options"),
+        ({"arms": {"x": {"seed": 7}}}, r"Arm 'x' sets \['seed'\], which the comparison itself sets"),
+        ({"training": {"output_dir": "x"}}, r"`training` in .* sets \['output_dir'\]"),
+        ({"arms": {"x": {"learning_rate": 1, "learning_rate_scale": 2}}}, "Give one of them"),
+        ({"arms": {"x": {"interpolate": "sft", "scales": 0.5}}}, "`scales` of arm 'x' is 0.5; expected a list"),
+        ({"seeds": 3}, r"`seeds` in .* is 3; expected a list such as \[0, 1, 2\]"),
+        (
+            {"evaluation": {"retention_tasks": ["arc_easy"]}},
+            r"`retention_tasks` is \['arc_easy'\]; expected tasks with",
+        ),
+        ({"evaluation": {"retention_tasks": {"a": {"sampel": 3}}}}, r"Task 'a' has unknown settings \['sampel'\]"),
+        ({"evaluation": {"generation_tokens": -3}}, "`generation_tokens` must be a whole number of at least 0, got -3"),
+        ({"evaluation": {"domain_samples": 0}}, "`domain_samples` must be a whole number of at least 1, got 0"),
         ({"arms": {"x": {"interpolate": "sft", "scales": [0.5]}}}, "interpolates 'sft', which is no trained arm"),
         ({"arms": {"x": {"scales": [0.5]}}}, "needs `interpolate` and `scales` together"),
         (
-            {"arms": {"x": {"interpolate": "y", "scales": [1], "seed": 1}}},
-            r"trains nothing, but has options \['seed'\]",
+            {"arms": {"x": {"interpolate": "y", "scales": [1], "kl_weight": 1}}},
+            r"trains nothing, but has options \['kl_weight'\]",
         ),
         ({"training": {}, "arms": {"x": {"learning_rate_scale": 2}}}, "give the common one under `training`"),
         ({"evaluation": {"task": {}}}, r"Unknown evaluation options \['task'\]"),
         ({"evaluation": {"retention_tasks": {"a": {"limit": 1, "sample": 1}}}}, "both choose the questions"),
         ({"evaluation": {"retention_tasks": {"a": {"metric": "f1"}}}}, "`metric` must be one of .*, got 'f1'"),
-        ({"evaluation": {"retention_tasks": {"a": {"limit": 0}}}}, "`limit` must be at least 1, got 0"),
+        ({"evaluation": {"retention_tasks": {"a": {"limit": 0}}}}, "`limit` must be a number .*, got 0"),
+        ({"evaluation": {"retention_tasks": {"a": {"limit": 2.5}}}}, "`limit` must be a number .*, got 2.5"),
+        ({"evaluation": {"retention_tasks": {"a": {"sample": 0}}}}, "`sample` must be at least 1, got 0"),
         ({"evaluation": {"retention_tasks": {"a": {}}, "domain_tasks": {"a": {}}}}, r"\['a'\] are both retention"),
     ],
 )
@@ -222,3 +395,83 @@ def test_unknown_arms_and_seeds_are_refused(comparison: Comparison):
         run_comparison(comparison, arms=["emma"])
     with pytest.raises(ValueError, match=r"no seeds \[7\]"):
         run_comparison(comparison, seeds=[7])
+
+
+def test_a_plan_that_is_no_mapping_is_refused(tmp_path):
+    (tmp_path / "plan.yaml").write_text("- sft\n")
+    with pytest.raises(ValueError, match="unknown keys"):
+        load_comparison(str(tmp_path / "plan.yaml"))
+    (tmp_path / "plan.yaml").write_text("")
+    with pytest.raises(ValueError, match="has no arms"):
+        load_comparison(str(tmp_path / "plan.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "message"),
+    [
+        (
+            {"evaluation": {"retention_tasks": {"mmlu_medical": {"sample": 3}}}},
+            {},
+            "less than one question for each of the 6",
+        ),
+        (
+            {"evaluation": {"retention_tasks": {"mmlu_medical": {"metric": "acc_norm"}}}},
+            {},
+            r"is scored by \['acc'\]; expected `acc_norm`",
+        ),
+        (
+            {},
+            {"arms": ["sft_interpolated"]},
+            "is not done. Run that arm first, or both together: `--arms sft sft_interpolated`",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is(tiny_folder, tmp_path, monkeypatch, changes, asked, message):
+    monkeypatch.setattr("trl_ema.comparison.load_base", lambda *args, **kwargs: pytest.fail("loaded a model"))
+    plan = load_comparison(write_plan(tiny_folder, **changes), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=message):
+        run_comparison(plan, **asked)
+
+
+def test_conversations_are_measured_by_their_last_answer(tiny_folder, tmp_path):
+    lines = [json.loads(line) for line in (tiny_folder / "data.jsonl").read_text().splitlines()]
+    chats = [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        for row in lines
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    training = PLAN["training"] | {
+        "model_name_or_path": str(tiny_folder / "model"),
+        "dataset_name": str(tmp_path / "chats.jsonl"),
+    }
+    plan = json.loads(json.dumps(PLAN)) | {
+        "training": training, "arms": {"sft": {"teacher": "none"}}, "seeds": [0], "evaluation": {"domain_samples": 4, "generation_tokens": 2},
+    }  # fmt: skip
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    run_comparison(load_comparison(str(tmp_path / "plan.yaml"), str(tmp_path / "out")))
+    text = json.loads((tmp_path / "out" / "sft" / "seed_0" / "evaluation" / "student" / "text.json").read_text())
+    assert text["domain"]["kl_base_model"] > 0 and len(text["domain"]["rows"]) == 4
+
+
+def test_rows_without_a_prompt_are_refused_before_the_base_is_evaluated(tiny_folder, tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"the drug {i}"}) + "\n" for i in range(20)))
+    training = PLAN["training"] | {
+        "model_name_or_path": str(tiny_folder / "model"),
+        "dataset_name": str(tmp_path / "text.jsonl"),
+    }
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN | {"training": training}))
+    with pytest.raises(ValueError, match="have no prompt and answer to measure by. Expected `prompt`"):
+        run_comparison(load_comparison(str(tmp_path / "plan.yaml"), str(tmp_path / "out")))
+    assert not (tmp_path / "out" / "base").exists()
+
+
+def test_held_out_rows_of_the_evaluation_are_held_out_of_every_run():
+    plan = load_comparison(DEFAULT_CONFIG)
+    assert {plan.options(arm, seed)["eval_samples"] for arm in plan.trained() for seed in plan.seeds} == {
+        plan.suite.domain_samples
+    }
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_the_tasks_of_the_default_plan_are_there_with_a_hub_and_without(offline):
+    check_tasks(list(load_comparison(DEFAULT_CONFIG).suite.tasks), task_manager(offline=offline))

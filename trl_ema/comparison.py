@@ -2,25 +2,30 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset
 from peft.helpers import rescale_adapter_scale
 
 from . import data
 from .evaluation.drift import general_rows
+from .evaluation.generation import PACKAGES as GENERATION_PACKAGES
 from .evaluation.models import fingerprint, load_base, with_adapter
+from .evaluation.runner import check_settings
 from .evaluation.suite import Suite, evaluate_model
-from .evaluation.tasks import check_tasks, task_manager
-from .files import read_json, write_json, write_text
-from .provenance import provenance
+from .evaluation.tasks import check_tasks, is_offline, task_manager
+from .extras import require
+from .files import write_json, write_text
 from .teacher import TEACHER_NAME
 from .training import load_data, load_tokenizer, parse, quantization, sources
 
@@ -29,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = str(files(__package__) / "configs" / "compare_smollm2.yaml")
 BASE = "base"
-_KEYS = ("output_dir", "training", "arms", "seeds", "evaluation")
+_KEYS = {"output_dir": str, "training": dict, "arms": dict, "seeds": list, "evaluation": dict}
+# Of a run; the comparison sets them.
+_RESERVED = ("seed", "output_dir", "measure", "resume_from_checkpoint", "eval_samples")
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,23 @@ class Arm:
     @classmethod
     def from_dict(cls, name: str, options: dict | None) -> "Arm":
         """From an entry of `arms` in the YAML file."""
+        if not re.fullmatch(r"[\w.-]+", str(name)) or name == BASE:
+            raise ValueError(
+                f"An arm is named {name!r}; it becomes a folder, so use letters, digits, `_`, `-` and `.`, and not {BASE!r}, the "
+                "model before training."
+            )
+        if not isinstance(options, dict | None):
+            raise ValueError(f"Arm {name!r} is {options!r}; expected options such as `{{teacher: none}}`.")
         options = dict(options or {})
-        scales = options.pop("scales", ())
-        arm = cls(name, options, options.pop("interpolate", None), tuple(scales if scales else ()))
+        reserved = [key for key in _RESERVED if key in options]
+        if reserved:
+            raise ValueError(f"Arm {name!r} sets {reserved}, which the comparison itself sets. Leave them out.")
+        scales = options.pop("scales", None) or []
+        if not isinstance(scales, list) or not all(isinstance(scale, int | float) for scale in scales):
+            raise ValueError(f"`scales` of arm {name!r} is {scales!r}; expected a list of factors such as [0.25, 0.5].")
+        arm = cls(name, options, options.pop("interpolate", None), tuple(scales))
+        if "learning_rate_scale" in arm.options and "learning_rate" in arm.options:
+            raise ValueError(f"Arm {name!r} has `learning_rate` and `learning_rate_scale`. Give one of them.")
         if (arm.interpolate is None) == bool(arm.scales):
             raise ValueError(
                 f"Arm {name!r} needs `interpolate` and `scales` together: an arm's name and a list of factors."
@@ -97,6 +118,8 @@ class Comparison:
         run = {
             "seed": seed,
             "output_dir": self.folder(arm.name, seed),
+            # Held out alike for every arm, and for the evaluation.
+            "eval_samples": self.suite.domain_samples,
             "measure": False,
             "resume_from_checkpoint": "true",
         }
@@ -118,11 +141,15 @@ def load_comparison(path: str, output_dir: str | None = None) -> Comparison:
         ValueError: Unknown keys, an option that `trl-ema train` does not have, an arm that interpolates no trained one.
     """
     with open(path, encoding="utf-8") as file:
-        plan = yaml.safe_load(file)
-    unknown = sorted(set(plan) - set(_KEYS))
+        plan = yaml.safe_load(file) or {}
+    unknown = sorted(set(plan) - set(_KEYS)) if isinstance(plan, dict) else [plan]
     if unknown:
         raise ValueError(f"{path} has unknown keys {unknown}; expected some of {list(_KEYS)}.")
-    arms = {name: Arm.from_dict(name, options) for name, options in plan.get("arms", {}).items()}
+    for key, kind in _KEYS.items():
+        if plan.get(key) is not None and not isinstance(plan[key], kind):
+            what = {str: "a path", dict: "a mapping `name: value`", list: "a list such as [0, 1, 2]"}[kind]
+            raise ValueError(f"`{key}` in {path} is {plan[key]!r}; expected {what}.")
+    arms = {name: Arm.from_dict(name, options) for name, options in (plan.get("arms") or {}).items()}
     if not arms:
         raise ValueError(f"{path} has no arms. List some under `arms`, such as `sft: {{teacher: none}}`.")
     comparison = Comparison(
@@ -132,9 +159,13 @@ def load_comparison(path: str, output_dir: str | None = None) -> Comparison:
         seeds=tuple(plan.get("seeds") or (0,)),
         suite=Suite.from_dict(plan.get("evaluation") or {}),
     )
+    reserved = [key for key in _RESERVED if key in comparison.training]
+    if reserved:
+        raise ValueError(
+            f"`training` in {path} sets {reserved}, which the comparison itself sets: `seeds`, `output_dir`, and "
+            "`domain_samples` under `evaluation`. Leave them out."
+        )
     for arm in arms.values():
-        if arm.name == BASE:
-            raise ValueError(f"An arm is named {BASE!r}, the name of the model before training. Choose another name.")
         if "learning_rate_scale" in arm.options and "learning_rate" not in comparison.training:
             raise ValueError(f"Arm {arm.name!r} scales the learning rate; give the common one under `training`.")
         if arm.interpolate is not None and arm.interpolate not in [trained.name for trained in comparison.trained()]:
@@ -161,43 +192,66 @@ def run_comparison(
         unknown = [one for one in asked if one not in planned]
         if unknown:
             raise ValueError(f"The comparison has no {name} {unknown}; expected some of {list(planned)}.")
-    parsed = {}
-    for arm in comparison.trained():
-        for seed in comparison.seeds:
-            options = comparison.options(arm, seed)
-            path = Path(comparison.folder(arm.name, seed), "config.yaml")
-            _check_same_run(path, options)
-            write_text(path, yaml.safe_dump(options))
-            parsed[arm.name, seed] = parse(["--config", str(path)])
-    manager = None
-    if comparison.suite.tasks:
-        manager = task_manager()
-        check_tasks(list(comparison.suite.tasks), manager)
-    plan = {
-        "training": comparison.training,
-        "arms": {arm.name: _as_dict(arm) for arm in comparison.arms.values()},
-        "seeds": list(comparison.seeds),
-        "evaluation": asdict(comparison.suite),
-    }
+    seeds = comparison.seeds if seeds is None else seeds
+    chosen = [arm for arm in comparison.arms.values() if arms is None or arm.name in arms]
+    for arm in chosen:
+        _check_source(comparison, arm, chosen, seeds)
+    parsed = _write_configs(comparison)
+    manager = _checked_tasks(comparison.suite)
     first = next(iter(parsed.values()))
-    plan |= sources(first[0], first[2]) | {"provenance": provenance()}
-    write_json(Path(comparison.output_dir, "plan.json"), plan)
+    write_json(Path(comparison.output_dir, "plan.json"), _plan(comparison, first))
     evaluator = _Evaluator(comparison, first, manager)
     evaluator.base()
-    for seed in comparison.seeds if seeds is None else seeds:
-        chosen = [arm for arm in comparison.arms.values() if arms is None or arm.name in arms]
-        for arm in chosen:
+    for seed in seeds:
+        # What interpolates comes after what is trained.
+        for arm in sorted(chosen, key=lambda arm: arm.interpolate is not None):
             if arm.interpolate is not None:
+                evaluator.interpolated(arm, seed)
                 continue
             folder = comparison.folder(arm.name, seed)
             if not os.path.isfile(os.path.join(folder, "metrics.json")):
                 logger.info("Training %s, seed %d", arm.name, seed)
+                evaluator.release()
                 command = [sys.executable, "-m", __package__, "train", "--config", os.path.join(folder, "config.yaml")]
                 subprocess.run(command, check=True)
             evaluator.run(arm, seed)
-        for arm in chosen:
-            if arm.interpolate is not None:
-                evaluator.interpolated(arm, seed)
+
+
+def _write_configs(comparison: Comparison) -> dict:
+    """A YAML file for `trl-ema train` in the folder of each run; returns the parsed options by arm and seed."""
+    runs = {
+        (arm.name, seed): comparison.options(arm, seed) for arm in comparison.trained() for seed in comparison.seeds
+    }
+    paths = {run: Path(comparison.folder(*run), "config.yaml") for run in runs}
+    for run, options in runs.items():
+        _check_same_run(paths[run], options)
+    for run, options in runs.items():
+        write_text(paths[run], yaml.safe_dump(options))
+    return {run: parse(["--config", str(path)]) for run, path in paths.items()}
+
+
+def _checked_tasks(suite: Suite):
+    """lm-eval's task manager, after every task, sample and package is known to be there."""
+    if suite.generation_tokens:
+        require("eval", *GENERATION_PACKAGES)
+    if not suite.tasks:
+        return None
+    manager = task_manager()
+    check_tasks(list(suite.tasks), manager)
+    for name, settings in suite.tasks.items():
+        check_settings(name, settings, manager)
+    return manager
+
+
+def _plan(comparison: Comparison, parsed) -> dict:
+    args, _, model_args = parsed
+    return {
+        "training": comparison.training,
+        "arms": {arm.name: _as_dict(arm) for arm in comparison.arms.values()},
+        "seeds": list(comparison.seeds),
+        "evaluation": asdict(comparison.suite),
+        **sources(args, model_args),
+    }
 
 
 def _as_dict(arm: Arm) -> dict:
@@ -206,48 +260,79 @@ def _as_dict(arm: Arm) -> dict:
     return {"interpolate": arm.interpolate, "scales": list(arm.scales)}
 
 
+def _check_source(comparison: Comparison, arm: Arm, chosen: Sequence[Arm], seeds: Sequence[int]) -> None:
+    """Raises `ValueError` if `arm` interpolates a run that is neither done nor to be done before."""
+    if arm.interpolate is None or arm.interpolate in [other.name for other in chosen]:
+        return
+    for seed in seeds:
+        source = comparison.folder(arm.interpolate, seed)
+        if not os.path.isfile(os.path.join(source, "metrics.json")):
+            raise ValueError(
+                f"Arm {arm.name!r} interpolates {arm.interpolate!r}, whose run in {source} is not done. Run that arm first, "
+                f"or both together: `--arms {arm.interpolate} {arm.name}`."
+            )
+
+
 def _check_same_run(path: Path, options: dict) -> None:
-    """A finished run is not taken for one with other options."""
-    if not path.is_file() or not path.with_name("metrics.json").is_file():
+    """Raises `ValueError` if `path` is the config of a run, finished or begun, with other options."""
+    finished = path.with_name("metrics.json").is_file()
+    if not path.is_file() or not (finished or any(path.parent.glob("checkpoint-*"))):
         return
     old = yaml.safe_load(path.read_text(encoding="utf-8"))
-    other = sorted(name for name in {*old, *options} if old.get(name) != options.get(name))
+    # The folder may have moved.
+    names = sorted({*old, *options} - {"output_dir"})
+    other = [name for name in names if old.get(name) != options.get(name)]
     if other:
         changes = ", ".join(f"{name}: {old.get(name)!r} then, {options.get(name)!r} now" for name in other)
         raise ValueError(
-            f"{path.parent} holds a finished run with other options ({changes}). Choose another `output_dir`, or delete "
-            "that folder to train it anew."
+            f"{path.parent} holds a {'finished' if finished else 'begun'} run with other options ({changes}). Choose another "
+            "`output_dir`, or delete that folder to train it anew."
         )
 
 
 class _Evaluator:
-    """The base model in memory, loaded once, and the held-out rows that every arm is measured on."""
+    """The base model in memory, and the held-out rows that every arm is measured on."""
 
     def __init__(self, comparison: Comparison, parsed, manager):
         args, training_args, model_args = parsed
         self.comparison, self.manager = comparison, manager
-        self.name, _ = load_tokenizer(model_args, training_args.trust_remote_code)
-        self.precision = repr(quantization(model_args, training_args))
-        self.model, self.tokenizer = load_base(
-            self.name,
-            model_args.model_revision,
+        self.name, self.tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
+        self.options = dict(
+            revision=model_args.model_revision,
             quantization_config=quantization(model_args, training_args),
             dtype=model_args.dtype,
             trust_remote_code=training_args.trust_remote_code,
+            device_map={"": training_args.device},
         )
-        args.eval_samples = comparison.suite.domain_samples
-        _, self.domain = load_data(args, self.tokenizer, training_args.dataset_text_field)
+        _, held_out = load_data(args, self.tokenizer, training_args.dataset_text_field)
+        self.domain = data.with_prompts(held_out)
         general = Dataset.from_list(general_rows())
         self.general = data.as_conversation(general) if self.tokenizer.chat_template else general
+        self._model: Any = None
+
+    @property
+    def model(self):
+        if self._model is None:
+            self._model, self.tokenizer = load_base(self.name, **self.options)
+        return self._model
+
+    def release(self) -> None:
+        """Gives a GPU's memory back, to a run in another process."""
+        if self._model is not None and self._model.device.type != "cpu":
+            self._model = None
+            torch.cuda.empty_cache()
 
     def _measure(self, model, folder: str, adapter: str | None = None, scale: float = 1.0) -> None:
         logger.info("Evaluating %s", folder)
+        settings = {key: repr(value) for key, value in self.options.items() if key != "device_map"} | {"scale": scale}
+        if self.manager is not None:
+            settings["offline"] = is_offline(self.manager)
         evaluate_model(
             model,
             self.tokenizer,
             self.comparison.suite,
             folder,
-            model_id=fingerprint(self.name, adapter, precision=self.precision, scale=scale),
+            model_id=fingerprint(self.name, adapter, **settings),
             manager=self.manager,
             domain=self.domain,
             general=self.general,
@@ -267,10 +352,6 @@ class _Evaluator:
 
     def interpolated(self, arm: Arm, seed: int) -> None:
         source = self.comparison.folder(str(arm.interpolate), seed)
-        if not os.path.isfile(os.path.join(source, "metrics.json")):
-            raise ValueError(
-                f"Arm {arm.name!r} interpolates {arm.interpolate!r}, whose run in {source} is not done. Run that arm first."
-            )
         for scale in arm.scales:
             folder = os.path.join(self.comparison.folder(arm.name, seed), "evaluation", f"scale_{scale:g}")
             self._adapter(source, folder, scale)
@@ -281,18 +362,4 @@ class _Evaluator:
             with rescale_adapter_scale(model, scale) if scale != 1.0 else nullcontext():
                 self._measure(model, folder, adapter, scale)
         finally:
-            self.model = model.unload()
-
-
-def evaluated_folders(folder: str) -> Iterator[tuple[str, str, int, str]]:
-    """`(arm, role, seed, path)` of each evaluation below a comparison's folder; the base is not among them."""
-    for path in sorted(Path(folder).glob("*/seed_*/evaluation/*")):
-        arm, seed = path.parts[-4], int(path.parts[-3].removeprefix("seed_"))
-        yield arm, path.name, seed, str(path)
-
-
-def read_evaluation(folder: str) -> dict:
-    """`text` and `tasks` of one evaluation, as far as they are there."""
-    text = Path(folder, "text.json")
-    tasks = {path.stem: read_json(path) for path in sorted(Path(folder).glob("*.json")) if path != text}
-    return {"text": read_json(text) if text.is_file() else None, "tasks": tasks}
+            self._model = model.unload()

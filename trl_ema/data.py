@@ -110,6 +110,27 @@ def to_prompt_completion(dataset: Dataset | IterableDataset, text_field: str = "
     )
 
 
+def with_prompts(dataset: Dataset) -> Dataset:
+    """
+    Rows with `prompt` and `completion`; of a conversation the last answer is the completion.
+
+    Raises:
+        ValueError: There is no answer to a prompt in the rows.
+    """
+    columns = set(dataset.column_names)
+    if {"prompt", "completion"} <= columns:
+        return dataset
+    key = next((name for name in ("messages", "conversations") if name in columns), None)
+    if key is None or any(row[-1].get("role") != "assistant" or len(row) < 2 for row in dataset[key]):
+        raise ValueError(
+            f"Held-out rows with columns {sorted(columns)} have no prompt and answer to measure by. Expected `prompt` and "
+            "`completion`, or `messages` that end with the assistant's."
+        )
+    return dataset.map(
+        lambda row: {"prompt": row[key][:-1], "completion": row[key][-1:]}, remove_columns=dataset.column_names
+    )
+
+
 class NoSplitError(ValueError):
     """A data set has no split of the name that was asked for."""
 

@@ -1,7 +1,9 @@
 """JSON files that are whole or not there: written under a temporary name, then renamed."""
 
 import json
+import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +38,17 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON; what JSON has no form for becomes its string."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
@@ -44,9 +56,22 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def replace_folder(source: str, target: str) -> None:
+    """Rename the folder `source` to `target`; what is there is moved aside first and removed last."""
+    old = f"{target}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.isdir(target):
+        os.rename(target, old)
+    os.rename(source, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def read_json(path: str | Path) -> Any:
-    """The value in a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """The value in a JSON file. Raises `ValueError`, naming it, if it is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete it, and run what wrote it again.") from error
 
 
 def read_jsonl(path: str | Path) -> list[dict]:

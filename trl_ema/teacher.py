@@ -1,6 +1,7 @@
 """The averaged adapter: a second PEFT adapter on the same base, a copy of the student that follows it."""
 
 import copy
+import hashlib
 import json
 import os
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -16,10 +17,15 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper, Mo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from .files import read_json, write_json
+from .sharding import drop_stale_copy, gather_whole, is_sharded, local_shard, reshard, sum_over_shards, take_shard
+
 
 TEACHER_NAME = "teacher"
-# Float32 averages of those teacher tensors that the model itself must keep in half precision.
-AVERAGES_NAME = "averages.safetensors"
+# Beside the teacher's weights: their checksum, and where in which run they were saved.
+STATE_NAME = "state.json"
+_HALF = (torch.float16, torch.bfloat16)
+_ANOTHER = "Resume from another checkpoint, or start anew from this adapter with `PeftModel.from_pretrained`"
 NO_ADAPTER = (
     "The model has no PEFT adapter to average. Pass `peft_config=LoraConfig(...)` or a `PeftModel`, or use "
     "`teacher='none'`."
@@ -37,7 +43,8 @@ class MeanTeacher:
     factors from zero damps it quadratically. Averages are float32 (float64 for float64 adapters) whatever the
     student's precision, since in bfloat16 a small `(1 − d)·(θ − φ)` rounds to nothing.
 
-    Attach it before Accelerate wraps the model; the constructor does. A frozen teacher over a fresh adapter is the base
+    Attach it before Accelerate wraps the model; the constructor does. Where the wrapper shards the adapter (ZeRO-3, FSDP2)
+    each rank averages its own shard. A frozen teacher over a fresh adapter is the base
     model: then nothing is copied and the adapter is switched off instead (`is_base`).
 
     Args:
@@ -74,7 +81,11 @@ class MeanTeacher:
             if trainable != [name for name, p in model.named_parameters() if p.requires_grad]:
                 raise RuntimeError("Adding the teacher changed which parameters are trained: this needs peft>=0.21.")
         self._slots = [] if self.is_base else [self._slot(name) for name in trainable]
-        self._averages = self._start_averages()
+        self._names = [] if self.is_base else [_twin(name, self._student) for name in trainable]
+        self._keys = self._file_keys()
+        # Float32 averages of those teacher tensors that the model itself must keep in half precision.
+        self._averages: list[torch.Tensor | None] = [None] * len(self._slots)
+        self._start_as_copy()
         self._switches = self._find_switches()
 
     def _add_adapter(self, anchor: float) -> None:
@@ -89,18 +100,13 @@ class MeanTeacher:
 
         Modules, not parameters: sharding replaces the parameters themselves.
         """
-        parts = name.split(".")
-        twin = [TEACHER_NAME if part == self._student else part for part in parts]
+        twin = _twin(name, self._student)
+        (module, _, own), (twins_module, _, twins_own) = name.rpartition("."), twin.rpartition(".")
         try:
-            if parts == twin:
+            if name == twin:
                 raise AttributeError
-            slot = (
-                self.model.get_submodule(".".join(parts[:-1])),
-                parts[-1],
-                self.model.get_submodule(".".join(twin[:-1])),
-                twin[-1],
-            )
-            getattr(slot[2], slot[3])
+            slot = self.model.get_submodule(module), own, self.model.get_submodule(twins_module), twins_own
+            getattr(slot[2], twins_own)
         except AttributeError:
             raise ValueError(
                 f"Parameter {name!r} is trained but belongs to no adapter, so the teacher cannot have its own copy. "
@@ -109,33 +115,58 @@ class MeanTeacher:
             ) from None
         return slot
 
-    def _student_tensors(self) -> list[torch.Tensor]:
-        return [getattr(module, name).detach() for module, name, _, _ in self._slots]
+    def _file_keys(self) -> list[str]:
+        """The name that each parameter of the teacher has in a PEFT file."""
+        if self.is_base:
+            return []
+        numbered = {name: torch.tensor(i) for i, name in enumerate(self._names)}
+        key_of = {id(tensor): key for key, tensor in self._peft_state(numbered).items()}
+        return [key_of[id(number)] for number in numbered.values()]
 
-    def _teacher_tensors(self) -> list[torch.Tensor]:
-        return [getattr(module, name).detach() for _, _, module, name in self._slots]
+    def _peft_state(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What PEFT puts into a file of the teacher whose parameters, by name, are `tensors`."""
+        # PEFT adds the base's embeddings where they were resized; a sharded model has none at hand.
+        sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
+        state = dict(self.model.named_buffers()) if sharded else self.model.state_dict()
+        return get_peft_model_state_dict(
+            self.model,
+            state_dict=state | tensors,
+            adapter_name=TEACHER_NAME,
+            save_embedding_layers=False if sharded else "auto",
+        )
+
+    def _students(self) -> list[torch.Tensor]:
+        return [getattr(module, name) for module, name, _, _ in self._slots]
+
+    def _teachers(self) -> list[torch.Tensor]:
+        return [getattr(module, name) for _, _, module, name in self._slots]
 
     @torch.no_grad()
-    def _start_averages(self) -> list[torch.Tensor | None]:
-        """Copies the student; returns the separate float32 average of each tensor that is in half precision."""
-        averages = []
-        for (_, _, module, name), student in zip(self._slots, self._student_tensors(), strict=True):
-            teacher = getattr(module, name)
+    def _start_as_copy(self) -> None:
+        for teacher, student in zip(self._teachers(), self._students(), strict=True):
             teacher.copy_(student)
-            half = teacher.dtype in (torch.float16, torch.bfloat16)
-            averages.append(student.float() if half else None)
-        return averages
+
+    def _pairs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """This rank's shards of the averages and of the student, in the precision of the averages."""
+        reshard(self.model)
+        averages = self._average_shards()
+        return averages, [local_shard(s).to(a) for s, a in zip(self._students(), averages, strict=True)]
+
+    def _average_shards(self) -> list[torch.Tensor]:
+        """The tensors that hold the average: the teacher's own, or float32 ones beside a teacher in half precision."""
+        shards = [local_shard(teacher) for teacher in self._teachers()]
+        for i, shard in enumerate(shards):
+            if shard.dtype in _HALF:
+                average = self._averages[i]
+                # Before the first update the teacher is a copy of the student: nothing is lost in its precision.
+                self._averages[i] = shard.float() if average is None else average.to(shard.device)
+        return [s if a is None else a for a, s in zip(self._averages, shards, strict=True)]
 
     def _find_switches(self) -> list[tuple[torch.nn.Module, str, object]]:
         """Every (module, attribute, value) that tells the teacher's pass from the student's."""
-        if self.is_base:
-            adapter = [("_disable_adapters", True)]
-        else:
-            adapter = [("_active_adapter", [TEACHER_NAME])]
-        switches = []
+        adapter = ("_disable_adapters", True) if self.is_base else ("_active_adapter", [TEACHER_NAME])
+        switches = _adapter_switches(self.model, *adapter)
         for module in self.model.modules():
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                switches += [(module, key, value) for key, value in adapter]
             if hasattr(module, "gradient_checkpointing"):
                 # Checkpointing saves memory for a backward pass that the teacher does not have.
                 switches.append((module, "gradient_checkpointing", False))
@@ -147,67 +178,78 @@ class MeanTeacher:
     @contextmanager
     def activate(self):
         """Within this context the model computes as the teacher. Restores everything, also after an error."""
-        saved = [(vars(module), key, vars(module).get(key, _MISSING)) for module, key, _ in self._switches]
-        try:
-            for module, key, value in self._switches:
-                vars(module)[key] = value
+        with _switched(self._switches):
             yield
-        finally:
-            for attributes, key, value in saved:
-                if value is _MISSING:
-                    attributes.pop(key, None)
-                else:
-                    attributes[key] = value
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """φ ← decay·φ + (1 − decay)·θ, for all tensors in one fused call."""
-        teachers = self._teacher_tensors()
-        averages = self._averages_on(teachers)
-        students = [s.to(a) for s, a in zip(self._student_tensors(), averages, strict=True)]
+        averages, students = self._pairs()
         torch._foreach_lerp_(averages, students, 1.0 - decay)
-        self._publish(teachers, averages)
+        self._publish()
         self.num_updates += 1
 
-    def _averages_on(self, teachers: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The tensors that hold the average: the teacher's own, or the separate ones, on the teacher's device."""
-        self._averages = [None if a is None else a.to(t.device) for a, t in zip(self._averages, teachers, strict=True)]
-        return [t if a is None else a for a, t in zip(self._averages, teachers, strict=True)]
-
-    def _publish(self, teachers: list[torch.Tensor], averages: list[torch.Tensor]) -> None:
-        for teacher, average in zip(teachers, averages, strict=True):
-            if teacher is not average:
-                teacher.copy_(average)
+    def _publish(self) -> None:
+        """The model computes with the new averages from now on."""
+        for teacher, average in zip(self._teachers(), self._averages, strict=True):
+            if average is not None:
+                local_shard(teacher).copy_(average)
+            drop_stale_copy(teacher)
 
     @torch.no_grad()
     def distance(self) -> float:
-        """‖φ − θ‖ / ‖θ‖ over all averaged tensors; 0 for the base-model teacher, which has none."""
+        """‖φ − θ‖ / ‖θ‖ over all averaged tensors; 0 for the base-model teacher, which has none. Called on all ranks."""
         if self.is_base:
             return 0.0
-        averages = self._averages_on(self._teacher_tensors())
-        students = [s.to(a) for s, a in zip(self._student_tensors(), averages, strict=True)]
-        gap = _norm(torch._foreach_sub(averages, students))
-        return (gap / _norm(students).clamp(min=1e-30)).item()
+        averages, students = self._pairs()
+        gap = self._norm(torch._foreach_sub(averages, students))
+        return gap / max(self._norm(students), 1e-30)
 
-    def save(self, directory: str) -> None:
+    def _norm(self, shards: list[torch.Tensor]) -> float:
+        """L2 norm of all tensors together, over all their shards and devices."""
+        squares: dict[tuple, torch.Tensor] = {}
+        for parameter, norm in zip(self._teachers(), torch._foreach_norm(shards), strict=True):
+            kind = type(parameter), norm.device
+            squares[kind] = squares.get(kind, 0) + norm.double() ** 2
+        owner = {(type(p), s.device): p for p, s in zip(self._teachers(), shards, strict=True)}
+        return sum(sum_over_shards(total, owner[kind]).item() for kind, total in squares.items()) ** 0.5
+
+    @torch.no_grad()
+    def save(self, directory: str, **state) -> None:
         """
-        Complete the `teacher/` folder that PEFT wrote in `directory`: averages finer than the teacher's dtype, and the
-        student's initialization.
+        Write `teacher/` in `directory`, which anyone can load with PEFT: the averages in their own precision, the config,
+        and `state.json` with a checksum, `num_updates` and whatever `state` is given. Called on all ranks; the first writes.
         """
         if self.is_base:
             return
-        # PEFT repeats PiSSA's and the like's change of the base when it loads an adapter: it must know of it.
-        path = os.path.join(directory, TEACHER_NAME, CONFIG_NAME)
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
+        reshard(self.model)
+        writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        tensors = {}
+        for name, average, teacher in zip(self._names, self._average_shards(), self._teachers(), strict=True):
+            whole = gather_whole(average, teacher)
+            if writes:
+                tensors[name] = whole.cpu()
+        if not writes:
+            return
+        folder = os.path.join(directory, TEACHER_NAME)
+        self._write_config(folder)
+        path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        tensors = {key: tensor.contiguous().clone() for key, tensor in self._peft_state(tensors).items()}
+        save_file(tensors, f"{path}.part", metadata={"format": "pt"})
+        os.replace(f"{path}.part", path)
+        state = {"sha256": _sha256(path), "num_updates": self.num_updates, **state}
+        write_json(os.path.join(folder, STATE_NAME), state)
+
+    def _write_config(self, folder: str) -> None:
+        """As PEFT writes it, but for the student's initialization: PEFT repeats PiSSA's change of the base at load."""
+        path = os.path.join(folder, CONFIG_NAME)
+        if not os.path.isfile(path):
+            self.model.peft_config[TEACHER_NAME].save_pretrained(folder)
+        config = read_json(path)
         if "init_lora_weights" in config:
             student: Any = self.model.peft_config[self._student]
             config["init_lora_weights"] = student.init_lora_weights
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(config, file, indent=2, sort_keys=True)
-        averages = {str(i): a.contiguous() for i, a in enumerate(self._averages) if a is not None}
-        if averages:
-            save_file(averages, os.path.join(directory, TEACHER_NAME, AVERAGES_NAME))
+            write_json(path, config)
 
     @torch.no_grad()
     def load(self, directory: str) -> None:
@@ -215,10 +257,14 @@ class MeanTeacher:
         if self.is_base:
             return
         folder = os.path.join(directory, TEACHER_NAME)
-        set_peft_model_state_dict(self.model, load_peft_weights(folder, device="cpu"), adapter_name=TEACHER_NAME)
-        path = os.path.join(folder, AVERAGES_NAME)
-        saved = load_file(path) if any(a is not None for a in self._averages) else {}
-        self._averages = [None if a is None else saved[str(i)].to(a) for i, a in enumerate(self._averages)]
+        tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        reshard(self.model)
+        for i, (key, teacher) in enumerate(zip(self._keys, self._teachers(), strict=True)):
+            part, own = take_shard(tensors[key], teacher), local_shard(teacher)
+            own.copy_(part)
+            self._averages[i] = part.to(own.device).clone() if own.dtype in _HALF else None
+            drop_stale_copy(teacher)
+        self.num_updates = read_json(os.path.join(folder, STATE_NAME))["num_updates"]
 
     def check_checkpoint(self, directory: str) -> None:
         """
@@ -234,14 +280,76 @@ class MeanTeacher:
                 )
             return
         check_adapter_file(self.model, TEACHER_NAME, folder, "Teacher")
-        if any(a is not None for a in self._averages):
-            _read_shapes(os.path.join(folder, AVERAGES_NAME), "Teacher")
+        _check_state(folder)
+
+    def check_origin(self, directory: str, **origin) -> None:
+        """Raises `ValueError` unless the teacher in `directory` was saved with this `origin`, such as its run and step."""
+        if self.is_base:
+            return
+        path = os.path.join(directory, TEACHER_NAME, STATE_NAME)
+        saved = {name: read_json(path).get(name) for name in origin}
+        if saved != origin:
+            raise ValueError(
+                f"Teacher checkpoint {os.path.dirname(path)} belongs to another checkpoint ({saved}) than the student beside "
+                f"it ({origin}). {_ANOTHER}."
+            )
 
 
-def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """L2 norm of all tensors together, which may lie on several devices."""
-    norms = torch._foreach_norm(tensors)
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+def without_adapter(model):
+    """
+    Context in which a `PeftModel` computes as its base, whichever adapter is active; nothing for another model.
+
+    PEFT's `disable_adapter` does the same but flips `requires_grad`, which takes a hundred times longer and which FSDP2 does
+    not bear.
+    """
+    return _switched(_adapter_switches(model, "_disable_adapters", True))
+
+
+def _adapter_switches(model, key: str, value) -> list[tuple[torch.nn.Module, str, object]]:
+    layers = (module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
+    return [(layer, key, value) for layer in layers]
+
+
+@contextmanager
+def _switched(switches: list[tuple[torch.nn.Module, str, object]]):
+    """Sets each (module, attribute, value), and restores everything, also after an error."""
+    saved = [(vars(module), key, vars(module).get(key, _MISSING)) for module, key, _ in switches]
+    try:
+        for module, key, value in switches:
+            vars(module)[key] = value
+        yield
+    finally:
+        for attributes, key, value in saved:
+            if value is _MISSING:
+                attributes.pop(key, None)
+            else:
+                attributes[key] = value
+
+
+def _twin(name: str, student: str) -> str:
+    """The teacher's parameter beside the student's parameter `name`."""
+    return ".".join(TEACHER_NAME if part == student else part for part in name.split("."))
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_state(folder: str) -> None:
+    """Raises `ValueError` unless the teacher's file is the one that was written."""
+    path = os.path.join(folder, STATE_NAME)
+    if not os.path.isfile(path):
+        raise ValueError(f"Teacher checkpoint {path} is missing. {_ANOTHER}.")
+    try:
+        expected = read_json(path)["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"Teacher checkpoint {path} is damaged ({error!r}). {_ANOTHER}.") from error
+    weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if _sha256(weights) != expected:
+        raise ValueError(
+            f"Teacher checkpoint {weights} is damaged (its checksum is not the one in {path}). {_ANOTHER}."
+        )
 
 
 def check_adapter_file(model: PeftModel, adapter_name: str, folder: str, who: str) -> None:
@@ -290,14 +398,13 @@ def _check_same_function(config, folder: str, who: str) -> None:
 
 def _read_shapes(path: str, who: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a safetensors file, from its header."""
-    remedy = "Resume from another checkpoint, or start anew from this adapter with `PeftModel.from_pretrained`"
     if not os.path.isfile(path):
-        raise ValueError(f"{who} checkpoint {path} is missing. {remedy} (or `teacher='none'` if none was trained).")
+        raise ValueError(f"{who} checkpoint {path} is missing. {_ANOTHER} (or `teacher='none'` if none was trained).")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{who} checkpoint {path} is damaged ({error}). {remedy}.") from error
+        raise ValueError(f"{who} checkpoint {path} is damaged ({error}). {_ANOTHER}.") from error
 
 
 def student_name(model: PeftModel) -> str:

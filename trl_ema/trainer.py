@@ -2,8 +2,11 @@
 
 import contextlib
 import itertools
+import logging
 import os
 import shutil
+import signal
+import uuid
 from collections import defaultdict
 from dataclasses import fields
 from typing import Any
@@ -13,22 +16,31 @@ from accelerate.utils import is_peft_model
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .config import MeanTeacherConfig
 from .data import check_columns
-from .files import OutputError, check_output_dir
+from .files import OutputError, check_output_dir, replace_folder
 from .forward import add_mean_teacher_forward, check_head, divergence_mask
 from .losses import IGNORE_INDEX
 from .model_card import write_model_card
 from .schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
-from .teacher import NO_ADAPTER, MeanTeacher, check_adapter, check_adapter_file, student_name
+from .teacher import NO_ADAPTER, TEACHER_NAME, MeanTeacher, check_adapter, check_adapter_file, student_name
 
 
 # Rows of a stream that are read, at most, in search of a label.
 _STREAM_ROWS = 1000
+# A checkpoint that is being written.
+_STAGING = "checkpoint.part"
+_TRAINER_STATE = "trainer_state.json"
+_STATE_KEY = "trl_ema"
+
+
+logger = logging.getLogger(__name__)
 
 
 class EMARegularizedSFTTrainer(SFTTrainer):
@@ -97,12 +109,20 @@ class EMARegularizedSFTTrainer(SFTTrainer):
         self._ema_decay = self._kl_weight = None
         self.model_card_details: dict[str, dict] = {}  # more tables for the model card, by title
         self.last_good_checkpoint = None
+        self.resumed_from = self._staging = None
+        self.run_id = uuid.uuid4().hex  # kept by resumed runs
+        self.stopped_by = 0  # the signal that ended the last training, see `enable_jit_checkpoint`
         self._loss_sums = torch.zeros(4, dtype=torch.float64)  # Σ CE, Σ D and their tokens since the last log
         if args.teacher != "none":
             _refuse_parallelism(self.accelerator.parallelism_config)
             self._attach_teacher()
         _check_free_space(args.output_dir, self.model)
-        self.add_callback(_MeanTeacherCallback(self))
+        if args.enable_jit_checkpoint:
+            theirs = self.pop_callback(JITCheckpointCallback)
+            theirs.on_train_end(args, self.state, self.control)  # gives the signal back
+            self.add_callback(_StopOnSignal(self))
+        # First, so that whatever saves or measures at the end of a step finds the teacher moved.
+        self.callback_handler.callbacks.insert(0, _MeanTeacherCallback(self))
 
     def _attach_teacher(self):
         args = self.args
@@ -234,10 +254,18 @@ class EMARegularizedSFTTrainer(SFTTrainer):
         output.metrics[f"{metric_key_prefix}_teacher_loss"] = teachers.metrics["eval_loss"]
         return output
 
+    @property
+    def wrapper(self):
+        """What DDP, DeepSpeed or FSDP put around the model; `None` where nothing did."""
+        wrapped = self.model_wrapped
+        return wrapped if wrapped is not self.model or self.is_fsdp_enabled else None
+
     # Files
 
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
+        if self.teacher is not None:
+            self.teacher.save(output_dir or self.args.output_dir, run_id=self.run_id, step=self.state.global_step)
         if not _internal_call and self.is_world_process_zero():
             write_model_card(self, output_dir or self.args.output_dir)
 
@@ -246,21 +274,79 @@ class EMARegularizedSFTTrainer(SFTTrainer):
         if self.is_world_process_zero():
             write_model_card(self, self.args.output_dir)
 
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if self.teacher is not None and self.args.should_save:
-            self.teacher.save(output_dir or self.args.output_dir)
+    def _save_checkpoint(self, model, trial):
+        """Written under another name and renamed when it is whole: no checkpoint is ever half there."""
+        run_dir, name = super()._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = os.path.join(run_dir, _STAGING)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        limit, self._staging = self.args.save_total_limit, staging
+        self.args.save_total_limit = None  # older ones go when this one is there
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit, self._staging = limit, None
+        self.accelerator.wait_for_everyone()
+        best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if self.state.best_global_step == self.state.global_step or os.path.isdir(best):
+            self.state.best_model_checkpoint = best
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(staging, name, _TRAINER_STATE))
+            replace_folder(os.path.join(staging, name), os.path.join(run_dir, name))
+            os.rmdir(staging)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(os.path.join(run_dir, name))
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial):
+        return self._staging or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self._staging is not None:
+            return
+        teacher = os.path.join(checkpoint_folder, TEACHER_NAME)
+        if self.is_world_process_zero() and os.path.isdir(teacher):
+            shutil.copytree(teacher, os.path.join(self.args.output_dir, TEACHER_NAME), dirs_exist_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"There is no checkpoint in {self.args.output_dir!r} to resume from. Start without "
+                    "`resume_from_checkpoint`, or give the `output_dir` of the interrupted run."
+                )
+        if resume_from_checkpoint:
+            self._check_checkpoint(resume_from_checkpoint)
+        self.resumed_from = resume_from_checkpoint or None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_checkpoint(self, folder):
+        """Before anything is loaded: that the checkpoint is whole, and of this model."""
+        state = os.path.join(folder, _TRAINER_STATE)
+        if not os.path.isfile(state):
+            raise ValueError(
+                f"{folder!r} is no checkpoint: there is no {_TRAINER_STATE} in it. Give a `checkpoint-*` folder of the run."
+            )
+        if self.teacher is not None:
+            self.teacher.check_checkpoint(folder)
+            saved = TrainerState.load_from_json(state)
+            saved_run = saved.stateful_callbacks.get(_STATE_KEY, {}).get("run_id")
+            self.teacher.check_origin(folder, run_id=saved_run, step=saved.global_step)
+        elif is_peft_model(self.model) and self.model.active_adapters == ["default"]:
+            check_adapter_file(self.model, "default", folder, "Student")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.teacher is not None:
-            self.teacher.check_checkpoint(resume_from_checkpoint)
-        elif is_peft_model(self.model) and self.model.active_adapters == ["default"]:
-            check_adapter_file(self.model, "default", resume_from_checkpoint, "Student")
         with _dtypes_kept(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.teacher is not None:
-            self.teacher.load(resume_from_checkpoint)
-        self.last_good_checkpoint = resume_from_checkpoint
 
     def _load_best_model(self):
         with _dtypes_kept(self.model):
@@ -272,19 +358,23 @@ class EMARegularizedSFTTrainer(SFTTrainer):
 class _MeanTeacherCallback(TrainerCallback):
     """Moves the teacher after each step, and carries what a resumed run must know through `trainer_state.json`."""
 
-    KEY = "trl_ema"
+    KEY = _STATE_KEY
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        if trainer.resumed_from is not None:
+            # Here in every mode: DeepSpeed and FSDP load a checkpoint after they have wrapped the model.
+            trainer.last_good_checkpoint = trainer.resumed_from
+            if trainer.teacher is not None:
+                trainer.teacher.load(trainer.resumed_from)
         saved = state.stateful_callbacks.get(self.KEY)
-        if saved is None:
-            return
-        # TRL starts counting anew at each resume.
-        self.trainer._total_train_tokens = saved["num_tokens"]
-        if self.trainer.teacher is not None:
-            self.trainer.teacher.num_updates = saved["num_updates"]
+        if saved is not None:
+            # TRL starts counting anew at each resume.
+            trainer._total_train_tokens = saved["num_tokens"]
+            trainer.run_id = saved["run_id"]
 
     def on_save(self, args, state, control, model=None, **kwargs):
         # A finite loss can still have had gradients that were not.
@@ -297,9 +387,43 @@ class _MeanTeacherCallback(TrainerCallback):
         if teacher is not None:
             self.trainer.update_teacher()
         state.stateful_callbacks[self.KEY] = {
-            "num_updates": 0 if teacher is None else teacher.num_updates,
+            "run_id": self.trainer.run_id,
             "num_tokens": self.trainer._total_train_tokens,
         }
+
+
+class _StopOnSignal(TrainerCallback):
+    """
+    `enable_jit_checkpoint`: SIGTERM and SIGINT save a checkpoint at the end of the step, and training stops.
+
+    Instead of Transformers' own callback, which knows SIGTERM alone, may save in the middle of a step, before random
+    numbers were used that the resumed run then draws again, and lets each rank stop at a step of its own.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, trainer):
+        self.trainer, self.signal, self._before = trainer, 0, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.signal = self.trainer.stopped_by = 0
+        self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+
+    def _remember(self, number, frame):
+        logger.warning("%s: saving a checkpoint at the end of this step.", signal.Signals(number).name)
+        self.signal = number
+
+    def on_step_end(self, args, state, control, **kwargs):
+        number = torch.tensor(self.signal, device=args.device)
+        # The ranks agree: a signal may have reached one of them, or each at another step.
+        number = int(self.trainer.accelerator.gather(number).max())
+        if number:
+            self.trainer.stopped_by = number
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -16,12 +17,13 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from . import data, offline
 from .config import MeanTeacherConfig
-from .evaluation.drift import DriftCallback, general_rows, measure_drift
+from .evaluation.drift import DriftCallback, general_rows, measure_drift, trainer_batches
 from .evaluation.generation import generate_answers
 from .evaluation.suite import text_of
 from .files import check_output_dir, write_json
 from .model_card import write_model_card
 from .provenance import provenance
+from .teacher import without_adapter
 from .trainer import EMARegularizedSFTTrainer
 
 
@@ -144,15 +146,34 @@ class Measurement:
 
     def __init__(self, trainer: EMARegularizedSFTTrainer, samples: Dataset, tokens: int):
         self.trainer, self.samples, self.tokens = trainer, samples, tokens
+        self.batches = {name: trainer_batches(trainer, rows) for name, rows in trainer.eval_dataset.items()}
 
     def __call__(self, who: str, adapter=nullcontext) -> dict:
         result = {}
-        for name, rows in self.trainer.eval_dataset.items():
-            # Rows of about one length share a batch: less padding.
-            by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-            loader = self.trainer.get_eval_dataloader(rows.select(by_length))
-            result[name] = measure_drift(self.trainer.model, loader, adapter, f"{who}, {name} text")
+        for name, batches in self.batches.items():
+            result[name] = measure_drift(
+                self.trainer.model, batches, adapter, f"{who}, {name} text", self.trainer.wrapper
+            )
         return result
+
+    def models(self) -> tuple[dict, dict[str, list[str]]]:
+        """Figures, and answers, of the model `before`, the `student` and its `teacher`."""
+        model, teacher = self.trainer.model, self.trainer.teacher
+        # The adapter was fresh: without it the model is what it was. And only now is a sharded one ready to compute.
+        adapters = {"before": lambda: without_adapter(model), "student": nullcontext}
+        if teacher is not None and not teacher.is_base:
+            adapters["teacher"] = teacher.activate
+        figures, answers = {}, {}
+        for who, adapter in adapters.items():
+            figures[who] = self(who, adapter)
+            with adapter():
+                answers[who] = self.generate()
+        figures["generations"] = [
+            {"prompt": text_of(row["prompt"]), "reference": text_of(row["completion"])}
+            | {who: texts[i] for who, texts in answers.items()}
+            for i, row in enumerate(self.samples)
+        ]
+        return figures, answers
 
     def generate(self) -> list[str]:
         if not len(self.samples):
@@ -261,25 +282,16 @@ def train(arguments: list[str]) -> None:
     has_prompts = {"prompt", "completion"} <= set(held_out.column_names)
     samples = held_out.select(range(min(args.generations, len(held_out)) if has_prompts else 0))
     measure = Measurement(trainer, samples, args.generation_tokens)
-    if args.measure:
-        say("Measuring the model before training ...")
-        metrics["before"], texts["before"] = measure("before"), measure.generate()
-
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stopped_by:
+        name = signal.Signals(trainer.stopped_by).name
+        say(f"Stopped by {name} after step {trainer.state.global_step}. Go on with `--resume_from_checkpoint true`.")
+        return
     trainer.save_model()
 
     if args.measure:
-        say("Measuring the student and its teacher ...")
-        metrics["student"], texts["student"] = measure("student"), measure.generate()
-        if trainer.teacher is not None and not trainer.teacher.is_base:
-            metrics["teacher"] = measure("teacher", trainer.teacher.activate)
-            with trainer.teacher.activate():
-                texts["teacher"] = measure.generate()
-        metrics["generations"] = [
-            {"prompt": text_of(row["prompt"]), "reference": text_of(row["completion"])}
-            | {who: answers[i] for who, answers in texts.items()}
-            for i, row in enumerate(samples)
-        ]
+        say("Measuring the model as it was before, the student and its teacher ...")
+        metrics, texts = measure.models()
     metrics["log"] = trainer.state.log_history
     metrics["provenance"] = describe_run(trainer, args, model_args) | {
         "wall_seconds": round(time.perf_counter() - start)

