@@ -85,13 +85,20 @@ def with_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
 
 def fingerprint(base: str, adapter: str | None = None, **settings) -> str:
     """
-    Tells one evaluated model from another: base name (and, of a local one, its files), adapter weights and configuration,
-    and `settings` such as the quantization or the scale of the adapter.
+    Tells one evaluated model from another: base (a hub name, or the weights and configuration of a local one, wherever they
+    lie), adapter weights and configuration, and `settings` such as the quantization or the scale of the adapter.
     """
-    # A model that was saved anew in its place is another model.
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(Path(base).glob("*.*"))]
-    digest = hashlib.sha256(repr((base, files, sorted(settings.items()))).encode())
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
+    if os.path.isdir(base):
+        _add_files(digest, base, ("config.json", "*.safetensors", "*.bin"))
+    else:
+        digest.update(base.encode())
     if adapter is not None:
-        for path in sorted(Path(adapter).glob("adapter_*")):
-            digest.update(path.read_bytes())
+        _add_files(digest, adapter, (CONFIG_NAME, "adapter_model.*"))
     return digest.hexdigest()[:16]
+
+
+def _add_files(digest, folder: str, patterns: tuple[str, ...]) -> None:
+    for path in sorted(path for pattern in patterns for path in Path(folder).glob(pattern)):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
