@@ -91,8 +91,11 @@ def _caches(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
+    return make_tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+def make_tiny_folder(folder):
     """A folder with `model`, a tiny random Qwen2 (the study's architecture) with its tokenizer, and `data.jsonl`."""
-    folder = tmp_path_factory.mktemp("tiny")
     size = dict(hidden_size=64, intermediate_size=128, head_dim=16, vocab_size=416, max_position_embeddings=2048)
     tokenizer = qwen2_tokenizer()
     ids = {f"{name}_token_id": tokenizer.eos_token_id for name in ("bos", "eos", "pad")}
