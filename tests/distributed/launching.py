@@ -17,7 +17,7 @@ OPTIONS = {
     "model_name_or_path": "model", "dataset_name": "data.jsonl", "eval_fraction": 0.2, "bf16": False, "max_steps": 6,
     "learning_rate": 2e-2, "report_to": "none", "eval_samples": 6, "generation_tokens": 3, "generations": 2, "max_length": 48,
     "logging_steps": 1, "save_steps": 3, "dtype": "float32", "gradient_checkpointing": False, "ema_half_life": 0.3,
-    "warmup_steps": 0, "lora_r": 4, "lr_scheduler_type": "linear",
+    "warmup_steps": 0, "lora_r": 4, "lora_dropout": 0.0, "lr_scheduler_type": "linear",
 }  # fmt: skip
 GLOBAL_BATCH = 4
 
@@ -28,9 +28,9 @@ def accelerate_config(mode, folder):
     if mode != "one":
         config |= {"num_processes": 2, "mixed_precision": "no"}
     if mode == "ddp":
-        config |= {"distributed_type": "MULTI_CPU", "use_cpu": True}
+        config["use_cpu"] = True
         config.pop("gpu_ids")
-    path = folder / f"{mode}.yaml"
+    path = folder / f"accelerate_{mode}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
 
@@ -39,8 +39,8 @@ def command(mode, folder, output, **changes):
     """Command line and environment of one run of the recipe, in `folder`."""
     ranks = 1 if mode == "one" else 2
     options = OPTIONS | {"per_device_train_batch_size": GLOBAL_BATCH // ranks, "output_dir": output} | changes
-    if "zero" not in mode:  # DeepSpeed chooses its device itself
-        options["use_cpu"] = True
+    # DeepSpeed chooses its device itself; without a GPU accelerate must be told how the ranks talk.
+    options |= {"ddp_backend": "gloo"} if "zero" in mode else {"use_cpu": True}
     (folder / f"{output}.yaml").write_text(yaml.safe_dump(options))
     line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config(mode, folder))]
     line += ["--main_process_port", "0"] if ranks > 1 else []
