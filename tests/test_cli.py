@@ -1,22 +1,65 @@
 """The command `trl-ema`, as users type it."""
 
+import contextlib
+import functools
+import io
+import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
 from conftest import lora
 from peft import get_peft_model
 
+from trl_ema.cli import main
+from trl_ema.evaluation import tasks
 from trl_ema.evaluation.models import load_base
 from trl_ema.files import read_json, read_jsonl
 
 
 def trl_ema(*arguments, check=True, cwd=None):
-    command = [sys.executable, "-m", "trl_ema", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
-    assert done.returncode == 0 or not check, done.stderr[-3000:]
-    return done
+    """What the command does, in this process: a process of its own imports for longer than most of these tests take."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        contextlib.chdir(cwd or os.getcwd()),
+        mock.patch.object(sys, "argv", ["trl-ema", *map(str, arguments)]),
+    ):
+        try:
+            main()
+        except SystemExit as exit:
+            code = exit.code
+            if isinstance(code, str):
+                code = print(code, file=err) or 1
+    assert not code or not check, err.getvalue()[-3000:]
+    return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), err.getvalue())
+
+
+def test_the_command_is_installed():
+    command = [
+        sys.executable,
+        "-m",
+        "trl_ema",
+        "evaluate",
+        "--tasks",
+        "helaswag",
+        "--offline",
+        "true",
+        "--model",
+        "none",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "trl-ema evaluate: There is no task 'helaswag'" in done.stderr
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_manager():
+    """lm-eval reads its thousands of task files once."""
+    with mock.patch.object(tasks, "task_manager", functools.cache(tasks.task_manager)):
+        yield
 
 
 @pytest.fixture(scope="module")

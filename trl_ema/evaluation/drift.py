@@ -155,7 +155,10 @@ def _loss_and_drift(base, labels, inputs: dict, adapter, adapter_off) -> list[to
 
 def trainer_batches(trainer, dataset: Dataset) -> list[dict]:
     """Batches of a trainer's tokenized `dataset`, rows of about one length together, the same on every rank."""
-    rows = [{key: row[key] for key in ("input_ids", "labels")} for row in dataset]
+    columns = [
+        name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names
+    ]  # the last: packed
+    rows = list(dataset.select_columns(columns))
     rows.sort(key=lambda row: len(row["input_ids"]))
     size = trainer.args.per_device_eval_batch_size
     return [trainer.data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
