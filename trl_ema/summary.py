@@ -43,6 +43,7 @@ class _Point:
     options: dict
     folders: dict[int, Path] = field(default_factory=dict)
     scores: dict[str, dict[int, np.ndarray]] = field(default_factory=lambda: defaultdict(dict))
+    pairs: dict[str, dict[int, tuple]] = field(default_factory=lambda: defaultdict(dict))
     losses: dict[int, np.ndarray] = field(default_factory=dict)
     texts: dict[int, dict] = field(default_factory=dict)
 
@@ -51,6 +52,10 @@ class _Point:
         if self.role == "student":
             return self.arm
         return f"{self.arm}, {self.role.replace('scale_', '× ')}"
+
+    def drift(self, text: str, direction: str) -> dict[int, np.ndarray]:
+        """By seed; the same in every resample: its rows are not resampled."""
+        return {seed: np.full(2, found[text][direction]) for seed, found in self.texts.items()}
 
     @property
     def is_control(self) -> bool:
@@ -184,8 +189,9 @@ def _read_points(root: Path, plan: dict, base: _Base) -> tuple[list[_Point], lis
         point.folders[seed], point.texts[seed] = folder, read_json(folder / _TEXT)
         point.losses[seed] = base.mean_loss(point.texts[seed])
         for name in base.tasks:
-            _, scores, _ = paired_scores(base.folder / f"{name}.jsonl", folder / f"{name}.jsonl")
-            point.scores[name][seed] = scores_by_resample(scores, base.weights[name])
+            pair = paired_scores(base.folder / f"{name}.jsonl", folder / f"{name}.jsonl")
+            point.pairs[name][seed] = pair
+            point.scores[name][seed] = scores_by_resample(pair[1], base.weights[name])
     return list(points.values()), missing
 
 
@@ -219,7 +225,7 @@ def _entry(point: _Point, base: _Base, reference: _Point | None) -> dict:
         "domain_gain": interval(_gain, base.losses, point.losses),
         "drift": {
             name: {
-                direction: interval(lambda x: x, {s: np.full(2, t[name][direction]) for s, t in point.texts.items()})
+                direction: interval(lambda x: x, point.drift(name, direction))
                 for direction in ("kl_base_model", "kl_model_base")
             }
             for name in ("domain", "general")
@@ -261,7 +267,7 @@ def _entry(point: _Point, base: _Base, reference: _Point | None) -> dict:
 
 def _task_entry(name: str, point: _Point, base: _Base) -> dict:
     before = base.scores[name]
-    pairs = [paired_scores(base.folder / f"{name}.jsonl", path / f"{name}.jsonl") for path in point.folders.values()]
+    pairs = list(point.pairs[name].values())
     differences = np.mean([np.subtract(after, scores) for scores, after, _ in pairs], axis=0)
     by_subtask: dict[str, list[float]] = defaultdict(list)
     for row, difference in zip(pairs[0][2], differences, strict=True):
@@ -287,11 +293,6 @@ def _front(entries: list[dict]) -> list[int]:
 def _against_controls(points: list[_Point], base: _Base) -> list[dict]:
     """Each point with a teacher against each without: the same questions, rows and seeds, so their noise cancels."""
     names = base.retention_tasks
-
-    def difference(name: str, direction: str, ours: _Point, theirs: _Point) -> dict:
-        drifts = [{s: np.full(2, t[name][direction]) for s, t in p.texts.items()} for p in (ours, theirs)]
-        return interval(np.subtract, *drifts)
-
     return [
         {
             "label": ours.label,
@@ -300,7 +301,7 @@ def _against_controls(points: list[_Point], base: _Base) -> list[dict]:
             "forgetting": interval(_mean_drop, *(p.scores[name] for p in (theirs, ours) for name in names))
             if names
             else None,
-            "drift_general": difference("general", "kl_base_model", ours, theirs),
+            "drift_general": interval(np.subtract, *(p.drift("general", "kl_base_model") for p in (ours, theirs))),
         }
         for ours in points
         if not ours.is_control
