@@ -97,18 +97,20 @@ def evaluate_tasks(
     """
     settings = settings or TaskSettings()
     check_tasks(list(tasks), manager)
-    for name in tasks:
-        check_settings(name, settings, manager)
     model.eval()
-    results = {}
+    results, keys = {}, {name: _key(model_id, name, settings) for name in tasks}
     for name in tasks:
         path = Path(folder, f"{name}.json")
-        key = _key(model_id, name, settings)
         known = read_json(path) if path.is_file() else {}
-        if known.get("key") != key:
-            known = _run(model, tokenizer, name, path, key, manager, settings, batch_size, about)
-        results[name] = known
-    return results
+        if known.get("key") == keys[name]:
+            results[name] = known
+    pending = [name for name in tasks if name not in results]
+    for name in pending:
+        check_settings(name, settings, manager)
+    for name in pending:
+        path = Path(folder, f"{name}.json")
+        results[name] = _run(model, tokenizer, name, path, keys[name], manager, settings, batch_size, about)
+    return {name: results[name] for name in tasks}
 
 
 def check_settings(name: str, settings: TaskSettings, manager) -> None:
