@@ -127,6 +127,23 @@ def test_a_moved_comparison_goes_on(comparison: Comparison, tiny_folder, tmp_pat
     run_comparison(load_comparison(write_plan(tiny_folder), str(tmp_path / "moved")))
 
 
+def test_a_run_kept_without_its_weights_counts_and_is_not_measured_further(
+    comparison: Comparison, tiny_folder, tmp_path
+):
+    folder = tmp_path / "kept"
+    shutil.copytree(comparison.output_dir, folder)
+    for path in (folder / "sft").rglob("adapter_*"):
+        path.unlink()
+    kept = load_comparison(write_plan(tiny_folder), str(folder))
+    run_comparison(kept, arms=["sft"], seeds=[0])
+    assert not summarize_comparison(str(folder))["missing"]
+    shutil.rmtree(folder / "sft_interpolated" / "seed_1" / "evaluation")
+    with pytest.raises(
+        ValueError, match=r"is to be measured, but the run in .*sft/seed_1 was kept without its weights"
+    ):
+        run_comparison(kept)
+
+
 def test_every_figure_of_the_summary_is_the_one_by_hand(comparison: Comparison):
     """Means of the answers in the files, with nothing of the package's own but its reader."""
     root = Path(comparison.output_dir)
@@ -272,8 +289,8 @@ def test_a_report_names_the_parts_that_are_missing(comparison: Comparison, tmp_p
     summary = json.loads((folder / "comparison.json").read_text())
     assert [part.split(" (")[0] for part in summary["missing"]] == [
         "sft, seed 1: student not evaluated whole",
-        "ema, seed 1: not trained",
         "ema, seed 0: teacher not evaluated whole",
+        "ema, seed 1: not trained",
         "sft_interpolated, seed 0: scale_0.5 not evaluated whole",
     ]
     assert "no arc_easy.jsonl)" in summary["missing"][2]

@@ -20,12 +20,12 @@ from peft.helpers import rescale_adapter_scale
 from . import data
 from .evaluation.drift import general_rows
 from .evaluation.generation import PACKAGES as GENERATION_PACKAGES
-from .evaluation.models import fingerprint, load_base, with_adapter
+from .evaluation.models import fingerprint, is_adapter, load_base, with_adapter
 from .evaluation.runner import check_settings
 from .evaluation.suite import Suite, evaluate_model
 from .evaluation.tasks import check_tasks, is_offline, task_manager
 from .extras import require
-from .files import write_json, write_text
+from .files import read_json, write_json, write_text
 from .teacher import TEACHER_NAME
 from .training import load_data, load_tokenizer, parse, quantization, sources
 
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = str(files(__package__) / "configs" / "compare_smollm2.yaml")
 BASE = "base"
+PLAN = "plan.json"
 _KEYS = {"output_dir": str, "training": dict, "arms": dict, "seeds": list, "evaluation": dict}
 # Of a run; the comparison sets them.
 _RESERVED = ("seed", "output_dir", "measure", "resume_from_checkpoint", "eval_samples")
@@ -125,6 +126,27 @@ class Comparison:
         }
         return options | run
 
+    def evaluations(self, arm: Arm, seed: int) -> dict[str, tuple[str, str, float]]:
+        """
+        The ways to use an arm (`"student"`, `"teacher"`, `"scale_0.5"`), and for each the folder of the adapter, the folder of
+        its figures and the adapter's scale.
+        """
+        folder = self.folder(arm.name, seed)
+        if arm.interpolate is None:
+            ways = {"student": (folder, 1.0)}
+            # A frozen teacher is the start, not a result.
+            if self.options(arm, seed).get("teacher", "ema") == "ema":
+                ways["teacher"] = (os.path.join(folder, TEACHER_NAME), 1.0)
+        else:
+            ways = {f"scale_{scale:g}": (self.folder(arm.interpolate, seed), scale) for scale in arm.scales}
+        return {
+            role: (adapter, os.path.join(folder, "evaluation", role), scale) for role, (adapter, scale) in ways.items()
+        }
+
+    def is_trained(self, arm: str, seed: int) -> bool:
+        """Whether this run is done."""
+        return os.path.isfile(os.path.join(self.folder(arm, seed), "metrics.json"))
+
     def trained(self) -> list[Arm]:
         """The arms that are trained, in order."""
         return [arm for arm in self.arms.values() if arm.interpolate is None]
@@ -141,7 +163,24 @@ def load_comparison(path: str, output_dir: str | None = None) -> Comparison:
         ValueError: Unknown keys, an option that `trl-ema train` does not have, an arm that interpolates no trained one.
     """
     with open(path, encoding="utf-8") as file:
-        plan = yaml.safe_load(file) or {}
+        return _comparison(yaml.safe_load(file) or {}, path, output_dir)
+
+
+def kept_comparison(folder: str) -> Comparison:
+    """
+    The plan that [`run_comparison`] wrote into its output folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    path = Path(folder, PLAN)
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no comparison: {path} is missing. Run `trl-ema compare` first.")
+    plan = {key: value for key, value in read_json(path).items() if key in _KEYS}
+    return _comparison(plan, str(path), folder)
+
+
+def _comparison(plan: dict, path: str, output_dir: str | None) -> Comparison:
     unknown = sorted(set(plan) - set(_KEYS)) if isinstance(plan, dict) else [plan]
     if unknown:
         raise ValueError(f"{path} has unknown keys {unknown}; expected some of {list(_KEYS)}.")
@@ -195,26 +234,27 @@ def run_comparison(
     seeds = comparison.seeds if seeds is None else seeds
     chosen = [arm for arm in comparison.arms.values() if arms is None or arm.name in arms]
     for arm in chosen:
-        _check_source(comparison, arm, chosen, seeds)
+        for seed in seeds:
+            _check_source(comparison, arm, chosen, seed)
+            _check_weights(comparison, arm, seed)
     parsed = _write_configs(comparison)
     manager = _checked_tasks(comparison.suite)
     first = next(iter(parsed.values()))
-    write_json(Path(comparison.output_dir, "plan.json"), _plan(comparison, first))
+    write_json(Path(comparison.output_dir, PLAN), _plan(comparison, first))
     evaluator = _Evaluator(comparison, first, manager)
     evaluator.base()
     for seed in seeds:
         # What interpolates comes after what is trained.
         for arm in sorted(chosen, key=lambda arm: arm.interpolate is not None):
-            if arm.interpolate is not None:
-                evaluator.interpolated(arm, seed)
-                continue
-            folder = comparison.folder(arm.name, seed)
-            if not os.path.isfile(os.path.join(folder, "metrics.json")):
+            if arm.interpolate is None and not comparison.is_trained(arm.name, seed):
                 logger.info("Training %s, seed %d", arm.name, seed)
                 evaluator.release()
-                command = [sys.executable, "-m", __package__, "train", "--config", os.path.join(folder, "config.yaml")]
-                subprocess.run(command, check=True)
-            evaluator.run(arm, seed)
+                config = os.path.join(comparison.folder(arm.name, seed), "config.yaml")
+                subprocess.run([sys.executable, "-m", __package__, "train", "--config", config], check=True)
+            for adapter, folder, scale in comparison.evaluations(arm, seed).values():
+                # A run may be kept with its figures and without its weights.
+                if is_adapter(adapter):
+                    evaluator.adapter(adapter, folder, scale)
 
 
 def _write_configs(comparison: Comparison) -> dict:
@@ -260,16 +300,27 @@ def _as_dict(arm: Arm) -> dict:
     return {"interpolate": arm.interpolate, "scales": list(arm.scales)}
 
 
-def _check_source(comparison: Comparison, arm: Arm, chosen: Sequence[Arm], seeds: Sequence[int]) -> None:
+def _check_source(comparison: Comparison, arm: Arm, chosen: Sequence[Arm], seed: int) -> None:
     """Raises `ValueError` if `arm` interpolates a run that is neither done nor to be done before."""
     if arm.interpolate is None or arm.interpolate in [other.name for other in chosen]:
         return
-    for seed in seeds:
-        source = comparison.folder(arm.interpolate, seed)
-        if not os.path.isfile(os.path.join(source, "metrics.json")):
+    if not comparison.is_trained(arm.interpolate, seed):
+        raise ValueError(
+            f"Arm {arm.name!r} interpolates {arm.interpolate!r}, whose run in {comparison.folder(arm.interpolate, seed)} is "
+            f"not done. Run that arm first, or both together: `--arms {arm.interpolate} {arm.name}`."
+        )
+
+
+def _check_weights(comparison: Comparison, arm: Arm, seed: int) -> None:
+    """Raises `ValueError` if a run that is done has still to be evaluated, and its weights are not there."""
+    source = arm.interpolate or arm.name
+    for adapter, folder, _ in comparison.evaluations(arm, seed).values():
+        missing = comparison.suite.missing_files(folder)
+        if comparison.is_trained(source, seed) and not is_adapter(adapter) and missing:
             raise ValueError(
-                f"Arm {arm.name!r} interpolates {arm.interpolate!r}, whose run in {source} is not done. Run that arm first, "
-                f"or both together: `--arms {arm.interpolate} {arm.name}`."
+                f"{missing[0]} is to be measured, but the run in {comparison.folder(source, seed)} was kept without its "
+                f"weights ({adapter} holds no adapter). Delete its metrics.json to train it again, or leave it out by `--arms` "
+                "and `--seeds`."
             )
 
 
@@ -341,22 +392,8 @@ class _Evaluator:
     def base(self) -> None:
         self._measure(self.model, os.path.join(self.comparison.output_dir, BASE))
 
-    def run(self, arm: Arm, seed: int) -> None:
-        """An arm's student, and its teacher where it has one of its own."""
-        folder = self.comparison.folder(arm.name, seed)
-        self._adapter(folder, os.path.join(folder, "evaluation", "student"))
-        # A frozen teacher is the start, not a result.
-        teacher = os.path.join(folder, TEACHER_NAME)
-        if os.path.isdir(teacher) and self.comparison.options(arm, seed).get("teacher", "ema") == "ema":
-            self._adapter(teacher, os.path.join(folder, "evaluation", "teacher"))
-
-    def interpolated(self, arm: Arm, seed: int) -> None:
-        source = self.comparison.folder(str(arm.interpolate), seed)
-        for scale in arm.scales:
-            folder = os.path.join(self.comparison.folder(arm.name, seed), "evaluation", f"scale_{scale:g}")
-            self._adapter(source, folder, scale)
-
-    def _adapter(self, adapter: str, folder: str, scale: float = 1.0) -> None:
+    def adapter(self, adapter: str, folder: str, scale: float = 1.0) -> None:
+        """The base with an adapter, scaled."""
         model = with_adapter(self.model, adapter)
         try:
             with rescale_adapter_scale(model, scale) if scale != 1.0 else nullcontext():

@@ -101,7 +101,7 @@ def _templates():
     environment.filters["figure"] = _figure
     environment.filters["points"] = lambda found: _figure(found and {key: _times_100(found[key]) for key in _BOUNDS}, 1)
     environment.filters["mcnemar"] = lambda tests: "; ".join(
-        f"−{test['lost']} +{test['gained']}, p {test['p_value']:.2f}" for test in tests
+        f"−{test['lost']} +{test['gained']}, p {_p_value(test['p_value'])}" for test in tests
     )
     return environment
 
@@ -121,6 +121,10 @@ def _figure(found: dict | None, digits: int = 3, signed: bool = True, percent: b
     digits = 0 if percent else digits
     mean, low, high = (f"{factor * found[key]:{sign}.{digits}f}" for key in _BOUNDS)
     return f"{mean}{unit}" if _absent(found["low"]) else f"{mean}{unit} ({low} to {high})"
+
+
+def _p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _absent(value) -> bool:

@@ -2,15 +2,15 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from .comparison import BASE
+from .comparison import BASE, PLAN, Arm, Comparison, kept_comparison
 from .evaluation.runner import paired_scores
+from .evaluation.suite import GENERATIONS, TEXT, Suite
 from .files import read_json, read_jsonl
 from .forgetting import (
     forgetting,
@@ -26,8 +26,6 @@ from .forgetting import (
 
 
 CURVES = ("ce_loss", "kl_loss", "kl_weight", "teacher_distance", "drift_domain", "drift_general")
-_TEXT = "text.json"
-_GENERATIONS = "generations.jsonl"
 
 
 @dataclass
@@ -40,7 +38,7 @@ class _Point:
 
     arm: str
     role: str
-    options: dict
+    is_control: bool  # without a teacher: plain SFT, whatever its learning rate or its scale
     folders: dict[int, Path] = field(default_factory=dict)
     scores: dict[str, dict[int, np.ndarray]] = field(default_factory=lambda: defaultdict(dict))
     pairs: dict[str, dict[int, tuple]] = field(default_factory=lambda: defaultdict(dict))
@@ -56,11 +54,6 @@ class _Point:
     def drift(self, text: str, direction: str) -> dict[int, np.ndarray]:
         """By seed; the same in every resample: its rows are not resampled."""
         return {seed: np.full(2, found[text][direction]) for seed, found in self.texts.items()}
-
-    @property
-    def is_control(self) -> bool:
-        """Whether it has no teacher: plain SFT, whatever its learning rate or its scale."""
-        return "interpolate" in self.options or self.options.get("teacher", "ema") == "none"
 
 
 def summarize_comparison(folder: str) -> dict:
@@ -81,31 +74,26 @@ def summarize_comparison(folder: str) -> dict:
         FileNotFoundError: There is no comparison in `folder`, or its base is not evaluated whole.
         ValueError: Two evaluations answered different questions, or a file is damaged.
     """
-    root = Path(folder)
-    if not (root / "plan.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no comparison: {root / 'plan.json'} is missing. Run `trl-ema compare` first."
-        )
-    plan = read_json(root / "plan.json")
-    lacking = _lacking(root / BASE, plan)
+    root, comparison = Path(folder), kept_comparison(folder)
+    lacking = comparison.suite.missing_files(root / BASE)
     if lacking:
         raise FileNotFoundError(
             f"The base model of {folder} is not evaluated whole: {lacking[0]} is missing. Run `trl-ema compare` again; it goes "
             "on where it stopped."
         )
-    base = _Base(root / BASE, plan)
-    points, missing = _read_points(root, plan, base)
-    reference = next((p for p in points if p.options.get("teacher") == "none" and p.role == "student"), None)
+    base = _Base(root / BASE, comparison.suite)
+    points, missing = _read_points(comparison, base)
+    reference = next((point for point in points if point.is_control and point.role == "student"), None)
     entries = [_entry(point, base, reference) for point in points]
     front = _front(entries)
     return {
-        "plan": plan,
+        "plan": read_json(root / PLAN),
         "reference": None if reference is None else reference.label,
         "base": base.entry | {"on_front": len(entries) in front},
         "points": [entry | {"on_front": i in front} for i, entry in enumerate(entries)],
         "against": _against_controls(points, base),
         "missing": missing,
-        "curves": _curves(root, plan),
+        "curves": _curves(root, comparison),
         "provenance": _provenance(root),
     }
 
@@ -113,11 +101,10 @@ def summarize_comparison(folder: str) -> dict:
 class _Base:
     """The base model's answers, and the resamples that every point shares with them."""
 
-    def __init__(self, folder: Path, plan: dict):
-        self.folder, suite = folder, plan["evaluation"]
-        self.retention_tasks = list(suite["retention_tasks"])
-        self.tasks = {name: read_json(folder / f"{name}.json") for name in _tasks(plan)}
-        self.text = read_json(folder / _TEXT)
+    def __init__(self, folder: Path, suite: Suite):
+        self.folder, self.retention_tasks = folder, list(suite.retention_tasks)
+        self.tasks = {name: read_json(folder / f"{name}.json") for name in suite.tasks}
+        self.text = read_json(folder / TEXT)
         rows = {name: read_jsonl(folder / f"{name}.jsonl") for name in self.tasks}
         self.weights = {name: resampling_weights(len(found), seed=i) for i, (name, found) in enumerate(rows.items())}
         self.scores = {
@@ -146,53 +133,36 @@ class _Base:
         return (weights @ sums) / (weights @ tokens)
 
 
-def _tasks(plan: dict) -> list[str]:
-    return [*plan["evaluation"]["retention_tasks"], *plan["evaluation"]["domain_tasks"]]
-
-
-def _lacking(folder: Path, plan: dict) -> list[Path]:
-    """Files of one evaluation that the plan asks for and that are not there."""
-    names = [_TEXT] + [f"{name}.{ending}" for name in _tasks(plan) for ending in ("json", "jsonl")]
-    names += [_GENERATIONS] if plan["evaluation"]["generation_tokens"] else []
-    return [folder / name for name in names if not (folder / name).is_file()]
-
-
-def _roles(options: dict) -> list[str]:
-    if "interpolate" in options:
-        return [f"scale_{scale:g}" for scale in options["scales"]]
-    # A frozen teacher is the start, not a result.
-    return ["student", "teacher"] if options.get("teacher", "ema") == "ema" else ["student"]
-
-
-def _planned(root: Path, plan: dict) -> Iterator[tuple[str, str, int, Path]]:
-    for arm, options in plan["arms"].items():
-        for role in _roles(options):
-            for seed in plan["seeds"]:
-                yield arm, role, seed, root / arm / f"seed_{seed}" / "evaluation" / role
-
-
-def _read_points(root: Path, plan: dict, base: _Base) -> tuple[list[_Point], list[str]]:
+def _read_points(comparison: Comparison, base: _Base) -> tuple[list[_Point], list[str]]:
     points: dict[tuple[str, str], _Point] = {}
     missing = []
-    for arm, role, seed, folder in _planned(root, plan):
-        options = plan["arms"][arm]
-        if "interpolate" not in options and not (folder.parents[1] / "metrics.json").is_file():
-            part = f"{arm}, seed {seed}: not trained ({folder.parents[1] / 'metrics.json'})"
-            missing += [part] if part not in missing else []
+    for arm, seed in product(comparison.arms.values(), comparison.seeds):
+        if arm.interpolate is None and not comparison.is_trained(arm.name, seed):
+            missing.append(f"{arm.name}, seed {seed}: not trained ({comparison.folder(arm.name, seed)})")
             continue
-        lacking = _lacking(folder, plan)
-        if lacking:
-            names = ", ".join(path.name for path in lacking)
-            missing.append(f"{arm}, seed {seed}: {role} not evaluated whole ({folder}: no {names})")
-            continue
-        point = points.setdefault((arm, role), _Point(arm, role, options))
-        point.folders[seed], point.texts[seed] = folder, read_json(folder / _TEXT)
-        point.losses[seed] = base.mean_loss(point.texts[seed])
-        for name in base.tasks:
-            pair = paired_scores(base.folder / f"{name}.jsonl", folder / f"{name}.jsonl")
-            point.pairs[name][seed] = pair
-            point.scores[name][seed] = scores_by_resample(pair[1], base.weights[name])
+        for role, (_, folder, _) in comparison.evaluations(arm, seed).items():
+            lacking = comparison.suite.missing_files(folder)
+            if lacking:
+                names = ", ".join(path.name for path in lacking)
+                missing.append(f"{arm.name}, seed {seed}: {role} not evaluated whole ({folder}: no {names})")
+                continue
+            new = _Point(arm.name, role, _is_control(comparison, arm, seed))
+            _read_evaluation(points.setdefault((arm.name, role), new), seed, Path(folder), base)
     return list(points.values()), missing
+
+
+def _is_control(comparison: Comparison, arm: Arm, seed: int) -> bool:
+    source = comparison.arms[arm.interpolate or arm.name]
+    return comparison.options(source, seed).get("teacher", "ema") == "none"
+
+
+def _read_evaluation(point: _Point, seed: int, folder: Path, base: _Base) -> None:
+    point.folders[seed], point.texts[seed] = folder, read_json(folder / TEXT)
+    point.losses[seed] = base.mean_loss(point.texts[seed])
+    for name in base.tasks:
+        pair = paired_scores(base.folder / f"{name}.jsonl", folder / f"{name}.jsonl")
+        point.pairs[name][seed] = pair
+        point.scores[name][seed] = scores_by_resample(pair[1], base.weights[name])
 
 
 def _gain(base_loss, loss):
@@ -212,10 +182,8 @@ def _retained(base: _Base, point: _Point, names: list[str]) -> list:
 def _entry(point: _Point, base: _Base, reference: _Point | None) -> dict:
     """One row of the summary."""
     texts = list(point.texts.values())
-    names = base.retention_tasks
-    retained = _retained(base, point, names)
     generation = [text["generation"] for text in texts if "generation" in text]
-    entry: dict[str, Any] = {
+    return {
         "arm": point.arm,
         "role": point.role,
         "label": point.label,
@@ -234,35 +202,48 @@ def _entry(point: _Point, base: _Base, reference: _Point | None) -> dict:
         "generation": {key: float(np.mean([found[key] for found in generation])) for key in generation[0]}
         if generation
         else None,
-        "generations": read_jsonl(next(iter(point.folders.values())) / _GENERATIONS)[:5] if generation else [],
+        "generations": read_jsonl(next(iter(point.folders.values())) / GENERATIONS)[:5] if generation else [],
         "tasks": {name: _task_entry(name, point, base) for name in base.tasks},
-        # Mean drop of the score over the retention tasks; positive is forgetting.
-        "forgetting": interval(_mean_drop, *retained) if names else None,
-        "fg_percent": None,
-        "retention": None,
-        "gain_kept": None,
-        "forgetting_avoided": None,
+        **_forgetting_entry(point, base),
+        **_shares_of_reference(point, base, reference),
     }
+
+
+def _forgetting_entry(point: _Point, base: _Base) -> dict:
+    """Over the retention tasks: mean drop of the score (positive is forgetting), Luo et al.'s FG, retention."""
+    names, chosen = base.retention_tasks, base.above_chance
+    scores = _retained(base, point, names)
+    half, above = len(names), len(chosen)
+    chance = [base.tasks[name]["chance"] for name in chosen]
+    return {
+        "forgetting": interval(_mean_drop, *scores) if names else None,
+        "fg_percent": interval(lambda *x: forgetting(x[:half], x[half:]), *scores)
+        if names and all(base.scores[name].all() for name in names)
+        else None,
+        "retention": interval(lambda *x: retention(x[:above], x[above:], chance), *_retained(base, point, chosen))
+        if chosen
+        else None,
+    }
+
+
+def _shares_of_reference(point: _Point, base: _Base, reference: _Point | None) -> dict:
+    """Share of plain SFT's gain that is kept, and of its forgetting that is avoided."""
+    if reference is None:
+        return {"gain_kept": None, "forgetting_avoided": None}
+    names = base.retention_tasks
     half = len(names)
-    if names and all(base.scores[name].all() for name in names):
-        entry["fg_percent"] = interval(lambda *x: forgetting(x[:half], x[half:]), *retained)
-    if base.above_chance:
-        chance = [base.tasks[name]["chance"] for name in base.above_chance]
-        above = len(base.above_chance)
-        entry["retention"] = interval(
-            lambda *x: retention(x[:above], x[above:], chance), *_retained(base, point, base.above_chance)
-        )
-    if reference is not None:
-        entry["gain_kept"] = interval(
+    return {
+        "gain_kept": interval(
             lambda b, ours, theirs: share(b - ours, b - theirs), base.losses, point.losses, reference.losses
+        ),
+        "forgetting_avoided": interval(
+            lambda *x: 1 - share(_mean_drop(*x[: 2 * half]), _mean_drop(*x[:half], *x[2 * half :])),
+            *_retained(base, point, names),
+            *(reference.scores[name] for name in names),
         )
-        if names:
-            entry["forgetting_avoided"] = interval(
-                lambda *x: 1 - share(_mean_drop(*x[: 2 * half]), _mean_drop(*x[:half], *x[2 * half :])),
-                *retained,
-                *(reference.scores[name] for name in names),
-            )
-    return entry
+        if names
+        else None,
+    }
 
 
 def _task_entry(name: str, point: _Point, base: _Base) -> dict:
@@ -310,10 +291,10 @@ def _against_controls(points: list[_Point], base: _Base) -> list[dict]:
     ]
 
 
-def _curves(root: Path, plan: dict) -> dict[str, dict[str, list[list[float]]]]:
+def _curves(root: Path, comparison: Comparison) -> dict[str, dict[str, list[list[float]]]]:
     """For each logged quantity and arm: `[step, mean over seeds]` points."""
     curves: dict[str, dict[str, list[list[float]]]] = {}
-    for arm in plan["arms"]:
+    for arm in comparison.arms:
         values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for path in sorted((root / arm).glob("seed_*/metrics.json")):
             for entry in read_json(path)["log"]:
@@ -331,7 +312,7 @@ def _provenance(root: Path) -> dict[str, list[str]]:
     """Everything that the runs and the evaluations were made with; several values where they differ."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in sorted(
-        [*root.glob("*/seed_*/metrics.json"), *root.glob(f"{BASE}/{_TEXT}"), *root.glob(f"*/seed_*/*/*/{_TEXT}")]
+        [*root.glob("*/seed_*/metrics.json"), *root.glob(f"{BASE}/{TEXT}"), *root.glob(f"*/seed_*/*/*/{TEXT}")]
     ):
         made = read_json(path).get("provenance") or {}
         hardware = made.get("hardware", {})

@@ -17,6 +17,10 @@ from .runner import TaskSettings, evaluate_tasks
 from .tasks import is_offline
 
 
+TEXT = "text.json"
+GENERATIONS = "generations.jsonl"
+
+
 @dataclass(frozen=True)
 class Suite:
     """
@@ -64,6 +68,12 @@ class Suite:
         """Retention and domain tasks together."""
         return self.retention_tasks | self.domain_tasks
 
+    def missing_files(self, folder: str | Path) -> list[Path]:
+        """What [`evaluate_model`] has not written into `folder`; empty if the evaluation there is whole."""
+        names = [TEXT] + [f"{task}.{ending}" for task in self.tasks for ending in ("json", "jsonl")]
+        names += [GENERATIONS] if self.generation_tokens else []
+        return [path for path in (Path(folder, name) for name in names) if not path.is_file()]
+
 
 def _tasks(group: str, tasks) -> dict[str, TaskSettings]:
     known = {f.name for f in fields(TaskSettings)}
@@ -94,7 +104,7 @@ def evaluate_model(
             model, tokenizer, [task], folder, model_id=model_id, manager=manager, settings=settings,
             batch_size=suite.batch_size,
         )  # fmt: skip
-    path = Path(folder, "text.json")
+    path = Path(folder, TEXT)
     key = [model_id, _digest(domain), _digest(general), suite.generation_tokens, suite.max_length]
     if path.is_file() and read_json(path)["key"] == key:
         return
@@ -113,7 +123,7 @@ def evaluate_model(
             {"prompt": text_of(row["prompt"]), "reference": reference, "answer": answer}
             for row, reference, answer in zip(domain, references, answers, strict=True)
         ]
-        write_jsonl(path.with_name("generations.jsonl"), rows)
+        write_jsonl(path.with_name(GENERATIONS), rows)
         result["generation"] = generation_metrics(answers, references)
     write_json(path, result)
 
