@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from .losses import IGNORE_INDEX, LogitTransform, fused_linear_cross_entropy_kl
+from .sharding import whole_weights
 from .teacher import MeanTeacher
 
 
@@ -112,7 +112,7 @@ def add_mean_teacher_forward(model: PreTrainedModel, teacher: MeanTeacher, *, kl
         if own_head[0] is weight:
             own_head = None, None
         labels = labels[:, 1:][mask].to(weight.device)
-        with maybe_gather_lm_head_ctx(weight, bias):
+        with whole_weights(weight, bias, *own_head) as (weight, bias, teacher_weight, teacher_bias):
             fused = fused_linear_cross_entropy_kl(
                 hidden.to(weight.device),
                 teacher_hidden.to(weight.device),
@@ -120,8 +120,8 @@ def add_mean_teacher_forward(model: PreTrainedModel, teacher: MeanTeacher, *, kl
                 labels,
                 kl_weight,
                 bias=bias,
-                teacher_weight=own_head[0],
-                teacher_bias=own_head[1],
+                teacher_weight=teacher_weight,
+                teacher_bias=teacher_bias,
                 transform=transform,
                 **loss_options,
             )

@@ -3,13 +3,16 @@
 An average is elementwise, so each rank averages its own part without a word to the others. Only files need the whole.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 
 # A tensor; under ZeRO-3 with DeepSpeed's own attributes, `ds_tensor` and others.
@@ -19,6 +22,11 @@ Parameter: TypeAlias = Any
 def is_sharded(parameter: Parameter) -> bool:
     """Whether a rank keeps but a part of it."""
     return _is_zero3(parameter) or isinstance(parameter, DTensor)
+
+
+def whole_shape(parameter: Parameter) -> torch.Size:
+    """Of the parameter itself, whichever part of it this rank keeps."""
+    return parameter.ds_shape if _is_zero3(parameter) else parameter.shape
 
 
 def local_shard(parameter: Parameter) -> Tensor:
@@ -61,6 +69,27 @@ def gather_whole(shard: Tensor, parameter: Parameter) -> Tensor:
         whole = DTensor.from_local(shard, mesh, placements, shape=parameter.shape, stride=parameter.stride())
         return whole.full_tensor()
     return shard
+
+
+@contextmanager
+def whole_weights(*parameters: Parameter) -> Iterator[list[Tensor | None]]:
+    """
+    Parameters that are used outside their module's forward, such as the head's in the fused loss: gathered where ZeRO-3 or
+    FSDP2 shards them, each once, `None` as it is. Called on all ranks. Gradients are averaged over the ranks, as both do.
+    """
+    with maybe_gather_lm_head_ctx(*parameters):
+        whole = {id(parameter): _full(parameter) for parameter in parameters}
+        yield [whole[id(parameter)] for parameter in parameters]
+
+
+def _full(parameter: Parameter) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    full = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda gradient: gradient / mesh.size())
+    return full
 
 
 def drop_stale_copy(parameter: Parameter) -> None:

@@ -18,7 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .files import read_json, write_json
-from .sharding import drop_stale_copy, gather_whole, is_sharded, local_shard, reshard, sum_over_shards, take_shard
+from .sharding import (
+    drop_stale_copy,
+    gather_whole,
+    is_sharded,
+    local_shard,
+    reshard,
+    sum_over_shards,
+    take_shard,
+    whole_shape,
+)
 
 
 TEACHER_NAME = "teacher"
@@ -355,12 +364,15 @@ def _check_state(folder: str) -> None:
 def check_adapter_file(model: PeftModel, adapter_name: str, folder: str, who: str) -> None:
     """Raises `ValueError` unless the adapter file in `folder` has the names and shapes of the adapter in `model`."""
     shapes = _read_shapes(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), who)
-    expected = {
-        name: tuple(tensor.shape)
-        for name, tensor in get_peft_model_state_dict(
-            model, adapter_name=adapter_name, save_embedding_layers=False
-        ).items()
-    }
+    parameters = model.named_parameters(remove_duplicate=False)
+    whole = {name: torch.empty(whole_shape(parameter), device="meta") for name, parameter in parameters}
+    state = get_peft_model_state_dict(
+        model,
+        state_dict=dict(model.named_buffers()) | whole,
+        adapter_name=adapter_name,
+        save_embedding_layers=False,
+    )
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     # PEFT adds the base's embeddings to the file of an adapter that targets them.
     embeddings = tuple(f"{name}.weight" for name in EMBEDDING_LAYER_NAMES)
     unexpected = [name for name in shapes if name not in expected and not name.endswith(embeddings)]

@@ -16,12 +16,14 @@ from accelerate.utils import is_peft_model
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
+from . import zero
 from .config import MeanTeacherConfig
 from .data import check_columns
 from .files import OutputError, check_output_dir, replace_folder
@@ -29,6 +31,7 @@ from .forward import add_mean_teacher_forward, check_head, divergence_mask
 from .losses import IGNORE_INDEX
 from .model_card import write_model_card
 from .schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
+from .sharding import gather_whole, local_shard
 from .teacher import NO_ADAPTER, TEACHER_NAME, MeanTeacher, check_adapter, check_adapter_file, student_name
 
 
@@ -110,6 +113,7 @@ class EMARegularizedSFTTrainer(SFTTrainer):
         self.model_card_details: dict[str, dict] = {}  # more tables for the model card, by title
         self.last_good_checkpoint = None
         self.resumed_from = self._staging = None
+        self._optimizer_groups = None  # names of what DeepSpeed flattens
         self.run_id = uuid.uuid4().hex  # kept by resumed runs
         self.stopped_by = 0  # the signal that ended the last training, see `enable_jit_checkpoint`
         self._loss_sums = torch.zeros(4, dtype=torch.float64)  # Σ CE, Σ D and their tokens since the last log
@@ -264,10 +268,19 @@ class EMARegularizedSFTTrainer(SFTTrainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
+        self._save_sharded_student(output_dir)
         if self.teacher is not None:
             self.teacher.save(output_dir or self.args.output_dir, run_id=self.run_id, step=self.state.global_step)
         if not _internal_call and self.is_world_process_zero():
             write_model_card(self, output_dir or self.args.output_dir)
+
+    def _save_sharded_student(self, output_dir):
+        """Transformers writes no adapter where FSDP's checkpoints are by shards: nobody could load the run's result."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
+            return
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._save(output_dir, {name: gather_whole(local_shard(p), p).cpu() for name, p in trained.items()})
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         super().create_model_card(model_name, dataset_name, tags)
@@ -343,6 +356,55 @@ class EMARegularizedSFTTrainer(SFTTrainer):
             self.teacher.check_origin(folder, run_id=saved_run, step=saved.global_step)
         elif is_peft_model(self.model) and self.model.active_adapters == ["default"]:
             check_adapter_file(self.model, "default", folder, "Student")
+        if self._resumes_portably(folder) and not os.path.isfile(os.path.join(folder, OPTIMIZER_NAME)):
+            raise ValueError(
+                f"{folder!r} has no {OPTIMIZER_NAME}, so only as many ranks as wrote it, at the same ZeRO stage, can resume "
+                "from it. Launch as it was launched then."
+            )
+
+    def _zero_stage(self):
+        return self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
+
+    def _resumes_portably(self, folder):
+        """Whether DeepSpeed is, or was, at work, and cannot read `folder` itself: see `zero.py`."""
+        if not self.is_deepspeed_enabled:
+            return zero.is_zero_checkpoint(folder)
+        return not zero.is_readable_by(self._zero_stage(), self.args.world_size, folder)
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        planned = (self.accelerator.state.deepspeed_plugin.deepspeed_config or {}) if self.is_deepspeed_enabled else {}
+        if self._zero_stage() and isinstance(optimizer, torch.optim.Optimizer) and "scheduler" not in planned:
+            self._optimizer_groups = zero.group_names(optimizer, self.model)
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._optimizer_groups is not None:
+            state = zero.optimizer_state_dict(self.model_wrapped, self._optimizer_groups)
+            schedule = zero.schedule_for(len(self._optimizer_groups), self.lr_scheduler.state_dict())
+            if self.args.should_save:
+                torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+                torch.save(schedule, os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or self._optimizer_groups is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        # The optimizer has been loaded, by DeepSpeed or by us.
+        saved = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
+        self.lr_scheduler.load_state_dict(zero.schedule_for(len(self.lr_scheduler.base_lrs), saved))
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        folder = resume_from_checkpoint
+        if folder is None or not (self.is_deepspeed_enabled and self._resumes_portably(folder)):
+            return super()._prepare_for_training(max_steps, train_dataloader, folder)
+        # As without DeepSpeed: the weights before it wraps the model, the optimizer after.
+        self._load_from_checkpoint(folder)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        saved = torch.load(os.path.join(folder, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
+        zero.load_optimizer_state_dict(self.model_wrapped, self._optimizer_groups, saved)
+        self._load_optimizer_and_scheduler(folder)
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with _dtypes_kept(self.model):

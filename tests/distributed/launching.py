@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = {"one": "cpu", "ddp": "ddp", "zero2": "deepspeed_zero2", "zero3": "deepspeed_zero3"}
+CONFIGS = {"one": "cpu", "ddp": "ddp", "zero2": "deepspeed_zero2", "zero3": "deepspeed_zero3", "fsdp2": "fsdp2"}
+CONFIGS["zero3_alone"] = CONFIGS["zero3"]  # on one process
+CONFIGS["fsdp2_sharded"] = CONFIGS["fsdp2"]  # with checkpoints by shards
+RANKS = {mode: 1 if mode in ("one", "zero3_alone") else 2 for mode in CONFIGS}
 OPTIONS = {
     "model_name_or_path": "model", "dataset_name": "data.jsonl", "eval_fraction": 0.2, "bf16": False, "max_steps": 6,
     "learning_rate": 2e-2, "report_to": "none", "eval_samples": 6, "generation_tokens": 3, "generations": 2, "max_length": 48,
@@ -26,10 +29,12 @@ def accelerate_config(mode, folder):
     """The file that users launch with, for two processes on a machine without a GPU."""
     config = yaml.safe_load((ROOT / "accelerate_configs" / f"{CONFIGS[mode]}.yaml").read_text())
     if mode != "one":
-        config |= {"num_processes": 2, "mixed_precision": "no"}
+        config |= {"num_processes": RANKS[mode], "mixed_precision": "no"}
     if mode == "ddp":
         config["use_cpu"] = True
         config.pop("gpu_ids")
+    if mode == "fsdp2_sharded":
+        config["fsdp_config"]["fsdp_state_dict_type"] = "SHARDED_STATE_DICT"
     path = folder / f"accelerate_{mode}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -37,13 +42,14 @@ def accelerate_config(mode, folder):
 
 def command(mode, folder, output, **changes):
     """Command line and environment of one run of the recipe, in `folder`."""
-    ranks = 1 if mode == "one" else 2
+    ranks = RANKS[mode]
     options = OPTIONS | {"per_device_train_batch_size": GLOBAL_BATCH // ranks, "output_dir": output} | changes
-    # DeepSpeed chooses its device itself; without a GPU accelerate must be told how the ranks talk.
-    options |= {"ddp_backend": "gloo"} if "zero" in mode else {"use_cpu": True}
+    # DeepSpeed and FSDP choose their device themselves; without a GPU accelerate must be told how the ranks talk.
+    options |= {"use_cpu": True} if mode in ("one", "ddp") else {"ddp_backend": "gloo"}
     (folder / f"{output}.yaml").write_text(yaml.safe_dump(options))
     line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config(mode, folder))]
-    line += ["--main_process_port", "0"] if ranks > 1 else []
+    line += ["--main_process_port", "0"] if mode != "one" else []
+    line += [str(Path(__file__).with_name("fsdp_on_cpu.py"))] if "fsdp2" in mode else []
     line += [str(ROOT / "recipes" / "medical_ema.py"), "--config", f"{output}.yaml"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"TRL_EMA_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf")}
@@ -67,3 +73,13 @@ def weights(folder, who):
     return load_file(
         folder / "teacher" / "adapter_model.safetensors" if who == "teacher" else folder / "adapter_model.safetensors"
     )
+
+
+def torchrun(script, *arguments):
+    """What two gloo processes of `script`, in this folder, print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += [str(Path(__file__).with_name(script)), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout

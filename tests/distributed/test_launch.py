@@ -37,7 +37,7 @@ def assert_same(folder, other, rtol=0.0, atol=0.0):
             torch.testing.assert_close(ours[name].float(), tensor.float(), rtol=rtol, atol=atol)
 
 
-MODES = ["ddp", "zero2", "zero3"]
+MODES = ["ddp", "zero2", "zero3", "fsdp2", "fsdp2_sharded"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -58,8 +58,11 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(runs, tiny_folder, mode):
     assert_same(resumed, runs(mode))
 
 
-@pytest.mark.parametrize(("before", "after"), [("ddp", "one"), ("one", "ddp")])
-def test_a_checkpoint_resumes_on_another_number_of_processes(runs, tiny_folder, before, after):
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("ddp", "one"), ("one", "ddp"), ("zero2", "one"), ("one", "zero3"), ("zero3", "zero2"), ("zero2", "zero3_alone")],
+)
+def test_a_checkpoint_resumes_under_another_launch(runs, tiny_folder, before, after):
     output = f"{before}_to_{after}"
     launch(after, tiny_folder, output, resume_from_checkpoint=str(runs(before) / "checkpoint-3"), measure=False)
     assert_same(tiny_folder / output, runs("one"), rtol=1e-3, atol=1e-4)

@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..forward import logit_transform
 from ..losses import IGNORE_INDEX, fused_linear_cross_entropy_kl
+from ..sharding import whole_weights
 from ..teacher import without_adapter
 
 
@@ -138,9 +138,9 @@ def _loss_and_drift(base, labels, inputs: dict, adapter, adapter_off) -> list[to
         hidden, weight = base.base_model(**inputs).last_hidden_state[:, :-1], head.weight
     with adapter_off:
         base_hidden, base_weight = base.base_model(**inputs).last_hidden_state[:, :-1], head.weight
-    options = dict(teacher_weight=base_weight, bias=bias, transform=logit_transform(base.config.get_text_config()))
     rows = []
-    with maybe_gather_lm_head_ctx(weight, base_weight, bias):
+    with whole_weights(weight, base_weight, bias) as (weight, base_weight, bias):
+        options = dict(teacher_weight=base_weight, bias=bias, transform=logit_transform(base.config.get_text_config()))
         for states, base_states, targets in zip(hidden, base_hidden, labels, strict=True):
             mask = targets != IGNORE_INDEX
             one, other = [

@@ -1,0 +1,132 @@
+"""
+One rank of `torchrun`: `EMARegularizedSFTTrainer` under DDP against a plain dense trainer under DDP, step by step.
+
+    torchrun --nproc_per_node 2 ddp_worker.py FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from conftest import adapter_weights, config, logged, lora, make_tokenizer, rows, tiny_model
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from trl_ema import EMARegularizedSFTTrainer
+
+
+DECAY, KL_WEIGHT = 0.7, 0.8
+CASES = {
+    "uneven last batches and accumulation": dict(data=11, gradient_accumulation_steps=2, num_train_epochs=2, max_steps=-1),
+    "tokens counted on each rank": dict(average_tokens_across_devices=False, gradient_accumulation_steps=2),
+    "a rank without a label": dict(
+        data="masked", dataset_kwargs={"skip_prepare_dataset": True}, train_sampling_strategy="sequential"
+    ),
+    "checkpointing": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}),
+    "reentrant checkpointing": dict(
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True},
+        ddp_find_unused_parameters=False,  # DDP needs it here, with TRL alone too
+    ),
+    "compiled": dict(torch_compile=True, torch_compile_backend="aot_eager"),
+    "packed": dict(packing=True, per_device_train_batch_size=1),
+}  # fmt: skip
+
+
+class Dense(SFTTrainer):
+    """What a user would write: a second model, all logits, `F.kl_div`, an average by hand."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        with torch.random.fork_rng():  # which orders the rows
+            self.twin = get_peft_model(tiny_model(), lora())
+        self.pairs = list(zip(_trainable(self.twin), _trainable(self.model), strict=True))
+        with torch.no_grad():
+            for twin, own in self.pairs:
+                twin.copy_(own)
+        self.add_callback(_Average(self))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {key: value for key, value in inputs.items() if key != "num_items_in_batch"}
+        labels = F.pad(inputs.pop("labels"), (0, 1), value=-100)[:, 1:]
+        mask = labels != -100
+        logits = model(**inputs, use_cache=False).logits
+        with torch.no_grad():
+            teachers = self.twin(**inputs, use_cache=False).logits
+        ce = F.cross_entropy(logits[mask], labels[mask], reduction="sum")
+        kl = F.kl_div(logits[mask].log_softmax(-1), teachers[mask].log_softmax(-1), log_target=True, reduction="sum")
+        items = mask.sum() if num_items_in_batch is None else num_items_in_batch
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return (ce + KL_WEIGHT * kl) / items * ranks
+
+
+class _Average(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    @torch.no_grad()
+    def on_step_end(self, *args, **kwargs):
+        for twin, own in self.trainer.pairs:
+            twin.lerp_(own, 1 - DECAY)
+
+
+def _trainable(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def masked_rows(tokenizer):
+    """Tokenized rows; the second rank's first batch has no label."""
+    made = []
+    for i, row in enumerate(rows(16)):
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+        prompt = len(tokenizer(row["prompt"])["input_ids"])
+        labels = [-100] * len(ids) if i in (2, 3) else [-100] * prompt + ids[prompt:]
+        made.append({"input_ids": ids, "labels": labels})
+    return Dataset.from_list(made)
+
+
+def run(trainer_class, folder, case, **more):
+    options = dict(per_device_train_batch_size=2, ema_decay=DECAY, ema_warmup=False, kl_weight=KL_WEIGHT) | case | more
+    data, tokenizer = options.pop("data", 16), make_tokenizer()
+    trainer = trainer_class(
+        tiny_model(),
+        args=config(folder, **options),
+        train_dataset=masked_rows(tokenizer) if data == "masked" else rows(data),
+        processing_class=tokenizer,
+        peft_config=lora(),
+    )
+    trainer.train()
+    return trainer
+
+
+def main(folder: str) -> None:
+    for name, case in CASES.items():
+        ours = run(EMARegularizedSFTTrainer, folder, case)
+        dense = run(Dense, folder, {key: value for key, value in case.items() if "compile" not in key}, teacher="none")
+        expected = torch.tensor(logged(dense, "loss"))
+        assert len(expected) >= 4 and logged(ours, "kl_loss")[-1] > 1e-3, name
+        torch.testing.assert_close(torch.tensor(logged(ours, "loss")), expected, rtol=2e-3, atol=2e-4, msg=_named(name))
+        theirs = adapter_weights(dense)
+        for key, weight in adapter_weights(ours).items():
+            torch.testing.assert_close(weight, theirs[key], rtol=5e-3, atol=5e-4, msg=_named(f"{name}, {key}"))
+        twins = [twin for twin, _ in dense.pairs]
+        for teacher, twin in zip(ours.teacher._teachers(), twins, strict=True):
+            torch.testing.assert_close(teacher.data, twin.data, rtol=5e-3, atol=5e-4, msg=_named(f"{name}, teacher"))
+            both = ours.accelerator.gather(teacher.data[None].contiguous())
+            assert torch.equal(both[0], both[1]), name
+        print(f"<{name}> done", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+def _named(name):
+    return lambda text: f"{name}: {text}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,32 @@
+"""
+Runs a script under accelerate's FSDP2 on processes without a GPU.
+
+    torchrun --nproc_per_node 2 fsdp_on_cpu.py SCRIPT ARGUMENTS...
+
+accelerate turns to FSDP only where it finds an accelerator. Here its first state says so of gloo processes; everything that
+follows (sharding, gathering, checkpoints) is accelerate's own and real.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+
+_init = PartialState.__init__
+
+
+def _as_on_accelerators(self, *args, **kwargs):
+    _init(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.NO and self.num_processes > 1:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+
+PartialState.__init__ = _as_on_accelerators
+
+if __name__ == "__main__":
+    sys.argv = sys.argv[1:]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")
