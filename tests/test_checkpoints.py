@@ -4,17 +4,29 @@ import json
 import os
 import shutil
 import signal
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import adapter_weights, logged, rows
+from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from trl_ema.files import replace_folder
+from trl_ema.files import read_json, replace_folder
 
 
 SAVING = dict(save_strategy="steps", save_steps=1)
+
+
+# The first of all checkpoints is the best: losses fall.
+BEST = dict(
+    eval_dataset=rows(5, seed=9), eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+    metric_for_best_model="eval_loss", greater_is_better=True, save_total_limit=1, learning_rate=0.3, **SAVING,
+)  # fmt: skip
 
 
 def folders(path):
@@ -102,12 +114,12 @@ def test_an_interrupted_save_leaves_the_last_checkpoint_and_no_half_one(make_tra
     monkeypatch.setattr(trainer, method, die_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert folders(tmp_path / "out") == ["checkpoint-2", "checkpoint.part"]
+    assert folders(tmp_path / "out") == ["_checkpoint.part", "checkpoint-2"]
     resumed, whole = make_trainer(**SAVING), make_trainer(output_dir=str(tmp_path / "whole"))
     resumed.train(resume_from_checkpoint=True)
     whole.train()
     assert all(torch.equal(w, dict(whole.model.named_parameters())[n]) for n, w in resumed.model.named_parameters())
-    assert "checkpoint.part" not in folders(tmp_path / "out")
+    assert "_checkpoint.part" not in folders(tmp_path / "out")
 
 
 def test_only_as_many_checkpoints_stay_as_asked(make_trainer, tmp_path):
@@ -116,11 +128,7 @@ def test_only_as_many_checkpoints_stay_as_asked(make_trainer, tmp_path):
 
 
 def test_the_best_checkpoint_is_remembered_where_it_lies(make_trainer, tmp_path):
-    options = dict(
-        eval_dataset=rows(5, seed=9), eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
-        metric_for_best_model="eval_loss", greater_is_better=True, save_total_limit=1, learning_rate=0.3, **SAVING,
-    )  # fmt: skip
-    trainer = make_trainer(**options)
+    trainer = make_trainer(**BEST)
     trainer.train()
     for folder in (tmp_path / "out").glob("checkpoint-*"):
         state = json.loads((folder / "trainer_state.json").read_text())
@@ -142,18 +150,85 @@ def test_replacing_a_folder_that_is_not_there_yet(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
-def test_a_pushed_checkpoint_brings_the_teacher_along(make_trainer, tmp_path, monkeypatch):
-    pushed = {}
+class Hub:
+    """Remembers what would have been uploaded."""
 
-    def upload(self, checkpoint_folder):  # transformers' own copies the student into `output_dir` and uploads that
-        pushed[os.path.basename(checkpoint_folder)] = os.path.isfile(tmp_path / "out" / "teacher" / "state.json")
+    def __init__(self):
+        self.pushed = []
 
-    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", upload)
+    def upload_folder(self, *, folder_path, ignore_patterns, **options):
+        folder = Path(folder_path)
+        names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        state = read_json(folder / "teacher" / "state.json")
+        # A copy: the file will be written over.
+        student = {name: tensor.clone() for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+        self.pushed.append((state["step"], student, set(filter_repo_objects(names, ignore_patterns=ignore_patterns))))
+        done = Future()
+        done.set_result(None)
+        return done
+
+
+def test_a_pushed_checkpoint_brings_its_own_teacher_along_and_nothing_half_written(make_trainer, tmp_path, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: hub)
     trainer = make_trainer(**SAVING)
-    trainer.args.push_to_hub = True
+    trainer.args.push_to_hub, trainer.hub_model_id, trainer.push_in_progress = True, "someone/model", None
+    (tmp_path / "out" / "_checkpoint.part" / "checkpoint-9").mkdir(parents=True)
+    (tmp_path / "out" / "_checkpoint.part" / "checkpoint-9" / "half").touch()
     trainer.train()
-    assert pushed == {f"checkpoint-{step}": True for step in (1, 2, 3, 4)}
+    assert [step for step, _, _ in hub.pushed] == [1, 2, 3, 4]
+    for step, student, names in hub.pushed:
+        saved = load_file(tmp_path / "out" / f"checkpoint-{step}" / "adapter_model.safetensors")
+        assert all(torch.equal(student[name], weight) for name, weight in saved.items())
+        assert {"teacher/adapter_model.safetensors", "teacher/adapter_config.json"} <= names
+        assert not any("part" in name for name in names)
     PeftModel.from_pretrained(trainer.model.get_base_model(), tmp_path / "out" / "teacher", adapter_name="other")
+
+
+def test_a_teacher_is_not_pushed_while_an_earlier_push_runs(make_trainer, tmp_path, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: hub)
+    trainer = make_trainer(**SAVING)
+    trainer.args.push_to_hub, trainer.hub_model_id = True, "someone/model"
+    trainer.push_in_progress = SimpleNamespace(is_done=lambda: False, wait_until_done=lambda: None)
+    trainer.train()
+    assert not hub.pushed and not (tmp_path / "out" / "teacher").exists()
+
+
+def test_a_teacher_of_an_earlier_run_in_the_folder_is_replaced(make_trainer, tmp_path):
+    stale = tmp_path / "out" / "teacher"
+    make_trainer(teacher_anchor=0.5).save_model()
+    assert read_json(stale / "adapter_config.json")["lora_alpha"] == 4
+    make_trainer().save_model()
+    assert read_json(stale / "adapter_config.json")["lora_alpha"] == 8
+
+
+@pytest.mark.parametrize("teacher", ["ema", "none"])
+def test_a_run_that_had_ended_is_not_trained_further(make_trainer, tmp_path, teacher):
+    """Three steps are no epoch: nothing but the step count says that it had ended."""
+    make_trainer(max_steps=3, teacher=teacher, **SAVING).train()
+    resumed = make_trainer(max_steps=3, teacher=teacher)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+    saved = load_file(tmp_path / "out" / "checkpoint-3" / "adapter_model.safetensors")
+    resumed.save_model(str(tmp_path / "again"))
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], weight) for name, weight in saved.items())
+    assert teacher == "none" or resumed.teacher.num_updates == 3
+
+
+class Spoil(TrainerCallback):
+    """Damages the best checkpoint's teacher when training is over."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            flip_a_bit(Path(state.best_model_checkpoint, "teacher", WEIGHTS))
+
+
+def test_a_damaged_teacher_of_the_best_checkpoint_is_refused(make_trainer):
+    options = BEST | dict(callbacks=[Spoil()])
+    with pytest.raises(ValueError, match=r"is damaged \(its checksum is not the one in"):
+        make_trainer(**options).train()
 
 
 class Kill(TrainerCallback):
@@ -179,3 +254,25 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_as_if_nothing_had_been(mak
     whole.train()
     assert logged(resumed, "loss") == logged(whole, "loss")
     assert all(torch.equal(w, dict(whole.model.named_parameters())[n]) for n, w in resumed.model.named_parameters())
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_the_checkpoint_of_a_signal_stays_beside_the_best(make_trainer, tmp_path, strategy):
+    options = BEST | dict(save_strategy=strategy, enable_jit_checkpoint=True, callbacks=[Kill(signal.SIGTERM)])
+    stopped = make_trainer(**options)
+    stopped.train()
+    assert stopped.state.global_step == 3
+    assert "checkpoint-3" in folders(tmp_path / "out")
+    assert stopped.teacher.num_updates == 3  # not the best's
+
+
+class Fail(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        raise RuntimeError("something else")
+
+
+def test_signals_are_given_back_after_an_error(make_trainer):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError, match="something else"):
+        make_trainer(enable_jit_checkpoint=True, callbacks=[Fail()]).train()
+    assert signal.getsignal(signal.SIGINT) is before

@@ -89,7 +89,13 @@ def _full(parameter: Parameter) -> Tensor:
     full = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
     if full.requires_grad:
         full.register_hook(lambda gradient: gradient / mesh.size())
-    return full
+    return full.to(mesh.device_type)  # from where parameters are offloaded to
+
+
+def write_whole(parameter: Parameter, whole: Tensor) -> None:
+    """This rank's part of `whole`, which every rank has, into its part of `parameter`. No communication."""
+    local_shard(parameter).copy_(take_shard(whole, parameter))
+    drop_stale_copy(parameter)
 
 
 def drop_stale_copy(parameter: Parameter) -> None:

@@ -1,6 +1,7 @@
 """The averaged adapter: a second PEFT adapter on the same base, a copy of the student that follows it."""
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -91,7 +92,7 @@ class MeanTeacher:
                 raise RuntimeError("Adding the teacher changed which parameters are trained: this needs peft>=0.21.")
         self._slots = [] if self.is_base else [self._slot(name) for name in trainable]
         self._names = [] if self.is_base else [_twin(name, self._student) for name in trainable]
-        self._keys = self._file_keys()
+        self._keys = adapter_keys(model, TEACHER_NAME, self._names)
         # Float32 averages of those teacher tensors that the model itself must keep in half precision.
         self._averages: list[torch.Tensor | None] = [None] * len(self._slots)
         self._start_as_copy()
@@ -123,14 +124,6 @@ class MeanTeacher:
                 "frozen; or use `teacher='none'`."
             ) from None
         return slot
-
-    def _file_keys(self) -> list[str]:
-        """The name that each parameter of the teacher has in a PEFT file."""
-        if self.is_base:
-            return []
-        numbered = {name: torch.tensor(i) for i, name in enumerate(self._names)}
-        key_of = {id(tensor): key for key, tensor in self._peft_state(numbered).items()}
-        return [key_of[id(number)] for number in numbered.values()]
 
     def _peft_state(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What PEFT puts into a file of the teacher whose parameters, by name, are `tensors`."""
@@ -223,16 +216,23 @@ class MeanTeacher:
         owner = {(type(p), s.device): p for p, s in zip(self._teachers(), shards, strict=True)}
         return sum(sum_over_shards(total, owner[kind]).item() for kind, total in squares.items()) ** 0.5
 
+    @contextmanager
+    def hidden(self):
+        """Within this context `save_pretrained` of the model saves the student alone."""
+        student_alone = functools.partial(self.model.save_pretrained, selected_adapters=[self._student])
+        with _switched([(self.model, "save_pretrained", student_alone)]):
+            yield
+
     @torch.no_grad()
-    def save(self, directory: str, **state) -> None:
+    def save(self, directory: str, *, writes: bool = True, **state) -> None:
         """
         Write `teacher/` in `directory`, which anyone can load with PEFT: the averages in their own precision, the config,
-        and `state.json` with a checksum, `num_updates` and whatever `state` is given. Called on all ranks; the first writes.
+        and `state.json` with a checksum, `num_updates` and whatever `state` is given. Called on all ranks, of which those
+        write that are told to.
         """
         if self.is_base:
             return
         reshard(self.model)
-        writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         tensors = {}
         for name, average, teacher in zip(self._names, self._average_shards(), self._teachers(), strict=True):
             whole = gather_whole(average, teacher)
@@ -252,8 +252,7 @@ class MeanTeacher:
     def _write_config(self, folder: str) -> None:
         """As PEFT writes it, but for the student's initialization: PEFT repeats PiSSA's change of the base at load."""
         path = os.path.join(folder, CONFIG_NAME)
-        if not os.path.isfile(path):
-            self.model.peft_config[TEACHER_NAME].save_pretrained(folder)
+        self.model.peft_config[TEACHER_NAME].save_pretrained(folder)
         config = read_json(path)
         if "init_lora_weights" in config:
             student: Any = self.model.peft_config[self._student]
@@ -359,6 +358,28 @@ def _check_state(folder: str) -> None:
         raise ValueError(
             f"Teacher checkpoint {weights} is damaged (its checksum is not the one in {path}). {_ANOTHER}."
         )
+
+
+def adapter_keys(model: PeftModel, adapter_name: str, names: list[str]) -> list[str]:
+    """The name that each of an adapter's parameters, given by `names`, has in a PEFT file."""
+    if not names:
+        return []
+    numbered = {name: torch.tensor(i) for i, name in enumerate(names)}
+    state = get_peft_model_state_dict(
+        model,
+        state_dict=dict(model.named_buffers()) | numbered,
+        adapter_name=adapter_name,
+        save_embedding_layers=False,
+    )
+    key_of = {id(tensor): key for key, tensor in state.items()}
+    return [key_of[id(number)] for number in numbered.values()]
+
+
+def read_student(model: PeftModel, folder: str) -> dict[str, torch.Tensor]:
+    """The trained tensors in the adapter file of `folder`, by the names of the parameters they belong to."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+    return {name: tensors[key] for name, key in zip(names, adapter_keys(model, "default", names), strict=True)}
 
 
 def check_adapter_file(model: PeftModel, adapter_name: str, folder: str, who: str) -> None:

@@ -1,52 +1,42 @@
 """`EMARegularizedSFTTrainer`: TRL's `SFTTrainer` with a mean teacher wired in."""
 
-import contextlib
 import itertools
 import logging
 import os
 import shutil
-import signal
-import uuid
 from collections import defaultdict
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, IterableDataset
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainerCallback
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from . import zero
+from .checkpoints import STATE_KEY, CheckpointMixin, changed
 from .config import MeanTeacherConfig
 from .data import check_columns
-from .files import OutputError, check_output_dir, replace_folder
+from .files import OutputError, check_output_dir
 from .forward import add_mean_teacher_forward, check_head, divergence_mask
 from .losses import IGNORE_INDEX
-from .model_card import write_model_card
 from .schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
-from .sharding import gather_whole, local_shard
-from .teacher import NO_ADAPTER, TEACHER_NAME, MeanTeacher, check_adapter, check_adapter_file, student_name
+from .sharding import local_shard
+from .teacher import NO_ADAPTER, MeanTeacher, check_adapter, student_name
 
 
 # Rows of a stream that are read, at most, in search of a label.
 _STREAM_ROWS = 1000
-# A checkpoint that is being written.
-_STAGING = "checkpoint.part"
-_TRAINER_STATE = "trainer_state.json"
-_STATE_KEY = "trl_ema"
 
 
 logger = logging.getLogger(__name__)
 
 
-class EMARegularizedSFTTrainer(SFTTrainer):
+class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
     """
     [`~trl.SFTTrainer`] whose student is held back by a mean teacher.
 
@@ -111,20 +101,14 @@ class EMARegularizedSFTTrainer(SFTTrainer):
         self._kl_tokens_in_batch = None
         self._ema_decay = self._kl_weight = None
         self.model_card_details: dict[str, dict] = {}  # more tables for the model card, by title
-        self.last_good_checkpoint = None
-        self.resumed_from = self._staging = None
-        self._optimizer_groups = None  # names of what DeepSpeed flattens
-        self.run_id = uuid.uuid4().hex  # kept by resumed runs
-        self.stopped_by = 0  # the signal that ended the last training, see `enable_jit_checkpoint`
         self._loss_sums = torch.zeros(4, dtype=torch.float64)  # Σ CE, Σ D and their tokens since the last log
         if args.teacher != "none":
             _refuse_parallelism(self.accelerator.parallelism_config)
+            _refuse_nvme(self.accelerator)
             self._attach_teacher()
         _check_free_space(args.output_dir, self.model)
-        if args.enable_jit_checkpoint:
-            theirs = self.pop_callback(JITCheckpointCallback)
-            theirs.on_train_end(args, self.state, self.control)  # gives the signal back
-            self.add_callback(_StopOnSignal(self))
+        self._init_checkpoints()
+        _keep_float32_outputs(self.accelerator)
         # First, so that whatever saves or measures at the end of a step finds the teacher moved.
         self.callback_handler.callbacks.insert(0, _MeanTeacherCallback(self))
 
@@ -158,8 +142,16 @@ class EMARegularizedSFTTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # An evaluation is the student's, as SFT would report it.
-        if self.teacher is None or not self.model.training:
+        if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.teacher is None:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        else:
+            loss = self._loss_with_teacher(model, inputs, num_items_in_batch)
+        self._check_finite(loss)
+        return loss
+
+    def _loss_with_teacher(self, model, inputs, num_items_in_batch):
         kl_weight = self._kl_weight = self.current_kl_weight()
         if self.args.kl_tokens == "all":
             # TRL divides by the labelled tokens, the divergence is a mean over its own.
@@ -167,7 +159,8 @@ class EMARegularizedSFTTrainer(SFTTrainer):
             if num_labels is None:  # then TRL divides by those of this batch alone
                 num_labels = divergence_mask("loss", **inputs).sum()
                 num_kl = divergence_mask("all", **inputs).sum()
-            kl_weight = kl_weight * torch.as_tensor(num_labels).clamp(min=1) / num_kl.clamp(min=1)
+            # A number: FSDP2 casts tensors to its own precision on the way in.
+            kl_weight = float(kl_weight * torch.as_tensor(num_labels).clamp(min=1) / num_kl.clamp(min=1))
         outputs = None
 
         def student_and_teacher(**inputs):
@@ -175,40 +168,29 @@ class EMARegularizedSFTTrainer(SFTTrainer):
             outputs = model(**inputs, kl_weight=kl_weight)
             return outputs
 
-        with self._loss_type_done():
+        # The fused loss has weighted each token already (DFT): TRL only has to sum and normalize.
+        with changed(self.args, loss_type="nll"):
             loss = super().compute_loss(student_and_teacher, inputs, num_items_in_batch=num_items_in_batch)
-        self._record(outputs)
+        sums = torch.stack([outputs.ce_loss, outputs.kl_loss, outputs.label_mask, outputs.kl_mask])
+        self._loss_sums = self._loss_sums.to(sums.device) + sums.double()
         return loss
-
-    @contextlib.contextmanager
-    def _loss_type_done(self):
-        """The fused loss has weighted each token already (DFT): TRL only has to sum and normalize."""
-        loss_type, self.args.loss_type = self.args.loss_type, "nll"
-        try:
-            yield
-        finally:
-            self.args.loss_type = loss_type
-
-    def _record(self, outputs):
-        sums = torch.stack([outputs.ce_loss, outputs.kl_loss, outputs.label_mask, outputs.kl_mask]).float()
-        self._loss_sums += self.accelerator.gather(sums).view(-1, 4).cpu().double().sum(0)
 
     def current_kl_weight(self) -> float:
         """λ at the current step, after its ramp."""
         ramp_steps = self.args.kl_warmup_ratio * self.state.max_steps
         return self.args.kl_weight * sigmoid_ramp(self.state.global_step, ramp_steps)
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        if self.args.stop_on_nonfinite_loss and not self.accelerator.gather(loss).isfinite().all():
-            last = self.last_good_checkpoint
-            resume = f"The last good checkpoint is {last}" if last else "There is no good checkpoint of this run yet"
-            raise FloatingPointError(
-                f"The loss of step {self.state.global_step + 1} is {loss.item()}; the model was not updated with it. "
-                f"{resume}. Lower `learning_rate` or `kl_weight`, or look at the data of this step; "
-                "`stop_on_nonfinite_loss=False` goes on regardless."
-            )
-        return loss
+    def _check_finite(self, loss):
+        """Before the backward pass, in which DeepSpeed takes its step. The ranks stop together."""
+        if not self.args.stop_on_nonfinite_loss or self.accelerator.gather(loss.detach()).isfinite().all():
+            return
+        last = self.last_good_checkpoint
+        resume = f"The last good checkpoint is {last}" if last else "There is no good checkpoint of this run yet"
+        raise FloatingPointError(
+            f"The loss of step {self.state.global_step + 1} is {loss.item()}; the model was not updated with it. "
+            f"{resume}. Lower `learning_rate` or `kl_weight`, or look at the data of this step; "
+            "`stop_on_nonfinite_loss=False` goes on regardless."
+        )
 
     # The average
 
@@ -232,7 +214,8 @@ class EMARegularizedSFTTrainer(SFTTrainer):
     def log(self, logs, start_time=None):
         if self.teacher is not None and self.model.training and "loss" in logs:
             metrics = self._metrics["train"]
-            ce, kl, num_labels, num_kl = self._loss_sums.tolist()
+            sums = self.accelerator.gather(self._loss_sums.to(self.args.device)).view(-1, 4).sum(0)
+            ce, kl, num_labels, num_kl = sums.tolist()
             metrics["ce_loss"], metrics["kl_loss"] = [ce / max(num_labels, 1)], [kl / max(num_kl, 1)]
             self._loss_sums.zero_()
             metrics["kl_weight"] = [self._kl_weight]
@@ -264,169 +247,18 @@ class EMARegularizedSFTTrainer(SFTTrainer):
         wrapped = self.model_wrapped
         return wrapped if wrapped is not self.model or self.is_fsdp_enabled else None
 
-    # Files
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        super().save_model(output_dir, _internal_call)
-        self._save_sharded_student(output_dir)
-        if self.teacher is not None:
-            self.teacher.save(output_dir or self.args.output_dir, run_id=self.run_id, step=self.state.global_step)
-        if not _internal_call and self.is_world_process_zero():
-            write_model_card(self, output_dir or self.args.output_dir)
-
-    def _save_sharded_student(self, output_dir):
-        """Transformers writes no adapter where FSDP's checkpoints are by shards: nobody could load the run's result."""
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
-            return
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self._save(output_dir, {name: gather_whole(local_shard(p), p).cpu() for name, p in trained.items()})
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        super().create_model_card(model_name, dataset_name, tags)
-        if self.is_world_process_zero():
-            write_model_card(self, self.args.output_dir)
-
-    def _save_checkpoint(self, model, trial):
-        """Written under another name and renamed when it is whole: no checkpoint is ever half there."""
-        run_dir, name = super()._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staging = os.path.join(run_dir, _STAGING)
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        limit, self._staging = self.args.save_total_limit, staging
-        self.args.save_total_limit = None  # older ones go when this one is there
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit, self._staging = limit, None
-        self.accelerator.wait_for_everyone()
-        best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-        if self.state.best_global_step == self.state.global_step or os.path.isdir(best):
-            self.state.best_model_checkpoint = best
-        if self.args.should_save:
-            self.state.save_to_json(os.path.join(staging, name, _TRAINER_STATE))
-            replace_folder(os.path.join(staging, name), os.path.join(run_dir, name))
-            os.rmdir(staging)
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(os.path.join(run_dir, name))
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        self.accelerator.wait_for_everyone()
-
-    def _get_output_dir(self, trial):
-        return self._staging or super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        if self._staging is not None:
-            return
-        teacher = os.path.join(checkpoint_folder, TEACHER_NAME)
-        if self.is_world_process_zero() and os.path.isdir(teacher):
-            shutil.copytree(teacher, os.path.join(self.args.output_dir, TEACHER_NAME), dirs_exist_ok=True)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"There is no checkpoint in {self.args.output_dir!r} to resume from. Start without "
-                    "`resume_from_checkpoint`, or give the `output_dir` of the interrupted run."
-                )
-        if resume_from_checkpoint:
-            self._check_checkpoint(resume_from_checkpoint)
-        self.resumed_from = resume_from_checkpoint or None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _check_checkpoint(self, folder):
-        """Before anything is loaded: that the checkpoint is whole, and of this model."""
-        state = os.path.join(folder, _TRAINER_STATE)
-        if not os.path.isfile(state):
-            raise ValueError(
-                f"{folder!r} is no checkpoint: there is no {_TRAINER_STATE} in it. Give a `checkpoint-*` folder of the run."
-            )
-        if self.teacher is not None:
-            self.teacher.check_checkpoint(folder)
-            saved = TrainerState.load_from_json(state)
-            saved_run = saved.stateful_callbacks.get(_STATE_KEY, {}).get("run_id")
-            self.teacher.check_origin(folder, run_id=saved_run, step=saved.global_step)
-        elif is_peft_model(self.model) and self.model.active_adapters == ["default"]:
-            check_adapter_file(self.model, "default", folder, "Student")
-        if self._resumes_portably(folder) and not os.path.isfile(os.path.join(folder, OPTIMIZER_NAME)):
-            raise ValueError(
-                f"{folder!r} has no {OPTIMIZER_NAME}, so only as many ranks as wrote it, at the same ZeRO stage, can resume "
-                "from it. Launch as it was launched then."
-            )
-
-    def _zero_stage(self):
-        return self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
-
-    def _resumes_portably(self, folder):
-        """Whether DeepSpeed is, or was, at work, and cannot read `folder` itself: see `zero.py`."""
-        if not self.is_deepspeed_enabled:
-            return zero.is_zero_checkpoint(folder)
-        return not zero.is_readable_by(self._zero_stage(), self.args.world_size, folder)
-
-    def create_optimizer(self, *args, **kwargs):
-        optimizer = super().create_optimizer(*args, **kwargs)
-        planned = (self.accelerator.state.deepspeed_plugin.deepspeed_config or {}) if self.is_deepspeed_enabled else {}
-        if self._zero_stage() and isinstance(optimizer, torch.optim.Optimizer) and "scheduler" not in planned:
-            self._optimizer_groups = zero.group_names(optimizer, self.model)
-        return optimizer
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._optimizer_groups is not None:
-            state = zero.optimizer_state_dict(self.model_wrapped, self._optimizer_groups)
-            schedule = zero.schedule_for(len(self._optimizer_groups), self.lr_scheduler.state_dict())
-            if self.args.should_save:
-                torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
-                torch.save(schedule, os.path.join(output_dir, SCHEDULER_NAME))
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None or self._optimizer_groups is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        # The optimizer has been loaded, by DeepSpeed or by us.
-        saved = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
-        self.lr_scheduler.load_state_dict(zero.schedule_for(len(self.lr_scheduler.base_lrs), saved))
-
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        folder = resume_from_checkpoint
-        if folder is None or not (self.is_deepspeed_enabled and self._resumes_portably(folder)):
-            return super()._prepare_for_training(max_steps, train_dataloader, folder)
-        # As without DeepSpeed: the weights before it wraps the model, the optimizer after.
-        self._load_from_checkpoint(folder)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        saved = torch.load(os.path.join(folder, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
-        zero.load_optimizer_state_dict(self.model_wrapped, self._optimizer_groups, saved)
-        self._load_optimizer_and_scheduler(folder)
-        return prepared
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with _dtypes_kept(self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self):
-        with _dtypes_kept(self.model):
-            super()._load_best_model()
-        if self.teacher is not None:
-            self.teacher.load(self.state.best_model_checkpoint)
-
 
 class _MeanTeacherCallback(TrainerCallback):
     """Moves the teacher after each step, and carries what a resumed run must know through `trainer_state.json`."""
 
-    KEY = _STATE_KEY
+    KEY = STATE_KEY
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
+        trainer._loss_sums.zero_()
         if trainer.resumed_from is not None:
             # Here in every mode: DeepSpeed and FSDP load a checkpoint after they have wrapped the model.
             trainer.last_good_checkpoint = trainer.resumed_from
@@ -439,8 +271,9 @@ class _MeanTeacherCallback(TrainerCallback):
             trainer.run_id = saved["run_id"]
 
     def on_save(self, args, state, control, model=None, **kwargs):
-        # A finite loss can still have had gradients that were not.
-        if all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+        # A finite loss can still have had gradients that were not. Each rank looks at its own shards.
+        finite = all(local_shard(p).isfinite().all() for p in model.parameters() if p.requires_grad)
+        if self.trainer.accelerator.gather(torch.tensor(finite, device=args.device)).all():
             folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             self.trainer.last_good_checkpoint = os.path.join(args.output_dir, folder)
 
@@ -452,50 +285,6 @@ class _MeanTeacherCallback(TrainerCallback):
             "run_id": self.trainer.run_id,
             "num_tokens": self.trainer._total_train_tokens,
         }
-
-
-class _StopOnSignal(TrainerCallback):
-    """
-    `enable_jit_checkpoint`: SIGTERM and SIGINT save a checkpoint at the end of the step, and training stops.
-
-    Instead of Transformers' own callback, which knows SIGTERM alone, may save in the middle of a step, before random
-    numbers were used that the resumed run then draws again, and lets each rank stop at a step of its own.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self, trainer):
-        self.trainer, self.signal, self._before = trainer, 0, {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.signal = self.trainer.stopped_by = 0
-        self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
-
-    def _remember(self, number, frame):
-        logger.warning("%s: saving a checkpoint at the end of this step.", signal.Signals(number).name)
-        self.signal = number
-
-    def on_step_end(self, args, state, control, **kwargs):
-        number = torch.tensor(self.signal, device=args.device)
-        # The ranks agree: a signal may have reached one of them, or each at another step.
-        number = int(self.trainer.accelerator.gather(number).max())
-        if number:
-            self.trainer.stopped_by = number
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _dtypes_kept(model):
-    """PEFT upcasts an adapter when it loads it; TRL trains 4-bit models' adapters in bfloat16."""
-    before = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
-    yield
-    for name, dtype in before.items():
-        parameter = model.get_parameter(name)  # PEFT may have put a new one there
-        parameter.data = parameter.data.to(dtype)
 
 
 def _keep_4bit_layers_trainable(model) -> None:
@@ -520,6 +309,15 @@ def _keep_float32_adapter(model, args) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+
+
+def _keep_float32_outputs(accelerator) -> None:
+    """
+    Accelerate has FSDP2 cast all that a forward returns to bfloat16 or float16: here sums of losses, which do not bear it.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def _as_mean_teacher_config(args, model) -> MeanTeacherConfig:
@@ -575,6 +373,16 @@ def _refuse_parallelism(config) -> None:
                 f"{what.capitalize()} parallelism (`{name}_size={getattr(config, f'{name}_size')}`) is not supported with "
                 f"a teacher. Set `{name}_size=1` and shard with DDP, FSDP2 or DeepSpeed, or use `teacher='none'`."
             )
+
+
+def _refuse_nvme(accelerator) -> None:
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    offload = plugin.deepspeed_config.get("zero_optimization", {}).get("offload_param") if plugin is not None else None
+    if offload and offload.get("device") == "nvme":
+        raise ValueError(
+            "DeepSpeed's `offload_param` is set to `nvme`, where no rank has its shard of the teacher at hand. Offload to the "
+            "CPU (`offload_param_device: cpu`), or use `teacher='none'`."
+        )
 
 
 def _columns(dataset) -> set[str]:

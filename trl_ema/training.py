@@ -240,6 +240,8 @@ def make_trainer(args: TrainingScriptArguments, training_args: MeanTeacherConfig
     if model_args.lora_target_modules is None:
         model_args.lora_target_modules = "all-linear"
     model_args.use_peft = True
+    if training_args.metric_for_best_model in ("loss", "eval_loss"):  # of two sets that are evaluated
+        training_args.metric_for_best_model = "eval_domain_loss"
     with data.hub_errors("model", model_name):
         trainer = EMARegularizedSFTTrainer(
             model_name,

@@ -9,26 +9,31 @@ true`, until it ends. Prints a JSON line for each run.
 """
 
 import argparse
+import contextlib
 import json
-import os
 import random
-import signal
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from conftest import make_tiny_folder  # noqa: E402
-from launching import command, launch, weights  # noqa: E402
+from launching import CONFIGS, command, launch, weights  # noqa: E402
 
 
-RUN = dict(max_steps=24, save_steps=1, save_total_limit=2, measure=False, generations=0)
+RUN = dict(
+    max_steps=24, save_steps=1, save_total_limit=2, measure=False, generations=0, eval_strategy="no",
+    load_best_model_at_end=False,
+)  # fmt: skip
+STAGING = "_checkpoint.part"
 
 
 def disturbed(mode: str, folder: Path, output: str, seconds: float, kills: int, dice: random.Random) -> dict:
@@ -37,27 +42,50 @@ def disturbed(mode: str, folder: Path, output: str, seconds: float, kills: int, 
     moments, starts = [], 0
     while True:
         starts += 1
+        shutil.rmtree(
+            folder / output / STAGING, ignore_errors=True
+        )  # of an earlier kill: it tells where this one falls
         process = subprocess.Popen(
-            line, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
+            line, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         try:
             # The first half of a start is imports; most of what can be lost comes later.
             patience = dice.uniform(0.4, 1.1) * seconds if len(moments) < kills else None
             _, errors = process.communicate(timeout=patience)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            moments.append(_moment(folder / output))
+            one_rank = mode != "one" and dice.random() < 0.5
+            kill(process, dice if one_rank else None)
+            moments.append(_moment(folder / output) + (", one rank first" if one_rank else ""))
             continue
         if process.returncode == 0:
             return {"mode": mode, "kills": moments, "starts": starts}
         raise RuntimeError(f"The run did not resume:\n{errors[-4000:]}")
 
 
+def kill(process: subprocess.Popen, dice: random.Random | None) -> None:
+    """
+    SIGKILL to the launcher and to its ranks, which lead sessions of their own. With `dice` to one rank alone, and to the
+    others when they have had a second to go on without it.
+    """
+    launcher = psutil.Process(process.pid)
+    family = [*launcher.children(recursive=True), launcher]
+    if dice is not None and len(family) > 1:
+        _kill(dice.choice(family[:-1]))
+        time.sleep(1)
+    for member in family:
+        _kill(member)
+    process.communicate()
+    psutil.wait_procs(family)
+
+
+def _kill(member: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        member.kill()
+
+
 def _moment(output: Path) -> str:
     steps = [int(path.name.split("-")[1]) for path in output.glob("checkpoint-*") if path.name[-1].isdigit()]
-    where = "in a save" if (output / "checkpoint.part").exists() else "between saves"
+    where = "in a save" if (output / STAGING).exists() else "between saves"
     return f"after step {max(steps, default=0)}, {where}"
 
 
@@ -74,7 +102,7 @@ def differences(one: Path, other: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=12, help="for each mode")
-    parser.add_argument("--modes", nargs="+", default=["one", "ddp", "zero3"], choices=["one", "ddp", "zero2", "zero3"])
+    parser.add_argument("--modes", nargs="+", default=["one", "ddp", "zero3"], choices=list(CONFIGS))
     parser.add_argument("--kills_per_run", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -85,12 +113,13 @@ def main() -> None:
             start = time.perf_counter()
             whole = launch(mode, folder, f"{mode}_whole", **RUN)
             seconds = time.perf_counter() - start
-            kills = 0
+            kills = runs = 0
             while kills < args.kills:
-                output = f"{mode}_{kills}"
+                runs += 1
+                output = f"{mode}_{runs}"
                 run = disturbed(mode, folder, output, seconds, min(args.kills_per_run, args.kills - kills), dice)
                 run["tensors_that_differ"] = differences(folder / output, whole)
-                kills += max(1, len(run["kills"]))
+                kills += len(run["kills"])
                 total += len(run["kills"])
                 different += bool(run["tensors_that_differ"])
                 print(json.dumps(run), flush=True)

@@ -19,8 +19,11 @@ RANKS = {mode: 1 if mode in ("one", "zero3_alone") else 2 for mode in CONFIGS}
 OPTIONS = {
     "model_name_or_path": "model", "dataset_name": "data.jsonl", "eval_fraction": 0.2, "bf16": False, "max_steps": 6,
     "learning_rate": 2e-2, "report_to": "none", "eval_samples": 6, "generation_tokens": 3, "generations": 2, "max_length": 48,
-    "logging_steps": 1, "save_steps": 3, "dtype": "float32", "gradient_checkpointing": False, "ema_half_life": 0.3,
-    "warmup_steps": 0, "lora_r": 4, "lora_dropout": 0.0, "lr_scheduler_type": "linear",
+    "logging_steps": 1, "save_steps": 3, "dtype": "float32", "ema_half_life": 0.3, "warmup_steps": 0, "lora_r": 4,
+    "lora_dropout": 0.0, "lr_scheduler_type": "linear",
+    # Whatever is harder with several ranks
+    "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "lora_modules_to_save": ["lm_head"],
+    "eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "save_total_limit": 2,
 }  # fmt: skip
 GLOBAL_BATCH = 4
 
@@ -43,7 +46,7 @@ def accelerate_config(mode, folder):
 def command(mode, folder, output, **changes):
     """Command line and environment of one run of the recipe, in `folder`."""
     ranks = RANKS[mode]
-    options = OPTIONS | {"per_device_train_batch_size": GLOBAL_BATCH // ranks, "output_dir": output} | changes
+    options = OPTIONS | {"per_device_train_batch_size": GLOBAL_BATCH // 2 // ranks, "output_dir": output} | changes
     # DeepSpeed and FSDP choose their device themselves; without a GPU accelerate must be told how the ranks talk.
     options |= {"use_cpu": True} if mode in ("one", "ddp") else {"ddp_backend": "gloo"}
     (folder / f"{output}.yaml").write_text(yaml.safe_dump(options))

@@ -60,9 +60,32 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(runs, tiny_folder, mode):
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("ddp", "one"), ("one", "ddp"), ("zero2", "one"), ("one", "zero3"), ("zero3", "zero2"), ("zero2", "zero3_alone")],
+    [
+        ("ddp", "one"),
+        ("one", "ddp"),
+        ("zero2", "one"),
+        ("one", "zero3"),
+        ("zero3", "zero2"),
+        ("zero2", "zero3_alone"),
+        ("fsdp2", "one"),
+        ("one", "fsdp2"),
+        ("zero2", "fsdp2_sharded"),
+    ],
 )
 def test_a_checkpoint_resumes_under_another_launch(runs, tiny_folder, before, after):
     output = f"{before}_to_{after}"
     launch(after, tiny_folder, output, resume_from_checkpoint=str(runs(before) / "checkpoint-3"), measure=False)
     assert_same(tiny_folder / output, runs("one"), rtol=1e-3, atol=1e-4)
+
+
+def test_fsdp2_in_bfloat16_keeps_its_figures_in_float32(tiny_folder):
+    """Accelerate has FSDP2 cast what a forward returns; sums of losses and counts of tokens do not bear it."""
+    ours, one = (launch(mode, tiny_folder, f"{mode}_bf16", bf16=True, dtype="bfloat16") for mode in ("fsdp2", "one"))
+    for key in ("loss", "ce_loss", "kl_loss"):
+        found = logged(ours, key)
+        torch.testing.assert_close(found, logged(one, key), rtol=0.05, atol=0.02)
+        assert key == "loss" or not torch.equal(found, found.bfloat16().double())
+    figures = [json.loads((folder / "metrics.json").read_text()) for folder in (ours, one)]
+    for group in ("domain", "general"):
+        assert figures[0]["student"][group]["tokens"] == figures[1]["student"][group]["tokens"]
+        assert figures[0]["before"][group]["loss"] == pytest.approx(figures[1]["before"][group]["loss"], rel=1e-3)
