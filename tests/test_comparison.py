@@ -291,9 +291,9 @@ def test_a_report_names_the_parts_that_are_missing(comparison: Comparison, tmp_p
         "sft, seed 1: student not evaluated whole",
         "ema, seed 0: teacher not evaluated whole",
         "ema, seed 1: not trained",
-        "sft_interpolated, seed 0: scale_0.5 not evaluated whole",
+        "sft_interpolated, seed 0: scale_0.5 not evaluated",
     ]
-    assert "no arc_easy.jsonl)" in summary["missing"][2]
+    assert "no arc_easy.jsonl)" in summary["missing"][1]
     assert "Missing: ema, seed 1: not trained" in caplog.text
     assert "ema, seed 1: not trained" in (folder / "report.html").read_text()
     # Half an evaluation is no point: its mean would be over other tasks. And every row says how many seeds it has.

@@ -78,8 +78,16 @@ def whole_weights(*parameters: Parameter) -> Iterator[list[Tensor | None]]:
     FSDP2 shards them, each once, `None` as it is. Called on all ranks. Gradients are averaged over the ranks, as both do.
     """
     with maybe_gather_lm_head_ctx(*parameters):
-        whole = {id(parameter): _full(parameter) for parameter in parameters}
-        yield [whole[id(parameter)] for parameter in parameters]
+        if any(isinstance(parameter, DTensor) for parameter in parameters):
+            yield _gathered_once(parameters)
+        else:
+            yield list(parameters)
+
+
+@torch.compiler.disable
+def _gathered_once(parameters: tuple[Parameter, ...]) -> list[Tensor | None]:
+    whole = {id(parameter): _full(parameter) for parameter in parameters}
+    return [whole[id(parameter)] for parameter in parameters]
 
 
 def _full(parameter: Parameter) -> Tensor:

@@ -1,6 +1,7 @@
 """The figures of a comparison: every way to use every arm, against the base, against plain SFT and against each other."""
 
 import math
+import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import product
@@ -144,7 +145,8 @@ def _read_points(comparison: Comparison, base: _Base) -> tuple[list[_Point], lis
             lacking = comparison.suite.missing_files(folder)
             if lacking:
                 names = ", ".join(path.name for path in lacking)
-                missing.append(f"{arm.name}, seed {seed}: {role} not evaluated whole ({folder}: no {names})")
+                what = f"not evaluated whole ({folder}: no {names})" if os.path.isdir(folder) else "not evaluated"
+                missing.append(f"{arm.name}, seed {seed}: {role} {what}")
                 continue
             new = _Point(arm.name, role, _is_control(comparison, arm, seed))
             _read_evaluation(points.setdefault((arm.name, role), new), seed, Path(folder), base)

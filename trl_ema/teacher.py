@@ -128,13 +128,11 @@ class MeanTeacher:
     def _peft_state(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What PEFT puts into a file of the teacher whose parameters, by name, are `tensors`."""
         # PEFT adds the base's embeddings where they were resized; a sharded model has none at hand.
-        sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
-        state = dict(self.model.named_buffers()) if sharded else self.model.state_dict()
         return get_peft_model_state_dict(
             self.model,
-            state_dict=state | tensors,
+            state_dict=_state_at_hand(self.model) | tensors,
             adapter_name=TEACHER_NAME,
-            save_embedding_layers=False if sharded else "auto",
+            save_embedding_layers=False if _any_sharded(self.model) else "auto",
         )
 
     def _students(self) -> list[torch.Tensor]:
@@ -360,6 +358,15 @@ def _check_state(folder: str) -> None:
         )
 
 
+def _any_sharded(model) -> bool:
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def _state_at_hand(model) -> dict[str, torch.Tensor]:
+    """The model's state without communication: of a sharded model the buffers alone."""
+    return dict(model.named_buffers()) if _any_sharded(model) else model.state_dict()
+
+
 def adapter_keys(model: PeftModel, adapter_name: str, names: list[str]) -> list[str]:
     """The name that each of an adapter's parameters, given by `names`, has in a PEFT file."""
     if not names:
@@ -367,7 +374,7 @@ def adapter_keys(model: PeftModel, adapter_name: str, names: list[str]) -> list[
     numbered = {name: torch.tensor(i) for i, name in enumerate(names)}
     state = get_peft_model_state_dict(
         model,
-        state_dict=dict(model.named_buffers()) | numbered,
+        state_dict=_state_at_hand(model) | numbered,
         adapter_name=adapter_name,
         save_embedding_layers=False,
     )
@@ -389,7 +396,7 @@ def check_adapter_file(model: PeftModel, adapter_name: str, folder: str, who: st
     whole = {name: torch.empty(whole_shape(parameter), device="meta") for name, parameter in parameters}
     state = get_peft_model_state_dict(
         model,
-        state_dict=dict(model.named_buffers()) | whole,
+        state_dict=_state_at_hand(model) | whole,
         adapter_name=adapter_name,
         save_embedding_layers=False,
     )
