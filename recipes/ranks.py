@@ -37,8 +37,6 @@ class Sizes:
         base (`float`): Frozen weights.
         adapter (`float`): Trained weights.
         base_bytes, adapter_bytes (`int`): 2 for bfloat16, 4 for float32.
-        master (`bool`): DeepSpeed keeps float32 weights beside trained ones in half precision, and its own flat copy beside
-            float32 ones at stage 2.
     """
 
     base: float
@@ -268,17 +266,15 @@ def _elements(shape) -> int:
 
 def measure() -> None:
     """Every mode and teacher, against the formulas, as a Markdown table."""
+    print("MiB of each rank, counted and by formula\n")
     print("| | teacher | base | student | optimizer | teacher | sent per step |\n|---|---|---|---|---|---|---|")
     for mode in MODES:
         for teacher in TEACHERS:
             found = _launch(mode, teacher)
             sizes = Sizes(found["base"], found["adapter"], base_bytes=4, adapter_bytes=4)
             expected = memory(mode, teacher, sizes, RANKS) | {"sent": sent(mode, teacher, sizes, RANKS)}
-            cells = [
-                f"{value / 2**20:.2f} ({expected[key] / 2**20:.2f})"
-                for key, value in (found["memory"] | {"sent": found["sent"]}).items()
-                for key in [key]
-            ]
+            counted = found["memory"] | {"sent": found["sent"]}
+            cells = [f"{counted[key] / 2**20:.2f} ({expected[key] / 2**20:.2f})" for key in expected]
             print(f"| {mode} | {teacher} | {' | '.join(cells)} |", flush=True)
 
 
