@@ -31,50 +31,92 @@ STEPS = 2  # that are profiled
 @dataclass(frozen=True)
 class Sizes:
     """
-    Elements, and bytes of one.
+    A model in elements.
 
     Args:
-        base (`float`): Frozen weights.
-        adapter (`float`): Trained weights.
-        base_bytes, adapter_bytes (`int`): 2 for bfloat16, 4 for float32.
+        layers (`float`): Frozen weights of all the layers.
+        embedding (`float`): Of the input embedding.
+        head (`float`): Of the output embedding and the last norm; next to nothing where the head is the embedding.
+        adapter (`float`): Trained weights, all of them in the layers.
+        depth (`int`): Number of layers.
     """
 
-    base: float
+    layers: float
+    embedding: float
+    head: float
     adapter: float
-    base_bytes: int = 2
-    adapter_bytes: int = 2
+    depth: int
 
 
-def memory(mode: str, teacher: str, sizes: Sizes, ranks: int) -> dict[str, float]:
-    """Bytes on each rank that stay between steps."""
-    everything = 1 / ranks if mode in ("zero3", "fsdp2") else 1.0
-    optimizer = 1.0 if mode == "ddp" else 1 / ranks
-    half = sizes.adapter_bytes == 2
-    # DeepSpeed trains a float32 copy; at stage 3 a float32 model is that copy itself.
-    master = 4 * sizes.adapter if mode == "zero2" or (mode == "zero3" and half) else 0.0
-    # A frozen teacher over a fresh adapter is the base: nothing is kept.
-    average = 0.0
-    if teacher == "ema":  # in float32, and where the model is in half precision its own copy of it
-        average = (4 + (sizes.adapter_bytes if half else 0)) * sizes.adapter
+@dataclass(frozen=True)
+class Bytes:
+    """Of one element: frozen layers, the embeddings, the student, its float32 copy, what is sent, the teacher."""
+
+    layers: float
+    outer: float
+    student: int
+    copy: int
+    sent: int
+    teacher: int
+
+
+# NF4 with double quantization: 4 bits, an 8-bit scale for 64 weights, a float32 for 256 scales.
+NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+# What the launch configs do with a bfloat16 model. Adapters are float32 in PEFT, bfloat16 over 4-bit weights in TRL; DeepSpeed
+# makes everything bfloat16 and trains a float32 copy. A teacher in bfloat16 has its average in float32 beside it.
+BFLOAT16 = {
+    "ddp": Bytes(2, 2, student=4, copy=0, sent=4, teacher=4),
+    "ddp, NF4": Bytes(NF4, 2, student=2, copy=0, sent=2, teacher=2 + 4),
+    "zero2": Bytes(2, 2, student=2, copy=4, sent=2, teacher=2 + 4),
+    "zero3": Bytes(2, 2, student=2, copy=4, sent=2, teacher=2 + 4),
+    "fsdp2": Bytes(2, 2, student=4, copy=0, sent=2, teacher=4),
+}
+# At stage 3 a float32 model is DeepSpeed's float32 copy itself.
+FLOAT32 = {mode: Bytes(4, 4, student=4, copy=4 if mode == "zero2" else 0, sent=4, teacher=4) for mode in MODES}
+
+
+def memory(mode: str, teacher: str, n: Sizes, b: Bytes, ranks: int) -> dict[str, float]:
+    """
+    Bytes on each rank that stay between steps: with s = 1 where weights are whole and 1 / ranks where they are sharded,
+
+        base       s · (layers + embeddings)
+        student    s · adapter
+        optimizer  s · (Adam's two moments and DeepSpeed's float32 copy), also 1 / ranks at stage 2
+        teacher    s · adapter in float32 (and once more in the model's own precision) when it is an average, else nothing
+    """
+    weights = 1 / ranks if mode in ("zero3", "fsdp2") else 1.0
+    states = 1.0 if mode.startswith("ddp") else 1 / ranks
+    moments = 2 * (4 if mode.startswith("zero") else b.student)
     return {
-        "base": sizes.base_bytes * sizes.base * everything,
-        "student": sizes.adapter_bytes * sizes.adapter * everything,
-        "optimizer": (2 * (4 if mode.startswith("zero") else sizes.adapter_bytes) * sizes.adapter + master) * optimizer,
-        "teacher": average * everything,
+        "base": weights * (b.layers * n.layers + b.outer * (n.embedding + n.head)),
+        "student": weights * b.student * n.adapter,
+        "optimizer": states * (moments + b.copy) * n.adapter,
+        # A frozen teacher over a fresh adapter is the base: nothing is kept.
+        "teacher": weights * b.teacher * n.adapter * (teacher == "ema"),
     }
 
 
-def sent(mode: str, teacher: str, sizes: Sizes, ranks: int) -> float:
-    """Bytes that each rank sends in a step of one micro-batch, without gradient checkpointing."""
-    share = (ranks - 1) / ranks
-    trained = sizes.adapter_bytes * sizes.adapter
-    whole = sizes.base_bytes * sizes.base + trained
-    if mode == "ddp":
-        return share * 2 * trained
-    if mode == "zero2":  # gradients are scattered (all-reduced in DeepSpeed's default), new weights gathered
-        return share * 3 * trained
-    passes = 2 if teacher == "none" else 3  # forward and backward gather every weight; so does the teacher's forward
-    return share * (passes * whole + trained)
+def sent(mode: str, teacher: str, n: Sizes, b: Bytes, ranks: int) -> float:
+    """
+    Bytes that each rank sends in a step of one micro-batch, without gradient checkpointing, by rings: (ranks − 1) / ranks of
+
+        DDP    2 · adapter: the gradients are all-reduced
+        ZeRO-2 3 · adapter: the gradients are all-reduced, the new weights gathered
+        ZeRO-3 2 · (layers + adapter) + embeddings + adapter: forward and backward gather, the gradients are scattered;
+               a teacher's pass adds layers + embedding, and its adapter when it is an average
+        FSDP2  as ZeRO-3, but a layer's student and teacher are always gathered together, the embeddings once for both
+               passes, and one layer is fetched once too often where backward begins
+    """
+    share = (ranks - 1) / ranks * b.sent
+    if not mode.startswith(("zero3", "fsdp2")):
+        return share * n.adapter * (3 if mode == "zero2" else 2)
+    copied, passes = teacher == "ema", 0 if teacher == "none" else 1
+    outer = n.embedding + n.head
+    if mode == "zero3":
+        teachers_pass = passes * (n.layers + n.embedding + copied * n.adapter)
+        return share * (2 * (n.layers + n.adapter) + outer + teachers_pass + n.adapter)
+    group = n.layers + n.adapter * (1 + copied)
+    return share * ((2 + passes) * group + passes * group / n.depth + outer + n.adapter)
 
 
 # Measured
@@ -96,7 +138,7 @@ def worker(mode: str, teacher: str, output: str) -> None:
         trace = Path(folder, f"trace_{dist.get_rank()}.json")
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-        found = {"memory": held(), "sent": sum(map(_ring_bytes, events)) / STEPS} | _sizes(model)
+        found = {"memory": held(), "sent": sum(map(_ring_bytes, events)) / STEPS, "sizes": _sizes(model)}
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(found))
     dist.barrier()
@@ -134,11 +176,10 @@ def _trained_by_trainer(mode: str, teacher: str, folder: str):
     from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
 
     stage = {"zero2": 2, "zero3": 3}.get(mode)
-    options: dict = {"ddp_find_unused_parameters": False} if stage is None else {"deepspeed": _deepspeed(stage)}
     args = MeanTeacherConfig(
         folder, teacher=teacher, per_device_train_batch_size=1, max_steps=STEPS + 1, bf16=False, ddp_backend="gloo",
         report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
-        use_cpu=stage is None, **options,
+        use_cpu=stage is None, ddp_find_unused_parameters=False,
     )  # fmt: skip
     rows = [{key: value[0].tolist() for key, value in _batch().items()} for _ in range(8)]
     tokenizer = PreTrainedTokenizerFast(
@@ -170,9 +211,13 @@ def _trained_by_trainer(mode: str, teacher: str, folder: str):
     return trainer.model, held, step
 
 
+_BUFFERS = ("param_persistence_threshold", "max_reuse_distance", "max_live_parameters", "prefetch_bucket_size")
+
+
 def _deepspeed(stage: int) -> dict:
     return {
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        # As of a model that is large beside DeepSpeed's buffers: every weight is sharded, fetched and given back.
+        "zero_optimization": {"stage": stage} | {f"stage3_{name}": 0 for name in _BUFFERS},
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "zero_allow_untested_optimizer": True,
@@ -230,11 +275,14 @@ def _held(model, teacher, optimizer, flats) -> dict[str, int]:
 
 
 def _sizes(model) -> dict[str, int]:
-    whole = {True: 0, False: 0}
+    """The fields of [`Sizes`]."""
+    found = {"layers": 0, "embedding": 0, "head": 0, "adapter": 0, "depth": model.config.num_hidden_layers}
     for name, parameter in model.named_parameters():
         if ".teacher." not in name:
-            whole[parameter.requires_grad] += getattr(parameter, "ds_numel", None) or parameter.numel()
-    return {"base": whole[False], "adapter": whole[True]}
+            frozen = "layers" if ".layers." in name else "embedding" if "embed_tokens" in name else "head"
+            key = "adapter" if parameter.requires_grad else frozen
+            found[key] += getattr(parameter, "ds_numel", None) or parameter.numel()
+    return found
 
 
 def _ring_bytes(event: dict) -> float:
@@ -264,15 +312,15 @@ def _elements(shape) -> int:
     return count
 
 
-def measure() -> None:
+def measure(modes: list[str]) -> None:
     """Every mode and teacher, against the formulas, as a Markdown table."""
     print("MiB of each rank, counted and by formula\n")
     print("| | teacher | base | student | optimizer | teacher | sent per step |\n|---|---|---|---|---|---|---|")
-    for mode in MODES:
+    for mode in modes:
         for teacher in TEACHERS:
             found = _launch(mode, teacher)
-            sizes = Sizes(found["base"], found["adapter"], base_bytes=4, adapter_bytes=4)
-            expected = memory(mode, teacher, sizes, RANKS) | {"sent": sent(mode, teacher, sizes, RANKS)}
+            case = (mode, teacher, Sizes(**found["sizes"]), FLOAT32[mode], RANKS)
+            expected = memory(*case) | {"sent": sent(*case)}
             counted = found["memory"] | {"sent": found["sent"]}
             cells = [f"{counted[key] / 2**20:.2f} ({expected[key] / 2**20:.2f})" for key in expected]
             print(f"| {mode} | {teacher} | {' | '.join(cells)} |", flush=True)
@@ -284,6 +332,10 @@ def _launch(mode: str, teacher: str) -> dict:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS), "--standalone"]
         command += [__file__, "worker", "--mode", mode, "--teacher", teacher, "--output", output]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        if mode.startswith("zero"):
+            config = Path(folder, "deepspeed.json")
+            config.write_text(json.dumps(_deepspeed(int(mode[-1]))))
+            environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{mode}, {teacher}:\n{done.stderr[-3000:]}")
@@ -305,33 +357,46 @@ def sizes_of(name: str) -> Sizes:
     """Weights of a gated transformer, and of LoRA on all its linear layers."""
     hidden, inner, layers, keys, vocabulary, tied = MODELS[name]
     shapes = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, inner)] * 3
-    base = layers * sum(a * b for a, b in shapes) + vocabulary * hidden * (1 if tied else 2)
-    return Sizes(base, layers * LORA_RANK * sum(a + b for a, b in shapes))
+    embedding = vocabulary * hidden
+    return Sizes(
+        layers=layers * sum(a * b for a, b in shapes),
+        embedding=embedding,
+        head=0 if tied else embedding,
+        adapter=layers * LORA_RANK * sum(a + b for a, b in shapes),
+        depth=layers,
+    )
 
 
 def table() -> None:
-    """GiB a rank holds (weights, optimizer, teacher) and GiB it sends in a step, for bfloat16 weights."""
-    print(
-        "| model | GPUs | mode | held, no teacher | frozen adds | EMA adds | sent, no teacher | frozen adds | EMA adds |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    """What a rank holds (weights, optimizer, teacher) and what it sends in a step, as a Markdown table."""
+    print("| model | GPUs | mode | held, GiB | EMA adds, MiB | sent, GiB | frozen adds | EMA adds |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in MODELS:
-        sizes = sizes_of(name)
+        n = sizes_of(name)
         for ranks in (1, 8, 64, 1024):
-            for mode in MODES if ranks > 1 else MODES[:1]:
-                held = {t: sum(memory(mode, t, sizes, ranks).values()) / 2**30 for t in TEACHERS}
-                bytes_sent = {t: sent(mode, t, sizes, ranks) / 2**30 for t in TEACHERS}
+            for mode, b in BFLOAT16.items():
+                if ranks == 1 and not mode.startswith("ddp"):
+                    continue  # nothing to shard over
+                held, moved = ([sum_of(mode, t, n, b, ranks) for t in TEACHERS] for sum_of in (_held_in_all, sent))
+                more = [f"{100 * (m - moved[0]) / moved[0]:.0f} %" if moved[0] else "0 %" for m in moved[1:]]
                 cells = [
-                    f"{column['none']:.3f} | {column['frozen'] - column['none']:+.3f} | {column['ema'] - column['none']:+.3f}"
-                    for column in (held, bytes_sent)
+                    f"{held[0] / 2**30:.3g}",
+                    f"{(held[2] - held[0]) / 2**20:.3g}",
+                    f"{moved[0] / 2**30:.3g}",
+                    *more,
                 ]
-                print(f"| {name} | {ranks} | {mode} | {' | '.join(cells)} |")
+                print(f"| {name} | {ranks:,} | {mode} | {' | '.join(cells)} |")
+
+
+def _held_in_all(*case) -> float:
+    return sum(memory(*case).values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("measure", help="on two CPU processes")
+    measured = commands.add_parser("measure", help="on two CPU processes")
+    measured.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     commands.add_parser("table", help="worked out")
     one = commands.add_parser("worker", help=argparse.SUPPRESS)
     for option in ("--mode", "--teacher", "--output"):
@@ -339,8 +404,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "worker":
         worker(args.mode, args.teacher, args.output)
+    elif args.command == "measure":
+        measure(args.modes)
     else:
-        {"measure": measure, "table": table}[args.command]()
+        table()
 
 
 if __name__ == "__main__":

@@ -128,12 +128,8 @@ class MeanTeacher:
     def _peft_state(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What PEFT puts into a file of the teacher whose parameters, by name, are `tensors`."""
         # PEFT adds the base's embeddings where they were resized; a sharded model has none at hand.
-        return get_peft_model_state_dict(
-            self.model,
-            state_dict=_state_at_hand(self.model) | tensors,
-            adapter_name=TEACHER_NAME,
-            save_embedding_layers=False if _any_sharded(self.model) else "auto",
-        )
+        embeddings = False if _any_sharded(self.model) else "auto"
+        return _file_tensors(self.model, TEACHER_NAME, tensors, save_embedding_layers=embeddings)
 
     def _students(self) -> list[torch.Tensor]:
         return [getattr(module, name) for module, name, _, _ in self._slots]
@@ -367,18 +363,20 @@ def _state_at_hand(model) -> dict[str, torch.Tensor]:
     return dict(model.named_buffers()) if _any_sharded(model) else model.state_dict()
 
 
+def _file_tensors(
+    model: PeftModel, adapter_name: str, given: dict[str, torch.Tensor], save_embedding_layers: bool | str = False
+) -> dict[str, torch.Tensor]:
+    """An adapter as PEFT writes it to a file, with the tensors of `given`, by parameter name, in place of the model's."""
+    state = _state_at_hand(model) | given
+    return get_peft_model_state_dict(model, state, adapter_name, save_embedding_layers=save_embedding_layers)
+
+
 def adapter_keys(model: PeftModel, adapter_name: str, names: list[str]) -> list[str]:
     """The name that each of an adapter's parameters, given by `names`, has in a PEFT file."""
     if not names:
         return []
     numbered = {name: torch.tensor(i) for i, name in enumerate(names)}
-    state = get_peft_model_state_dict(
-        model,
-        state_dict=_state_at_hand(model) | numbered,
-        adapter_name=adapter_name,
-        save_embedding_layers=False,
-    )
-    key_of = {id(tensor): key for key, tensor in state.items()}
+    key_of = {id(tensor): key for key, tensor in _file_tensors(model, adapter_name, numbered).items()}
     return [key_of[id(number)] for number in numbered.values()]
 
 
@@ -394,13 +392,7 @@ def check_adapter_file(model: PeftModel, adapter_name: str, folder: str, who: st
     shapes = _read_shapes(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), who)
     parameters = model.named_parameters(remove_duplicate=False)
     whole = {name: torch.empty(whole_shape(parameter), device="meta") for name, parameter in parameters}
-    state = get_peft_model_state_dict(
-        model,
-        state_dict=_state_at_hand(model) | whole,
-        adapter_name=adapter_name,
-        save_embedding_layers=False,
-    )
-    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in _file_tensors(model, adapter_name, whole).items()}
     # PEFT adds the base's embeddings to the file of an adapter that targets them.
     embeddings = tuple(f"{name}.weight" for name in EMBEDDING_LAYER_NAMES)
     unexpected = [name for name in shapes if name not in expected and not name.endswith(embeddings)]

@@ -251,8 +251,6 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
 class _MeanTeacherCallback(TrainerCallback):
     """Moves the teacher after each step, and carries what a resumed run must know through `trainer_state.json`."""
 
-    KEY = STATE_KEY
-
     def __init__(self, trainer):
         self.trainer = trainer
 
@@ -264,7 +262,7 @@ class _MeanTeacherCallback(TrainerCallback):
             trainer.last_good_checkpoint = trainer.resumed_from
             if trainer.teacher is not None:
                 trainer.teacher.load(trainer.resumed_from)
-        saved = state.stateful_callbacks.get(self.KEY)
+        saved = state.stateful_callbacks.get(STATE_KEY)
         if saved is not None:
             # TRL starts counting anew at each resume.
             trainer._total_train_tokens = saved["num_tokens"]
@@ -281,7 +279,7 @@ class _MeanTeacherCallback(TrainerCallback):
         teacher = self.trainer.teacher
         if teacher is not None:
             self.trainer.update_teacher()
-        state.stateful_callbacks[self.KEY] = {
+        state.stateful_callbacks[STATE_KEY] = {
             "run_id": self.trainer.run_id,
             "num_tokens": self.trainer._total_train_tokens,
         }

@@ -26,40 +26,56 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from conftest import make_tiny_folder  # noqa: E402
-from launching import CONFIGS, command, launch, weights  # noqa: E402
+from launching import CONFIGS, STAGING, command, launch, weights  # noqa: E402
 
 
 RUN = dict(
     max_steps=24, save_steps=1, save_total_limit=2, measure=False, generations=0, eval_strategy="no",
     load_best_model_at_end=False,
 )  # fmt: skip
-STAGING = "_checkpoint.part"
 
 
 def disturbed(mode: str, folder: Path, output: str, seconds: float, kills: int, dice: random.Random) -> dict:
-    """One run that is killed up to `kills` times; where each kill fell."""
+    """One run that is killed `kills` times, unless it ends before; where each kill fell."""
     line, environment = command(mode, folder, output, resume_from_checkpoint="true", **RUN)
+    environment["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
     moments, starts = [], 0
     while True:
         starts += 1
-        shutil.rmtree(
-            folder / output / STAGING, ignore_errors=True
-        )  # of an earlier kill: it tells where this one falls
+        # A staging folder tells where the next kill falls, so that of the last one goes.
+        shutil.rmtree(folder / output / STAGING, ignore_errors=True)
+        # PyTorch waits for ever for a process that was killed while it built DeepSpeed's kernel.
+        for lock in (folder / "extensions").glob("**/lock"):
+            lock.unlink()
         process = subprocess.Popen(
             line, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        try:
-            # The first half of a start is imports; most of what can be lost comes later.
-            patience = dice.uniform(0.4, 1.1) * seconds if len(moments) < kills else None
-            _, errors = process.communicate(timeout=patience)
-        except subprocess.TimeoutExpired:
+        if len(moments) < kills and _wait_for_moment(process, folder / output, seconds, dice):
             one_rank = mode != "one" and dice.random() < 0.5
-            kill(process, dice if one_rank else None)
             moments.append(_moment(folder / output) + (", one rank first" if one_rank else ""))
+            kill(process, dice if one_rank else None)
             continue
+        _, errors = process.communicate()
         if process.returncode == 0:
             return {"mode": mode, "kills": moments, "starts": starts}
         raise RuntimeError(f"The run did not resume:\n{errors[-4000:]}")
+
+
+def _wait_for_moment(process: subprocess.Popen, output: Path, seconds: float, dice: random.Random) -> bool:
+    """Wait for a random moment: one in four while it starts, the others a few steps on. False when it has ended."""
+    start, last = time.perf_counter(), _last_step(output)
+    if dice.random() < 0.25:
+        target, pause = last, dice.uniform(0, 0.6) * seconds
+    else:
+        target, pause = last + dice.randint(1, 5), dice.uniform(0, 0.03) * seconds
+    while process.poll() is None:
+        if _last_step(output) >= target:
+            if target > last:
+                start, target = time.perf_counter(), last
+            if time.perf_counter() - start >= pause:
+                return True
+        time.sleep(0.002)
+    return False
 
 
 def kill(process: subprocess.Popen, dice: random.Random | None) -> None:
@@ -83,10 +99,12 @@ def _kill(member: psutil.Process) -> None:
         member.kill()
 
 
+def _last_step(output: Path) -> int:
+    return max((int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")), default=0)
+
+
 def _moment(output: Path) -> str:
-    steps = [int(path.name.split("-")[1]) for path in output.glob("checkpoint-*") if path.name[-1].isdigit()]
-    where = "in a save" if (output / STAGING).exists() else "between saves"
-    return f"after step {max(steps, default=0)}, {where}"
+    return f"after step {_last_step(output)}, {'in a save' if (output / STAGING).exists() else 'between saves'}"
 
 
 def differences(one: Path, other: Path) -> int:

@@ -26,14 +26,18 @@ OPTIONS = {
     "eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "save_total_limit": 2,
 }  # fmt: skip
 GLOBAL_BATCH = 4
+ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+STAGING = "_checkpoint.part"
 
 
-def accelerate_config(mode, folder):
+def accelerate_config(mode, folder, on_gpu=False):
     """The file that users launch with, for two processes on a machine without a GPU."""
     config = yaml.safe_load((ROOT / "accelerate_configs" / f"{CONFIGS[mode]}.yaml").read_text())
     if mode != "one":
         config |= {"num_processes": RANKS[mode], "mixed_precision": "no"}
-    if mode == "ddp":
+    if on_gpu:
+        config["num_processes"] = torch.cuda.device_count()
+    elif mode == "ddp":
         config["use_cpu"] = True
         config.pop("gpu_ids")
     if mode == "fsdp2_sharded":
@@ -43,18 +47,20 @@ def accelerate_config(mode, folder):
     return path
 
 
-def command(mode, folder, output, **changes):
-    """Command line and environment of one run of the recipe, in `folder`."""
-    ranks = RANKS[mode]
+def command(mode, folder, output, on_gpu=False, **changes):
+    """Command line and environment of one run of the recipe, in `folder`; `on_gpu` on all the GPUs there are."""
+    ranks = torch.cuda.device_count() if on_gpu else RANKS[mode]
     options = OPTIONS | {"per_device_train_batch_size": GLOBAL_BATCH // 2 // ranks, "output_dir": output} | changes
-    # DeepSpeed and FSDP choose their device themselves; without a GPU accelerate must be told how the ranks talk.
-    options |= {"use_cpu": True} if mode in ("one", "ddp") else {"ddp_backend": "gloo"}
+    if not on_gpu:
+        # DeepSpeed and FSDP choose their device themselves; without a GPU accelerate must be told how the ranks talk.
+        options |= {"use_cpu": True} if mode in ("one", "ddp") else {"ddp_backend": "gloo"}
     (folder / f"{output}.yaml").write_text(yaml.safe_dump(options))
-    line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config(mode, folder))]
+    config = str(accelerate_config(mode, folder, on_gpu))
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
     line += ["--main_process_port", "0"] if mode != "one" else []
-    line += [str(Path(__file__).with_name("fsdp_on_cpu.py"))] if "fsdp2" in mode else []
+    line += [str(Path(__file__).with_name("fsdp_on_cpu.py"))] if "fsdp2" in mode and not on_gpu else []
     line += [str(ROOT / "recipes" / "medical_ema.py"), "--config", f"{output}.yaml"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | ({} if on_gpu else ON_CPU)
     environment |= {"TRL_EMA_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf")}
     return line, environment
 
@@ -78,11 +84,11 @@ def weights(folder, who):
     )
 
 
-def torchrun(script, *arguments):
+def torchrun(script, *arguments, **environment):
     """What two gloo processes of `script`, in this folder, print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += [str(Path(__file__).with_name(script)), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | ON_CPU | environment
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stdout

@@ -1,10 +1,14 @@
 """The real recipe on two processes: the same losses, student and teacher as one process gives."""
 
 import json
+import signal
+import subprocess
+import time
 
+import psutil
 import pytest
 import torch
-from launching import OPTIONS, launch, logged, weights
+from launching import OPTIONS, STAGING, command, launch, logged, weights
 
 
 pytestmark = pytest.mark.distributed
@@ -58,6 +62,27 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(runs, tiny_folder, mode):
     assert_same(resumed, runs(mode))
 
 
+@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+def test_a_signal_to_one_rank_stops_all_at_one_step(runs, tiny_folder, mode):
+    output = f"{mode}_signalled"
+    line, environment = command(mode, tiny_folder, output, enable_jit_checkpoint=True, measure=False)
+    launcher = subprocess.Popen(line, cwd=tiny_folder, env=environment, stderr=subprocess.PIPE, text=True)
+    while launcher.poll() is None and not (tiny_folder / output / STAGING).exists():
+        time.sleep(0.005)
+    # Whichever of the launcher's descendants is the second rank.
+    ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    ranks[0].send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate()
+    stopped = [
+        path
+        for path in (tiny_folder / output).glob("checkpoint-*")
+        if path.name not in ("checkpoint-3", "checkpoint-6")
+    ]
+    assert len(stopped) == 1, errors[-5000:]
+    resumed = launch(mode, tiny_folder, output, resume_from_checkpoint="true", measure=False)
+    assert_same(resumed, runs(mode))
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -89,3 +114,12 @@ def test_fsdp2_in_bfloat16_keeps_its_figures_in_float32(tiny_folder):
     for group in ("domain", "general"):
         assert figures[0]["student"][group]["tokens"] == figures[1]["student"][group]["tokens"]
         assert figures[0]["before"][group]["loss"] == pytest.approx(figures[1]["before"][group]["loss"], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_every_launch_trains_and_resumes_on_gpus(tiny_folder, mode):
+    options = dict(on_gpu=True, gradient_accumulation_steps=1, per_device_train_batch_size=2)
+    whole = launch(mode, tiny_folder, f"{mode}_gpu", **options)
+    options |= dict(resume_from_checkpoint=str(whole / "checkpoint-3"), measure=False)
+    assert_same(launch(mode, tiny_folder, f"{mode}_gpu_resumed", **options), whole, rtol=1e-3, atol=1e-4)

@@ -1,7 +1,8 @@
 """
-One rank of `torchrun`: `EMARegularizedSFTTrainer` under DDP against a plain dense trainer under DDP, step by step.
+One rank of `torchrun`: `EMARegularizedSFTTrainer` against a plain dense trainer under DDP, step by step.
 
-    torchrun --nproc_per_node 2 ddp_worker.py FOLDER
+    torchrun --nproc_per_node 2 trainer_worker.py FOLDER ddp
+    torchrun --nproc_per_node 2 trainer_worker.py FOLDER zero3      after it: its dense runs are kept in FOLDER
 """
 
 import sys
@@ -20,6 +21,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer
+from trl_ema.sharding import gather_whole, local_shard
 
 
 DECAY, KL_WEIGHT = 0.7, 0.8
@@ -105,22 +107,48 @@ def run(trainer_class, folder, case, **more):
     return trainer
 
 
-def main(folder: str) -> None:
-    for name, case in CASES.items():
-        ours = run(EMARegularizedSFTTrainer, folder, case)
-        dense = run(Dense, folder, {key: value for key, value in case.items() if "compile" not in key}, teacher="none")
-        expected = torch.tensor(logged(dense, "loss"))
-        assert len(expected) >= 4 and logged(ours, "kl_loss")[-1] > 1e-3, name
-        torch.testing.assert_close(torch.tensor(logged(ours, "loss")), expected, rtol=2e-3, atol=2e-4, msg=_named(name))
-        theirs = adapter_weights(dense)
-        for key, weight in adapter_weights(ours).items():
-            torch.testing.assert_close(weight, theirs[key], rtol=5e-3, atol=5e-4, msg=_named(f"{name}, {key}"))
-        twins = [twin for twin, _ in dense.pairs]
-        for teacher, twin in zip(ours.teacher._teachers(), twins, strict=True):
-            torch.testing.assert_close(teacher.data, twin.data, rtol=5e-3, atol=5e-4, msg=_named(f"{name}, teacher"))
-            both = ours.accelerator.gather(teacher.data[None].contiguous())
+def dense_run(folder, case):
+    """Losses, student and teacher of the dense trainer."""
+    dense = run(Dense, folder, {key: value for key, value in case.items() if "compile" not in key}, teacher="none")
+    students = adapter_weights(dense)
+    names = [name.replace(".default", "") for name in students]
+    twins = [twin.detach() for twin, _ in dense.pairs]
+    return {
+        "loss": logged(dense, "loss"),
+        "student": dict(zip(names, students.values(), strict=True)),
+        "teacher": dict(zip(names, twins, strict=True)),
+    }
+
+
+def check(name, ours, expected):
+    assert len(expected["loss"]) >= 4 and logged(ours, "kl_loss")[-1] > 1e-3, name
+    losses = torch.tensor(logged(ours, "loss")), torch.tensor(expected["loss"])
+    torch.testing.assert_close(*losses, rtol=2e-3, atol=2e-4, msg=_named(name))
+    for who, adapter in (("student", "default"), ("teacher", "teacher")):
+        found = {n: p for n, p in ours.model.named_parameters() if f".{adapter}." in n}
+        assert len(found) == len(expected[who])
+        for key, parameter in found.items():
+            whole = gather_whole(local_shard(parameter), parameter)
+            wanted = expected[who][key.replace(f".{adapter}", "")]
+            torch.testing.assert_close(whole, wanted, rtol=5e-3, atol=5e-4, msg=_named(f"{name}, {who}, {key}"))
+            both = ours.accelerator.gather(whole[None].contiguous())
             assert torch.equal(both[0], both[1]), name
+
+
+def main(folder: str, mode: str) -> None:
+    saved = Path(folder, "expected.pt")  # by the run under DDP, for the others
+    made = {} if mode == "ddp" else torch.load(saved)
+    for name, case in CASES.items():
+        if mode != "ddp" and "torch_compile" in case:
+            continue
+        ours = run(EMARegularizedSFTTrainer, folder, case, use_cpu=mode == "ddp", ddp_backend="gloo")
+        if mode == "ddp":
+            made[name] = dense_run(folder, case)
+        check(name, ours, made[name])
         print(f"<{name}> done", flush=True)
+    if mode == "ddp" and torch.distributed.get_rank() == 0:
+        torch.save(made, saved)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
@@ -129,4 +157,4 @@ def _named(name):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

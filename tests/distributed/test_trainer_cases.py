@@ -1,0 +1,27 @@
+"""Two CPU processes: whatever the batches and the options, as a plain dense trainer under DDP."""
+
+import json
+
+import pytest
+from launching import torchrun
+from trainer_worker import CASES
+
+
+pytestmark = pytest.mark.distributed
+
+
+def test_student_and_teacher_are_those_of_a_dense_trainer(tmp_path):
+    output = torchrun("trainer_worker.py", str(tmp_path), "ddp")
+    assert all(output.count(f"<{case}> done") == 2 for case in CASES)
+    for stage in (2, 3):
+        path = tmp_path / f"zero{stage}.json"
+        path.write_text(json.dumps(_deepspeed(stage)))
+        environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+        output = torchrun("trainer_worker.py", str(tmp_path), path.stem, **environment)
+        assert all(output.count(f"<{case}> done") == 2 for case in CASES if case != "compiled")
+
+
+def _deepspeed(stage):
+    automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    options = {"zero_allow_untested_optimizer": True, "zero_optimization": {"stage": stage}}
+    return options | dict.fromkeys(automatic, "auto")
