@@ -84,7 +84,12 @@ def _of_sequences(chosen: torch.Tensor, inputs: dict) -> tuple[dict, torch.Tenso
             return value
         return value[:, tokens[0]] if len(tokens) == 1 else value[tokens.any(1)]
 
-    return {key: cut(value) for key, value in inputs.items()}, tokens
+    taught = {key: cut(value) for key, value in inputs.items()}
+    if "cu_seq_lens_q" in inputs:  # where documents begin and end, for attention without padding
+        lengths = inputs["cu_seq_lens_q"].diff()[chosen.sort().values.to(inputs["cu_seq_lens_q"].device)]
+        bounds = torch.nn.functional.pad(lengths.cumsum(0, dtype=lengths.dtype), (1, 0))
+        taught["cu_seq_lens_q"] = taught["cu_seq_lens_k"] = bounds
+    return taught, tokens
 
 
 def logit_transform(config) -> LogitTransform:
