@@ -15,7 +15,7 @@ OWN_FIELDS = [f for f in fields(MeanTeacherConfig) if f.name in MeanTeacherConfi
 CHANGED = dict(
     teacher="ema", ema_decay=0.99, ema_warmup=True, ema_update_steps=2, teacher_anchor=0.5, kl_weight=0.25,
     kl_warmup_ratio=0.1, kl_direction="jsd", jsd_mixture=0.25, kl_temperature=2.0, kl_tokens="all", eval_teacher=True,
-    stop_on_nonfinite_loss=False,
+    stop_on_nonfinite_loss=False, kl_fraction=0.5,
 )  # fmt: skip
 
 
@@ -51,6 +51,8 @@ def ignored_settings(record):
         ("teacher", "emma", "one of 'ema', 'frozen', 'none'", "'ema'"),
         ("kl_direction", "backward", "one of 'forward', 'reverse', 'jsd'", "'reverse'"),
         ("kl_tokens", "prompt", "one of 'loss', 'all'", "'all'"),
+        ("kl_fraction", 0.0, "in (0, 1]", "try 0.25"),
+        ("kl_fraction", 1.5, "in (0, 1]", "try 0.25"),
         ("ema_half_life", 0.0, "above 0", "try 0.25"),
         ("ema_half_life", float("inf"), "above 0", "teacher='frozen'"),
         ("ema_decay", 1.5, "in [0, 1]", "try 0.999"),
@@ -117,8 +119,10 @@ def test_what_is_no_number_is_refused(make_config, name, value):
         (dict(teacher="frozen", ema_decay=DEFAULT_HALF_LIFE), ["ema_decay"]),
         (dict(teacher="frozen", ema_warmup=True, ema_update_steps=2), ["ema_warmup", "ema_update_steps"]),
         (
-            dict(teacher="none", kl_weight=0.5, kl_warmup_ratio=0.1, kl_temperature=2.0, kl_tokens="all"),
-            ["kl_weight", "kl_warmup_ratio", "kl_temperature", "kl_tokens"],
+            dict(
+                teacher="none", kl_weight=0.5, kl_warmup_ratio=0.1, kl_temperature=2.0, kl_tokens="all", kl_fraction=0.5
+            ),
+            ["kl_weight", "kl_warmup_ratio", "kl_temperature", "kl_tokens", "kl_fraction"],
         ),
         (
             dict(teacher="none", teacher_anchor=0.5, kl_direction="reverse", eval_teacher=True),

@@ -66,6 +66,21 @@ def test_heads_equal_the_dense_reference(direction, temperature, head):
     compare(direction=direction, temperature=temperature, **head)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("taught", [0, 6, N])
+def test_tokens_beyond_the_teachers_have_their_cross_entropy_alone(direction, taught):
+    student, teacher, weight, _, labels = inputs()
+    ours = fused_linear_cross_entropy_kl(
+        student, teacher[:taught], weight, labels, 0.7, chunk_size=4, direction=direction
+    )
+    with_teacher = dense_loss(student[:taught], teacher[:taught], weight, labels[:taught], 0.7, direction=direction)
+    alone = dense_loss(student[taught:], student[taught:], weight, labels[taught:], 0.7, direction=direction)
+    for mine, *theirs in zip(vars(ours).values(), with_teacher, alone, strict=True):
+        torch.testing.assert_close(mine, sum(theirs).to(mine.dtype), rtol=1e-10, atol=1e-10)
+    gradients = (torch.autograd.grad(loss, student)[0] for loss in (ours.loss, with_teacher[0] + alone[0]))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("mixture", [0.1, 0.5, 0.9])
 def test_jsd_mixture_equals_the_dense_reference(mixture):
     compare(direction="jsd", mixture=mixture)

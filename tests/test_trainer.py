@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
+from trl_ema.forward import _of_sequences, sequence_numbers
 
 
 FORMATS = {
@@ -187,6 +188,71 @@ def test_all_tokens_leaves_out_padding_and_the_next_document():
     assert divergence_mask("all", labels, attention).tolist() == [[True, True, True], [True, False, False]]
     packed = dict(labels=torch.tensor([[-100, 5, -100, 6]]), position_ids=torch.tensor([[0, 1, 0, 1]]))
     assert divergence_mask("all", **packed).tolist() == [[True, False, True]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(kl_tokens="all"), dict(packing=True, per_device_train_batch_size=1), dict(teacher="frozen")],
+    ids=["rows", "all tokens", "packed documents", "base as teacher"],
+)
+def test_a_share_of_the_sequences_gives_the_same_loss_in_the_mean(make_trainer, monkeypatch, options):
+    trainer = make_trainer(kl_weight=0.6, kl_fraction=0.3, **options)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    trainer.model.train().double()
+    batch = next(iter(trainer.get_train_dataloader()))
+    number = int(sequence_numbers(**batch).max()) + 1
+    assert number > 1
+
+    def loss_and_gradient(*choice):
+        monkeypatch.setattr(trainer, "_choose_sequences", lambda _: choice)
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        return torch.cat([loss[None], *[p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]])
+
+    whole, nobody = loss_and_gradient(None, 1.0), loss_and_gradient(torch.tensor([], dtype=torch.long), 1.0)
+    draws = [loss_and_gradient(torch.tensor([i]), number) for i in range(number)]
+    torch.testing.assert_close(sum(draws) / number, whole.detach(), rtol=1e-5, atol=1e-7)
+    assert whole[0] > nobody[0] + 1e-4  # which is the cross-entropy
+
+
+def test_documents_of_a_packed_row_are_cut_out_whole(make_trainer):
+    trainer = make_trainer(padding_free=True, max_length=None)
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    starts = batch["cu_seq_lens_q"].tolist()
+    assert len(starts) == 5
+    taught, tokens = _of_sequences(torch.tensor([3, 1]), batch)
+    documents = [slice(starts[i], starts[i + 1]) for i in (1, 3)]
+    for key in ("input_ids", "labels", "position_ids"):
+        expected = torch.cat([batch[key][:, document] for document in documents], 1)
+        assert torch.equal(taught[key], expected) and torch.equal(batch[key][tokens][None], expected)
+    lengths = [document.stop - document.start for document in documents]
+    for key in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        assert taught[key].tolist() == [0, lengths[0], sum(lengths)] and taught[key].dtype == torch.int32
+
+
+def test_each_sequence_is_drawn_with_the_probability_asked_for(make_trainer):
+    trainer = make_trainer(kl_fraction=0.3)
+    batch = next(iter(trainer.get_train_dataloader()))
+    seen = torch.zeros(4)
+    for trainer.state.global_step in range(500):
+        chosen, factor = trainer._choose_sequences(batch)
+        assert len(chosen) in (1, 2) and factor == pytest.approx(1 / 0.3)
+        seen[chosen] += 1
+    # Standard deviation of a share of 500 draws is 0.02.
+    torch.testing.assert_close(seen / 500, torch.full((4,), 0.3), rtol=0, atol=0.08)
+
+
+def test_every_rank_of_a_sharded_model_takes_the_teachers_pass(make_trainer, monkeypatch):
+    trainer = make_trainer(kl_fraction=0.01)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert len(trainer._choose_sequences(batch)[0]) == 0
+    monkeypatch.setattr("trl_ema.trainer.is_sharded", lambda _: True)
+    chosen, factor = trainer._choose_sequences(batch)
+    assert len(chosen) == 1 and factor == 0
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
@@ -384,6 +450,7 @@ RESUMABLE = {
     "anchored": dict(teacher_anchor=0.5),
     "frozen": dict(teacher="frozen"),
     "none": dict(teacher="none"),
+    "kl_fraction": dict(kl_fraction=0.4, gradient_accumulation_steps=2, per_device_train_batch_size=2),
 }
 
 

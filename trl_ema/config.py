@@ -14,6 +14,7 @@ KL_TOKENS = ("loss", "all")
 DEFAULT_HALF_LIFE = 0.25
 _NUMBERS = (
     "ema_half_life", "ema_decay", "teacher_anchor", "kl_weight", "kl_warmup_ratio", "kl_temperature", "jsd_mixture",
+    "kl_fraction",
 )  # fmt: skip
 _EMA_FIELDS = ("ema_half_life", "ema_decay", "ema_warmup", "ema_update_steps")
 
@@ -110,6 +111,13 @@ class MeanTeacherConfig(SFTConfig):
             "choices": list(KL_TOKENS),
         },
     )
+    kl_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the sequences of each micro-batch that the teacher sees, drawn at random, in (0, 1]. Their "
+            "divergence is weighted by its inverse, so that its expectation is that of all; less is faster and noisier."
+        },
+    )
     eval_teacher: bool = field(
         default=False,
         metadata={"help": "Evaluate the teacher too, as `eval_teacher_loss`. Doubles the time of an evaluation."},
@@ -159,6 +167,11 @@ class MeanTeacherConfig(SFTConfig):
             )
         if not 0 < self.kl_temperature < float("inf"):
             raise ValueError(f"`kl_temperature` must be above 0 and finite, got {self.kl_temperature}. Try 1.0.")
+        if not 0 < self.kl_fraction <= 1:
+            raise ValueError(
+                f"`kl_fraction` must be in (0, 1], got {self.kl_fraction}. It is the share of the sequences that the teacher "
+                "sees; try 0.25, or `teacher='none'` for no teacher."
+            )
         if not 0 < self.jsd_mixture < 1:
             raise ValueError(
                 f"`jsd_mixture` must be inside (0, 1), got {self.jsd_mixture}. At the ends the divergence is zero: use "
@@ -176,8 +189,8 @@ class MeanTeacherConfig(SFTConfig):
         if self.teacher != "ema":
             ignored += [n for n in _EMA_FIELDS if getattr(self, n) != default[n]]
         if self.teacher == "none":
-            others = ("teacher_anchor", "kl_weight", "kl_warmup_ratio", "kl_temperature", "kl_direction", "kl_tokens")
-            ignored += [n for n in (*others, "eval_teacher") if getattr(self, n) != default[n]]
+            others = [n for n in default if n.startswith("kl_") or n in ("teacher_anchor", "eval_teacher")]
+            ignored += [n for n in others if getattr(self, n) != default[n]]
         if self.kl_direction != "jsd" and self.jsd_mixture != default["jsd_mixture"]:
             ignored.append("jsd_mixture")
         if ignored:

@@ -62,6 +62,36 @@ def divergence_mask(
     return mask
 
 
+def sequence_numbers(input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **_) -> torch.Tensor:
+    """
+    Which sequence each token belongs to, `(batch, seq_len)`: its row, or in a single packed row its document. Documents begin
+    where `position_ids` is 0.
+    """
+    if len(input_ids) == 1 and position_ids is not None:
+        begins = position_ids == 0
+        begins[:, 0] = True
+        return begins.cumsum(-1) - 1
+    return torch.arange(len(input_ids), device=input_ids.device)[:, None].expand(input_ids.shape)
+
+
+def _of_sequences(chosen: torch.Tensor, inputs: dict) -> tuple[dict, torch.Tensor]:
+    """`inputs` with the `chosen` sequences alone, and which tokens those are, `(batch, seq_len)`."""
+    numbers = sequence_numbers(**inputs)
+    tokens = torch.isin(numbers, chosen.to(numbers.device))
+
+    def cut(value):
+        if not isinstance(value, torch.Tensor) or value.shape[:2] != tokens.shape:
+            return value
+        return value[:, tokens[0]] if len(tokens) == 1 else value[tokens.any(1)]
+
+    taught = {key: cut(value) for key, value in inputs.items()}
+    if "cu_seq_lens_q" in inputs:  # where documents begin and end, for attention without padding
+        lengths = inputs["cu_seq_lens_q"].diff()[chosen.sort().values.to(inputs["cu_seq_lens_q"].device)]
+        bounds = torch.nn.functional.pad(lengths.cumsum(0, dtype=lengths.dtype), (1, 0))
+        taught["cu_seq_lens_q"] = taught["cu_seq_lens_k"] = bounds
+    return taught, tokens
+
+
 def logit_transform(config) -> LogitTransform:
     """Scale and soft-cap that a model family applies to its logits, by the names they have in its text config."""
     scale = 1.0
@@ -79,7 +109,8 @@ def logit_transform(config) -> LogitTransform:
 def add_mean_teacher_forward(model: PreTrainedModel, teacher: MeanTeacher, *, kl_tokens: str, **loss_options) -> None:
     """
     Patch `model.forward`: with `fused_lm_head=True` and a `kl_weight` it returns a [`MeanTeacherOutput`], else what it
-    returned before.
+    returned before. With `kl_sequences`, numbers of [`sequence_numbers`], the teacher sees those alone and the divergence is
+    theirs; the cross-entropy is everyone's.
 
     Args:
         model (`PreTrainedModel`): The base model inside the `PeftModel`, already patched by `add_fused_lm_head`.
@@ -93,25 +124,34 @@ def add_mean_teacher_forward(model: PreTrainedModel, teacher: MeanTeacher, *, kl
 
     # `generate` validates its arguments against this signature.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, kl_weight=None, **kwargs):
+    def forward(self, *args, fused_lm_head=False, kl_weight=None, kl_sequences=None, **kwargs):
         if kl_weight is None:
             return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
+        taught, mask = kwargs, divergence_mask(kl_tokens, **kwargs)
+        others = torch.zeros_like(mask)  # labelled, but of sequences that the teacher does not see
+        if kl_sequences is not None:
+            taught, chosen = _of_sequences(kl_sequences, kwargs)
+            others = divergence_mask("loss", **kwargs) & ~chosen[:, 1:]
+            mask = mask & chosen[:, 1:]
+        taught_mask = divergence_mask(kl_tokens, **taught)
         labels = kwargs.pop("labels")
-        mask = divergence_mask(kl_tokens, labels, **kwargs)
-        with teacher.activate(), torch.no_grad():
-            teacher_inputs = kwargs | {"output_router_logits": False} if "output_router_logits" in kwargs else kwargs
-            teacher_hidden = self.base_model(*args, **teacher_inputs).last_hidden_state[:, :-1]
-            teacher_hidden = teacher_hidden[mask.to(teacher_hidden.device)]
-            teacher_head = self.get_output_embeddings()
-            own_head = teacher_head.weight, getattr(teacher_head, "bias", None)
+        teacher_hidden, own_head = None, (None, None)
+        if kl_sequences is None or len(kl_sequences):
+            with teacher.activate(), torch.no_grad():
+                teacher_hidden = self.base_model(*args, **_teacher_inputs(taught)).last_hidden_state[:, :-1]
+                teacher_hidden = teacher_hidden[taught_mask.to(teacher_hidden.device)]
+                teacher_head = self.get_output_embeddings()
+                own_head = teacher_head.weight, getattr(teacher_head, "bias", None)
         outputs = self.base_model(*args, **kwargs)
         hidden = outputs.last_hidden_state[:, :-1]
-        hidden = hidden[mask.to(hidden.device)]
+        hidden = torch.cat([hidden[tokens.to(hidden.device)] for tokens in (mask, others)])
+        if teacher_hidden is None:
+            teacher_hidden = hidden[:0].detach()
         head = self.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)
         if own_head[0] is weight:
             own_head = None, None
-        labels = labels[:, 1:][mask].to(weight.device)
+        labels = torch.cat([labels[:, 1:][tokens] for tokens in (mask, others)]).to(weight.device)
         with whole_weights(weight, bias, *own_head) as (weight, bias, teacher_weight, teacher_bias):
             fused = fused_linear_cross_entropy_kl(
                 hidden.to(weight.device),
@@ -137,6 +177,12 @@ def add_mean_teacher_forward(model: PreTrainedModel, teacher: MeanTeacher, *, kl
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+def _teacher_inputs(inputs: dict) -> dict:
+    """Without labels, and without the router's logits, of which the teacher has no use."""
+    inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    return inputs | {"output_router_logits": False} if "output_router_logits" in inputs else inputs
 
 
 def _load_balancing_loss(config, outputs, inputs) -> torch.Tensor | None:

@@ -109,7 +109,8 @@ def fused_linear_cross_entropy_kl(
 
     Args:
         student_hidden (`torch.Tensor` of shape `(N, H)`): Last hidden states of the student.
-        teacher_hidden (`torch.Tensor` of shape `(N, H)`): Those of the teacher; gets no gradient.
+        teacher_hidden (`torch.Tensor` of shape `(M, H)`): Those of the teacher for the first M ≤ N tokens; gets no
+            gradient. The others have their cross-entropy alone.
         weight (`torch.Tensor` of shape `(V, H)`): Weight of the LM head; gets a gradient only if it requires one.
         labels (`torch.Tensor` of shape `(N,)`): Next tokens. Tokens labelled -100 count in the divergence alone.
         kl_weight (`float` or 0-dim `torch.Tensor`): λ.
@@ -253,11 +254,13 @@ class _FusedLinearCrossEntropyKL(torch.autograd.Function):
 
         # The kernel chooses its own precision; autocast would round the logits to half precision.
         with _no_autocast(sums.device.type):
-            for start in range(0, len(labels), chunk_size):
-                tokens = slice(start, start + chunk_size)
-                n = len(labels[tokens])
+            taught = len(teacher_hidden)
+            for tokens in [*_slices(0, taught, chunk_size), *_slices(taught, len(labels), chunk_size)]:
+                n = tokens.stop - tokens.start
                 logits = head.project(student_hidden[tokens], buffers[0][:n])
-                teacher_logits = teacher_head.project(teacher_hidden[tokens], buffers[1][:n])
+                teacher_logits = None
+                if tokens.start < taught:
+                    teacher_logits = teacher_head.project(teacher_hidden[tokens], buffers[1][:n])
                 chunk_sums, grad = _chunk(
                     logits, teacher_logits, labels[tokens], kl_weight, head.transform, divergence, dft, need_grad
                 )
@@ -285,12 +288,19 @@ class _FusedLinearCrossEntropyKL(torch.autograd.Function):
         return (*grads, *[None] * 8)
 
 
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
 def _no_autocast(device_type: str):
     return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
 def _chunk(logits, teacher_logits, labels, kl_weight, transform, divergence, dft, need_grad):
-    """One chunk: the five sums and the gradient of the loss with respect to the projection, `(n, V)`."""
+    """
+    One chunk: the five sums and the gradient of the loss with respect to the projection, `(n, V)`; the cross-entropy's
+    alone without `teacher_logits`.
+    """
     labelled = labels != IGNORE_INDEX
     target = labels.clamp(min=0).unsqueeze(1)
     temperature = divergence.temperature
@@ -301,7 +311,9 @@ def _chunk(logits, teacher_logits, labels, kl_weight, transform, divergence, dft
     ce = -log_p_label * labelled
     entropy = -_row_dot(ps, log_ps) * labelled
     top1_hits = (log_ps.argmax(-1) == target.squeeze(1)) & labelled
-    if temperature == 1.0:
+    if teacher_logits is None:
+        kl, grad_kl = torch.zeros_like(ce), None
+    elif temperature == 1.0:
         kl, grad_kl = divergence(log_ps, ps, teacher_logits.log_softmax(-1), need_grad)
     else:
         log_ps_t = (logits / temperature).log_softmax(-1)
@@ -312,6 +324,8 @@ def _chunk(logits, teacher_logits, labels, kl_weight, transform, divergence, dft
     sums = torch.stack([loss, ce.sum(), kl.sum(), entropy.sum(), top1_hits.sum().to(loss.dtype)])
     if not need_grad:
         return sums, None
-    grad = grad_kl.mul_(kl_weight / temperature).add_(ps.mul_(ce_weight.unsqueeze(1)))
+    grad = ps.mul_(ce_weight.unsqueeze(1))
+    if grad_kl is not None:
+        grad = grad_kl.mul_(kl_weight / temperature).add_(grad)
     grad.scatter_add_(1, target, -ce_weight.unsqueeze(1))
     return sums, transform.backward_(grad, logits)

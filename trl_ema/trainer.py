@@ -8,6 +8,7 @@ from collections import defaultdict
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from bitsandbytes.nn import Linear4bit
@@ -22,10 +23,10 @@ from .checkpoints import STATE_KEY, CheckpointMixin, changed
 from .config import MeanTeacherConfig
 from .data import check_columns
 from .files import OutputError, check_output_dir
-from .forward import add_mean_teacher_forward, check_head, divergence_mask
+from .forward import add_mean_teacher_forward, check_head, divergence_mask, sequence_numbers
 from .losses import IGNORE_INDEX
 from .schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
-from .sharding import local_shard
+from .sharding import is_sharded, local_shard
 from .teacher import NO_ADAPTER, MeanTeacher, check_adapter, student_name
 
 
@@ -99,6 +100,7 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         if args.teacher == "none":  # for the model card
             self._name, self._paper = SFTTrainer._name, SFTTrainer._paper
         self._kl_tokens_in_batch = None
+        self._micro_batch = (0, -1)  # step, and which of its micro-batches
         self._ema_decay = self._kl_weight = None
         self.model_card_details: dict[str, dict] = {}  # more tables for the model card, by title
         self._loss_sums = torch.zeros(4, dtype=torch.float64)  # Σ CE, Σ D and their tokens since the last log
@@ -161,11 +163,12 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
                 num_kl = divergence_mask("all", **inputs).sum()
             # A number: FSDP2 casts tensors to its own precision on the way in.
             kl_weight = float(kl_weight * torch.as_tensor(num_labels).clamp(min=1) / num_kl.clamp(min=1))
+        chosen, factor = self._choose_sequences(inputs)
         outputs = None
 
         def student_and_teacher(**inputs):
             nonlocal outputs
-            outputs = model(**inputs, kl_weight=kl_weight)
+            outputs = model(**inputs, kl_weight=kl_weight * factor, kl_sequences=chosen)
             return outputs
 
         # The fused loss has weighted each token already (DFT): TRL only has to sum and normalize.
@@ -174,6 +177,24 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         sums = torch.stack([outputs.ce_loss, outputs.kl_loss, outputs.label_mask, outputs.kl_mask])
         self._loss_sums = self._loss_sums.to(sums.device) + sums.double()
         return loss
+
+    def _choose_sequences(self, inputs):
+        """
+        `kl_fraction` f of the sequences of this micro-batch, and what their divergence is multiplied by. Of S sequences
+        ⌊f·S + u⌋ are drawn, u uniform in [0, 1): each with probability f, so that with the factor 1 / f the expectation of
+        the loss is that of all. The draw depends on seed, step, micro-batch and rank alone, as a resumed run needs it.
+        """
+        fraction, step = self.args.kl_fraction, self.state.global_step
+        if fraction == 1:
+            return None, 1.0
+        self._micro_batch = (step, self._micro_batch[1] + 1 if self._micro_batch[0] == step else 0)
+        seed = [self.args.seed, *self._micro_batch]
+        number = int(sequence_numbers(**inputs).max()) + 1
+        count = int(fraction * number + np.random.default_rng(seed).random())
+        if not count and is_sharded(next(self.model.parameters())):
+            count, fraction = 1, float("inf")  # the ranks gather weights together, so each takes the teacher's pass
+        order = np.random.default_rng([*seed, self.args.process_index]).permutation(number)
+        return torch.from_numpy(order[:count]).to(self.args.device), 1 / fraction
 
     def current_kl_weight(self) -> float:
         """λ at the current step, after its ramp."""
