@@ -315,7 +315,7 @@ def _elements(shape) -> int:
 def measure(modes: list[str]) -> None:
     """Every mode and teacher, against the formulas, as a Markdown table."""
     print("MiB of each rank, counted and by formula\n")
-    print("| | teacher | base | student | optimizer | teacher | sent per step |\n|---|---|---|---|---|---|---|")
+    print("| launch | teacher | base | student | optimizer | teacher | sent per step |\n|---|---|---|---|---|---|---|")
     for mode in modes:
         for teacher in TEACHERS:
             found = _launch(mode, teacher)
