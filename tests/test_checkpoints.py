@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from trl_ema.files import read_json, replace_folder
+from trl_ema.files import finish_replacing, read_json, replace_folder
 
 
 SAVING = dict(save_strategy="steps", save_steps=1)
@@ -58,10 +58,15 @@ WEIGHTS, STATE = "adapter_model.safetensors", "state.json"
 DAMAGES = {
     "missing": (WEIGHTS, lambda path: path.unlink(), "is missing"),
     "truncated": (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:-50]), "is damaged"),
-    "bit flipped": (WEIGHTS, flip_a_bit, r"is damaged \(its checksum is not the one in"),
+    "bit flipped": (WEIGHTS, flip_a_bit, r"is damaged \(it and .* do not have their checksum"),
     "empty": (WEIGHTS, lambda path: path.write_bytes(b""), "is damaged"),
     "state missing": (STATE, lambda path: path.unlink(), "is missing"),
     "state truncated": (STATE, lambda path: path.write_text(path.read_text()[:20]), "is damaged"),
+    "other count of updates": (
+        STATE,
+        lambda path: path.write_text(path.read_text().replace('"num_updates": 4', '"num_updates": 5')),
+        "",
+    ),
     "state without a checksum": (STATE, lambda path: path.write_text("{}"), "is damaged .*sha256"),
 }
 
@@ -72,7 +77,7 @@ def test_a_damaged_teacher_is_refused_before_anything_is_loaded(make_trainer, tm
     spoil(checkpoint / "teacher" / name)
     trainer = make_trainer(output_dir=str(tmp_path / "other"))
     before = adapter_weights(trainer)
-    with pytest.raises(ValueError, match=f"Teacher checkpoint .*{name} {words}.*Resume from another"):
+    with pytest.raises(ValueError, match=f"Teacher checkpoint .*{name}.*{words}.*Resume from another"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert all(torch.equal(before[n], w) for n, w in adapter_weights(trainer).items())
 
@@ -150,6 +155,34 @@ def test_replacing_a_folder_that_is_not_there_yet(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
+def test_a_folder_is_not_moved_aside_for_one_that_is_not_there(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError):
+        replace_folder(str(tmp_path / "new"), str(tmp_path / "folder"))
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_replacement_that_was_interrupted_is_finished(tmp_path, monkeypatch):
+    for name in ("new", "checkpoint-4"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    rename, calls = os.rename, []
+
+    def killed_at_the_third(*names):
+        calls.append(names)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        rename(*names)
+
+    monkeypatch.setattr(os, "rename", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(str(tmp_path / "new"), str(tmp_path / "checkpoint-4"))
+    assert not (tmp_path / "checkpoint-4").exists()
+    monkeypatch.setattr(os, "rename", rename)
+    finish_replacing(str(tmp_path))
+    assert os.listdir(tmp_path / "checkpoint-4") == ["new"]
+
+
 class Hub:
     """Remembers what would have been uploaded."""
 
@@ -218,16 +251,30 @@ def test_a_run_that_had_ended_is_not_trained_further(make_trainer, tmp_path, tea
 
 
 class Spoil(TrainerCallback):
-    """Damages the best checkpoint's teacher when training is over."""
+    """In the end, damages the teacher of the best checkpoint, the first, or puts the one of the third there."""
+
+    def __init__(self, way):
+        self.way = way
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == state.max_steps:
-            flip_a_bit(Path(state.best_model_checkpoint, "teacher", WEIGHTS))
+            best = Path(state.best_model_checkpoint)
+            if self.way == "damaged":
+                flip_a_bit(best / "teacher" / WEIGHTS)
+            else:
+                shutil.copytree(best.with_name("checkpoint-3") / "teacher", best / "teacher", dirs_exist_ok=True)
 
 
-def test_a_damaged_teacher_of_the_best_checkpoint_is_refused(make_trainer):
-    options = BEST | dict(callbacks=[Spoil()])
-    with pytest.raises(ValueError, match=r"is damaged \(its checksum is not the one in"):
+@pytest.mark.parametrize(
+    ("way", "match"),
+    [
+        ("damaged", r"is damaged \(it and .* do not have their checksum"),
+        ("another", "belongs to another checkpoint .*Resume from another"),
+    ],
+)
+def test_a_teacher_that_is_not_the_best_students_is_refused(make_trainer, way, match):
+    options = BEST | dict(callbacks=[Spoil(way)])
+    with pytest.raises(ValueError, match=match):
         make_trainer(**options).train()
 
 

@@ -2,6 +2,7 @@ import dataclasses
 import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -14,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
 from trl_ema.forward import _of_sequences, sequence_numbers
+from trl_ema.trainer import _refuse_parallelism, _refuse_sharding
 
 
 FORMATS = {
@@ -589,8 +591,6 @@ def test_a_loss_function_of_ones_own_is_refused(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("name", ["sp", "cp", "tp"])
 def test_sequence_context_and_tensor_parallelism_are_refused(name):
-    from trl_ema.trainer import _refuse_parallelism
-
     class Config:
         pass
 
@@ -598,6 +598,27 @@ def test_sequence_context_and_tensor_parallelism_are_refused(name):
     setattr(Config, f"{name}_size", 2)
     with pytest.raises(ValueError, match=f"parallelism .`{name}_size=2`. is not supported.*Set `{name}_size=1`"):
         _refuse_parallelism(Config())
+
+
+@pytest.mark.parametrize(
+    ("plugins", "match"),
+    [
+        (dict(fsdp_plugin=SimpleNamespace(fsdp_version=1)), "FSDP version 1, .*Set `fsdp_version: 2`"),
+        (dict(deepspeed_plugin=SimpleNamespace(zero_stage=0)), "`zero_stage: 0`, .*Set a stage of 1, 2 or 3"),
+        (
+            dict(
+                deepspeed_plugin=SimpleNamespace(
+                    zero_stage=3, deepspeed_config={"zero_optimization": {"offload_param": {"device": "nvme"}}}
+                )
+            ),
+            "set to `nvme`, .*Offload to the CPU",
+        ),
+    ],
+    ids=["fsdp 1", "zero 0", "nvme"],
+)
+def test_sharding_that_leaves_no_whole_adapter_is_refused(plugins, match):
+    with pytest.raises(ValueError, match=match):
+        _refuse_sharding(SimpleNamespace(**plugins))
 
 
 def test_a_config_of_another_kind_is_refused(make_trainer):

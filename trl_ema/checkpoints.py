@@ -17,7 +17,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
 
 from . import portable
-from .files import replace_folder
+from .files import finish_replacing, replace_folder
 from .model_card import write_model_card
 from .sharding import gather_whole, local_shard, reshard, write_whole
 from .teacher import TEACHER_NAME, MeanTeacher, check_adapter_file, read_student
@@ -119,9 +119,10 @@ class CheckpointMixin(Trainer):
             if self.args.push_to_hub:
                 self._push_from_checkpoint(os.path.join(run_dir, name))
         self.accelerator.wait_for_everyone()
-        # Another machine with a disk of its own, on which its ranks wrote their part.
-        if self.is_local_process_zero() and os.path.isdir(staging):
-            self._publish_checkpoint(run_dir, name)
+        # On another machine with a disk of its own, its ranks wrote their part there.
+        if self.is_local_process_zero():
+            with contextlib.suppress(FileNotFoundError):
+                self._publish_checkpoint(run_dir, name)
         self._saved_step = self.state.global_step
         self.accelerator.wait_for_everyone()
 
@@ -175,6 +176,9 @@ class CheckpointMixin(Trainer):
     # Reading one
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if self.is_local_process_zero():
+            finish_replacing(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -283,6 +287,8 @@ class CheckpointMixin(Trainer):
     def _load_best_model(self):
         best = self.state.best_model_checkpoint
         self._check_weights(best)
+        if self.teacher is not None:
+            self.teacher.check_origin(best, run_id=self.run_id, step=self.state.best_global_step)
         if is_peft_model(self.model) and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             # Not by DeepSpeed or FSDP: it may be of another launch.
             weights = self._load_student(best)

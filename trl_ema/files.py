@@ -57,13 +57,32 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def replace_folder(source: str, target: str) -> None:
-    """Rename the folder `source` to `target`; what is there is moved aside first and removed last."""
-    old = f"{target}.old"
-    shutil.rmtree(old, ignore_errors=True)
+    """
+    Rename the folder `source` to `target`; what is there is moved aside first and removed last. Without `source` it raises
+    `FileNotFoundError` and leaves `target` alone. After a kill in between, [`finish_replacing`] does the rest.
+    """
+    new, old = _beside(target, "new"), _beside(target, "old")
+    for scratch in (new, old):
+        shutil.rmtree(scratch, ignore_errors=True)
+    os.rename(source, new)
     if os.path.isdir(target):
         os.rename(target, old)
-    os.rename(source, target)
+    os.rename(new, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_replacing(folder: str) -> None:
+    """Put every new folder in its place, in `folder`, whose replacement by [`replace_folder`] was interrupted."""
+    for new in Path(folder).glob(".*.new"):
+        target = new.with_name(new.name[1:].removesuffix(".new"))
+        if not target.exists():
+            new.rename(target)
+
+
+def _beside(target: str, kind: str) -> str:
+    """Hidden, and not by the name of a checkpoint."""
+    folder, name = os.path.split(target)
+    return os.path.join(folder, f".{name}.{kind}")
 
 
 def read_json(path: str | Path) -> Any:

@@ -240,8 +240,8 @@ class MeanTeacher:
         tensors = {key: tensor.contiguous().clone() for key, tensor in self._peft_state(tensors).items()}
         save_file(tensors, f"{path}.part", metadata={"format": "pt"})
         os.replace(f"{path}.part", path)
-        state = {"sha256": _sha256(path), "num_updates": self.num_updates, **state}
-        write_json(os.path.join(folder, STATE_NAME), state)
+        state = {"num_updates": self.num_updates, **state}
+        write_json(os.path.join(folder, STATE_NAME), {"sha256": _sha256(path, state), **state})
 
     def _write_config(self, folder: str) -> None:
         """As PEFT writes it, but for the student's initialization: PEFT repeats PiSSA's change of the base at load."""
@@ -333,9 +333,12 @@ def _twin(name: str, student: str) -> str:
     return ".".join(TEACHER_NAME if part == student else part for part in name.split("."))
 
 
-def _sha256(path: str) -> str:
+def _sha256(path: str, state: dict) -> str:
+    """Of the file and of what is said about it."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps(state, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _check_state(folder: str) -> None:
@@ -344,13 +347,14 @@ def _check_state(folder: str) -> None:
     if not os.path.isfile(path):
         raise ValueError(f"Teacher checkpoint {path} is missing. {_ANOTHER}.")
     try:
-        expected = read_json(path)["sha256"]
+        state = read_json(path)
+        expected = state.pop("sha256")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"Teacher checkpoint {path} is damaged ({error!r}). {_ANOTHER}.") from error
     weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if _sha256(weights) != expected:
+    if _sha256(weights, state) != expected:
         raise ValueError(
-            f"Teacher checkpoint {weights} is damaged (its checksum is not the one in {path}). {_ANOTHER}."
+            f"Teacher checkpoint {weights} is damaged (it and {path} do not have their checksum). {_ANOTHER}."
         )
 
 

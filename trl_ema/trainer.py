@@ -106,7 +106,7 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         self._loss_sums = torch.zeros(4, dtype=torch.float64)  # Σ CE, Σ D and their tokens since the last log
         if args.teacher != "none":
             _refuse_parallelism(self.accelerator.parallelism_config)
-            _refuse_nvme(self.accelerator)
+            _refuse_sharding(self.accelerator.state)
             self._attach_teacher()
         _check_free_space(args.output_dir, self.model)
         self._init_checkpoints()
@@ -193,7 +193,7 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         count = int(fraction * number + np.random.default_rng(seed).random())
         if not count and is_sharded(next(self.model.parameters())):
             count, fraction = 1, float("inf")  # the ranks gather weights together, so each takes the teacher's pass
-        order = np.random.default_rng([*seed, self.args.process_index]).permutation(number)
+        order = np.random.default_rng([*seed, 1 + self.args.process_index]).permutation(number)
         return torch.from_numpy(order[:count]).to(self.args.device), 1 / fraction
 
     def current_kl_weight(self) -> float:
@@ -203,12 +203,16 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
 
     def _check_finite(self, loss):
         """Before the backward pass, in which DeepSpeed takes its step. The ranks stop together."""
-        if not self.args.stop_on_nonfinite_loss or self.accelerator.gather(loss.detach()).isfinite().all():
+        if not self.args.stop_on_nonfinite_loss:
             return
+        losses = self.accelerator.gather(loss.detach())
+        if losses.isfinite().all():
+            return
+        bad = losses[~losses.isfinite()][0].item()  # on whichever rank
         last = self.last_good_checkpoint
         resume = f"The last good checkpoint is {last}" if last else "There is no good checkpoint of this run yet"
         raise FloatingPointError(
-            f"The loss of step {self.state.global_step + 1} is {loss.item()}; the model was not updated with it. "
+            f"The loss of step {self.state.global_step + 1} is {bad}; the model was not updated with it. "
             f"{resume}. Lower `learning_rate` or `kl_weight`, or look at the data of this step; "
             "`stop_on_nonfinite_loss=False` goes on regardless."
         )
@@ -394,9 +398,22 @@ def _refuse_parallelism(config) -> None:
             )
 
 
-def _refuse_nvme(accelerator) -> None:
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    offload = plugin.deepspeed_config.get("zero_optimization", {}).get("offload_param") if plugin is not None else None
+def _refuse_sharding(state) -> None:
+    """What shards an adapter in a way that it is not whole in any checkpoint."""
+    fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise ValueError(
+            f"The launch asks for FSDP version {fsdp.fsdp_version}, which flattens an adapter with its base. Set "
+            "`fsdp_version: 2` under `fsdp_config`, as in accelerate_configs/fsdp2.yaml."
+        )
+    if deepspeed is None:
+        return
+    if deepspeed.zero_stage == 0:
+        raise ValueError(
+            "The launch asks for DeepSpeed with `zero_stage: 0`, which shards nothing. Set a stage of 1, 2 or 3, or use DDP as "
+            "in accelerate_configs/ddp.yaml."
+        )
+    offload = deepspeed.deepspeed_config.get("zero_optimization", {}).get("offload_param")
     if offload and offload.get("device") == "nvme":
         raise ValueError(
             "DeepSpeed's `offload_param` is set to `nvme`, where no rank has its shard of the teacher at hand. Offload to the "
