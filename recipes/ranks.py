@@ -34,9 +34,9 @@ class Sizes:
     A model in elements.
 
     Args:
-        layers (`float`): Frozen weights of all the layers.
+        layers (`float`): Frozen weights of all the layers and the norms.
         embedding (`float`): Of the input embedding.
-        head (`float`): Of the output embedding and the last norm; next to nothing where the head is the embedding.
+        head (`float`): Of the output embedding; 0 where that is the input embedding.
         adapter (`float`): Trained weights, all of them in the layers.
         depth (`int`): Number of layers.
     """
@@ -104,8 +104,9 @@ def sent(mode: str, teacher: str, n: Sizes, b: Bytes, ranks: int) -> float:
         ZeRO-2 3 · adapter: the gradients are all-reduced, the new weights gathered
         ZeRO-3 2 · (layers + adapter) + embeddings + adapter: forward and backward gather, the gradients are scattered;
                a teacher's pass adds layers + embedding, and its adapter when it is an average
-        FSDP2  as ZeRO-3, but a layer's student and teacher are always gathered together, the embeddings once for both
-               passes, and one layer is fetched once too often where backward begins
+        FSDP2  as ZeRO-3, but a layer's student and teacher are always gathered together, and backward, when it has passed
+               the first layer, fetches what ran before it in vain: the input embedding, or the teacher's last layer where
+               the embedding is the head too and stays gathered
     """
     share = (ranks - 1) / ranks * b.sent
     if not mode.startswith(("zero3", "fsdp2")):
@@ -116,7 +117,8 @@ def sent(mode: str, teacher: str, n: Sizes, b: Bytes, ranks: int) -> float:
         teachers_pass = passes * (n.layers + n.embedding + copied * n.adapter)
         return share * (2 * (n.layers + n.adapter) + outer + teachers_pass + n.adapter)
     group = n.layers + n.adapter * (1 + copied)
-    return share * ((2 + passes) * group + passes * group / n.depth + outer + n.adapter)
+    again = (1 + passes) * n.embedding if n.head else passes * group / n.depth
+    return share * ((2 + passes) * group + again + outer + n.adapter)
 
 
 # Measured
@@ -225,7 +227,7 @@ def _deepspeed(stage: int) -> dict:
 
 
 def _fully_sharded(mode: str, teacher: str, folder: str):
-    """`fully_shard` by hand: accelerate shards on accelerators alone."""
+    """`fully_shard` by hand, in the units of accelerate, which shards on accelerators alone."""
     import torch
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -239,8 +241,10 @@ def _fully_sharded(mode: str, teacher: str, folder: str):
     if teacher != "none":
         mean_teacher = MeanTeacher(model, frozen=teacher == "frozen")
         add_mean_teacher_forward(model.get_base_model(), mean_teacher, kl_tokens="loss")
-    for layer in model.get_base_model().model.layers:
-        fully_shard(layer)
+    base = model.get_base_model()
+    for unit in (*base.model.layers, base.model.embed_tokens):
+        fully_shard(unit)
+    fully_shard([base.model.norm, base.lm_head], reshard_after_forward=False)
     fully_shard(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
@@ -279,7 +283,7 @@ def _sizes(model) -> dict[str, int]:
     found = {"layers": 0, "embedding": 0, "head": 0, "adapter": 0, "depth": model.config.num_hidden_layers}
     for name, parameter in model.named_parameters():
         if ".teacher." not in name:
-            frozen = "layers" if ".layers." in name else "embedding" if "embed_tokens" in name else "head"
+            frozen = "embedding" if "embed_tokens" in name else "head" if "lm_head" in name else "layers"
             key = "adapter" if parameter.requires_grad else frozen
             found[key] += getattr(parameter, "ds_numel", None) or parameter.numel()
     return found
