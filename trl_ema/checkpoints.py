@@ -9,7 +9,7 @@ import uuid
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import TrainerState
@@ -48,7 +48,8 @@ class CheckpointMixin(Trainer):
     teacher: MeanTeacher | None
 
     def _init_checkpoints(self) -> None:
-        self.run_id = uuid.uuid4().hex  # kept by resumed runs
+        # The same on all ranks, and kept by resumed runs.
+        self.run_id = broadcast_object_list([uuid.uuid4().hex])[0]
         self.stopped_by = 0  # the signal that ended the last training
         self.last_good_checkpoint = None
         self.resumed_from = self._staging = self._saved_step = None

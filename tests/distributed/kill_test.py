@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,8 +41,7 @@ def disturbed(mode: str, folder: Path, output: str, seconds: float, kills: int, 
     moments, starts = [], 0
     while True:
         starts += 1
-        # A staging folder tells where the next kill falls, so that of the last one goes.
-        shutil.rmtree(folder / output / STAGING, ignore_errors=True)
+        leftover = _staging(folder / output)  # of a save that the last kill cut off
         # PyTorch waits for ever for a process that was killed while it built DeepSpeed's kernel.
         for lock in (folder / "extensions").glob("**/lock"):
             lock.unlink()
@@ -52,7 +50,7 @@ def disturbed(mode: str, folder: Path, output: str, seconds: float, kills: int, 
         )
         if len(moments) < kills and _wait_for_moment(process, folder / output, seconds, dice):
             one_rank = mode != "one" and dice.random() < 0.5
-            moments.append(_moment(folder / output) + (", one rank first" if one_rank else ""))
+            moments.append(_moment(folder / output, leftover) + (", one rank first" if one_rank else ""))
             kill(process, dice if one_rank else None)
             continue
         _, errors = process.communicate()
@@ -103,8 +101,17 @@ def _last_step(output: Path) -> int:
     return max((int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")), default=0)
 
 
-def _moment(output: Path) -> str:
-    return f"after step {_last_step(output)}, {'in a save' if (output / STAGING).exists() else 'between saves'}"
+def _staging(output: Path) -> int | None:
+    """Which staging folder there is."""
+    try:
+        return (output / STAGING).stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _moment(output: Path, leftover: int | None) -> str:
+    where = "between saves" if _staging(output) in (None, leftover) else "in a save"
+    return f"after step {_last_step(output)}, {where}"
 
 
 def differences(one: Path, other: Path) -> int:

@@ -24,6 +24,7 @@ OPTIONS = {
     # Whatever is harder with several ranks
     "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "lora_modules_to_save": ["lm_head"],
     "eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "save_total_limit": 2,
+    "greater_is_better": True,  # so the best checkpoint is not the last
 }  # fmt: skip
 GLOBAL_BATCH = 4
 ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

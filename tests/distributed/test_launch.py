@@ -1,5 +1,6 @@
 """The real recipe on two processes: the same losses, student and teacher as one process gives."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -34,11 +35,19 @@ def assert_same(folder, other, rtol=0.0, atol=0.0):
         torch.testing.assert_close(
             found, expected, rtol=rtol, atol=atol or 1e-12, msg=lambda text, key=key: f"{key}: {text}"
         )
-    for who in ("student", "teacher"):
-        ours, theirs = weights(folder, who), weights(other, who)
+    last = f"checkpoint-{OPTIONS['max_steps']}"
+    for who, at in itertools.product(("student", "teacher"), (".", last)):
+        ours, theirs = weights(folder / at, who), weights(other / at, who)
         assert ours.keys() == theirs.keys() and len(ours) > 10
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name].float(), tensor.float(), rtol=rtol, atol=atol)
+    # In the end there is the best student, with its own teacher.
+    state = json.loads((folder / last / "trainer_state.json").read_text())
+    best = folder.parent / state["best_model_checkpoint"]
+    assert best.name != last
+    for who in ("student", "teacher"):
+        kept = weights(best, who)
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(folder, who).items())
 
 
 MODES = ["ddp", "zero2", "zero3", "fsdp2", "fsdp2_sharded"]
