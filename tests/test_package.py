@@ -15,6 +15,7 @@ import trl_ema
 
 
 SOURCE = Path(trl_ema.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def imported_modules(path):
@@ -120,3 +121,9 @@ def test_trainer_has_the_call_signature_of_sft_trainer():
     ours, theirs = (inspect.signature(cls.__init__).parameters for cls in (EMARegularizedSFTTrainer, SFTTrainer))
     assert [(p.name, p.default) for p in ours.values()][2:] == [(p.name, p.default) for p in theirs.values()][2:]
     assert list(ours)[:2] == list(theirs)[:2]
+
+
+def test_the_tables_of_several_gpus_are_what_their_script_prints():
+    script = ROOT / "recipes" / "ranks.py"
+    table = subprocess.run([sys.executable, str(script), "table"], capture_output=True, text=True, check=True).stdout
+    assert table.strip() in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")

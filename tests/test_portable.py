@@ -77,6 +77,14 @@ def test_a_checkpoint_without_an_optimizer_is_refused(make_trainer, tmp_path, na
         make_trainer().train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_a_half_deleted_checkpoint_is_refused(make_trainer, tmp_path):
+    make_trainer(save_strategy="steps", save_steps=2).train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    os.remove(checkpoint / "rng_state.pth")
+    with pytest.raises(ValueError, match=r"has no random state \(rng_state\*.pth\), so dropout"):
+        make_trainer().train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_an_optimizer_of_other_parameters_is_refused():
     class Engine:
         optimizer = type("Zero", (), {"optimizer": None})()

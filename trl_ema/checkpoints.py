@@ -1,6 +1,7 @@
 """What the trainer writes and reads: whole checkpoints with the teacher in them, for any launch, and stops in between."""
 
 import contextlib
+import glob
 import logging
 import os
 import shutil
@@ -208,6 +209,12 @@ class CheckpointMixin(Trainer):
             saved = TrainerState.load_from_json(state)
             saved_run = saved.stateful_callbacks.get(STATE_KEY, {}).get("run_id")
             self.teacher.check_origin(folder, run_id=saved_run, step=saved.global_step)
+        if not glob.glob(os.path.join(glob.escape(folder), "rng_state*.pth")):
+            raise ValueError(
+                f"{folder!r} has no random state (rng_state*.pth), so dropout and data would not go on as they were: it was "
+                "saved with `save_only_model`, or is half deleted. Resume from another checkpoint, or start anew from its "
+                "adapter with `PeftModel.from_pretrained`."
+            )
         made_by = portable.format_of(folder)
         if not is_peft_model(self.model) or (made_by != portable.PLAIN and self._reads(folder)):
             return  # as Transformers, DeepSpeed or FSDP read it

@@ -3,6 +3,7 @@
 import itertools
 import json
 import signal
+import socket
 import subprocess
 import time
 
@@ -71,16 +72,19 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(runs, tiny_folder, mode):
     assert_same(resumed, runs(mode))
 
 
-@pytest.mark.parametrize("mode", ["ddp", "zero3"])
-def test_a_signal_to_one_rank_stops_all_at_one_step(runs, tiny_folder, mode):
-    output = f"{mode}_signalled"
+@pytest.mark.parametrize(("mode", "to"), [("ddp", "a rank"), ("zero3", "a rank"), ("ddp", "the launcher")])
+def test_a_signal_stops_all_ranks_at_one_step(runs, tiny_folder, mode, to):
+    output = f"{mode}_signalled_{to.split()[-1]}"
     line, environment = command(mode, tiny_folder, output, enable_jit_checkpoint=True, measure=False)
     launcher = subprocess.Popen(line, cwd=tiny_folder, env=environment, stderr=subprocess.PIPE, text=True)
     while launcher.poll() is None and not (tiny_folder / output / STAGING).exists():
         time.sleep(0.005)
-    # Whichever of the launcher's descendants is the second rank.
-    ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
-    ranks[0].send_signal(signal.SIGTERM)
+    if to == "a rank":
+        # Whichever of the launcher's descendants is the second rank.
+        ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+        ranks[0].send_signal(signal.SIGTERM)
+    else:
+        launcher.send_signal(signal.SIGTERM)
     _, errors = launcher.communicate()
     stopped = [
         path
@@ -90,6 +94,23 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(runs, tiny_folder, mode):
     assert len(stopped) == 1, errors[-5000:]
     resumed = launch(mode, tiny_folder, output, resume_from_checkpoint="true", measure=False)
     assert_same(resumed, runs(mode))
+
+
+def test_two_machines_train_as_one_process_does(runs, tiny_folder):
+    """Each machine with a launcher of its own, as the README has it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line, environment = command("ddp", tiny_folder, "machines")
+    at = line.index("--main_process_port")
+    line[at + 1] = str(port)
+    line[at:at] = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    machines = [
+        subprocess.Popen([*line[:at], "--machine_rank", rank, *line[at:]], cwd=tiny_folder, env=environment)
+        for rank in ("0", "1")
+    ]
+    assert [machine.wait() for machine in machines] == [0, 0]
+    assert_same(tiny_folder / "machines", runs("one"), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +144,20 @@ def test_fsdp2_in_bfloat16_keeps_its_figures_in_float32(tiny_folder):
     for group in ("domain", "general"):
         assert figures[0]["student"][group]["tokens"] == figures[1]["student"][group]["tokens"]
         assert figures[0]["before"][group]["loss"] == pytest.approx(figures[1]["before"][group]["loss"], rel=1e-3)
+
+
+@pytest.mark.slow  # DeepSpeed compiles its optimizer for the CPU
+def test_offloading_trains_and_resumes(runs, tiny_folder):
+    whole = launch("zero3_offload", tiny_folder, "offload")
+    assert_same(whole, runs("one"), rtol=1e-3, atol=1e-4)
+    resumed = launch(
+        "zero3_offload",
+        tiny_folder,
+        "offload_resumed",
+        resume_from_checkpoint=str(whole / "checkpoint-3"),
+        measure=False,
+    )
+    assert_same(resumed, whole)
 
 
 @pytest.mark.gpu
