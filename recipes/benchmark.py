@@ -1,190 +1,571 @@
 """
-What the teacher costs, side by side in one run.
+What the teacher costs: our trainer and what people use instead, side by side in one run.
 
-    python recipes/benchmark.py step
+    python recipes/benchmark.py all --quick      every figure that has a goal: under 15 minutes on 2 cores
+    python recipes/benchmark.py step             time of a training step: SFTTrainer, ours, a second model, the adapter off
+    python recipes/benchmark.py loss             the fused loss: bare matrix products, TRL's kernels, dense logits
+    python recipes/benchmark.py update           the average: moving its bytes, TRL's callback, ema-pytorch
+    python recipes/benchmark.py memory           peak memory of a fresh process for each trainer
+    python recipes/benchmark.py scaling          growth with the number of tokens
 
-`step` trains SmolLM2-135M (float32, LoRA on all linear layers) on random tokens with TRL's plain `SFTTrainer` and with our
-trainer, alternating step by step, and prints the ratio of their times, each the median of the repetitions with its
-quartiles. Peak memory is that of a fresh process per arm. Speed claims live here, not in timed tests.
+The arms alternate, one call each in turn; every ratio is the median over the repetitions, with its quartiles, of times
+measured one after the other. Speed claims live here, not in timed tests.
 """
 
 import argparse
 import json
-import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from importlib.metadata import version
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 
-ARMS = {"sft": None, "ema": "ema", "frozen": "frozen"}
+# Tokens of a sequence and sequences of a step, by model: 49k and 152k words.
+MODELS = {"smollm2": (256, 2), "qwen2": (256, 1)}
+OURS = {
+    "ema": dict(teacher="ema", ema_decay=0.999),
+    "ema, a quarter": dict(teacher="ema", ema_decay=0.999, kl_fraction=0.25),
+    "frozen": dict(teacher="frozen"),
+}
+# What others do, at the same work: see `_peer`.
+PEERS = ("second model", "adapter off")
+ARMS = ("sft", *OURS, *PEERS)
+
+
+@dataclass
+class Figure:
+    """One measured ratio: what, the most it should be, its quartiles and median over the repetitions."""
+
+    name: str
+    goal: float | None
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, name: str, goal: float | None, ratios: Iterable[float]) -> "Figure":
+        import numpy as np
+
+        return cls(name, goal, *(float(q) for q in np.percentile(list(ratios), [25, 50, 75])))
+
+    def row(self) -> str:
+        goal = "" if self.goal is None else f"≤ {self.goal:g}"
+        met = "" if self.goal is None else "yes" if self.median <= self.goal else "no"
+        return f"| {self.name} | {goal} | {self.median:.4g} | {self.low:.4g} to {self.high:.4g} | {met} |"
+
+
+def alternate(arms: dict[str, Callable[[], object]], repetitions: int, title: str) -> dict[str, list[float]]:
+    """Seconds of each call of each arm, one of each in turn, after one that does not count."""
+    import torch
+    from tqdm.auto import trange
+
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for call in arms.values():
+        call()
+    for _ in trange(repetitions, desc=title, leave=False):
+        for arm, call in arms.items():
+            synchronize()
+            start = time.perf_counter()
+            call()
+            synchronize()
+            seconds[arm].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(name: str, goal: float | None, over: list[float], under: list[float]) -> Figure:
+    return Figure.of(name, goal, [a / b for a, b in zip(over, under, strict=True)])
+
+
+# A training step
+
+
+def build_model(name: str, nf4: bool):
+    """The demo's SmolLM2-135M (49k words), a random 2-layer model in the shape of Qwen2-1.5B (152k), or a folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
+
+    from trl_ema import offline
+
+    if name == "qwen2":
+        torch.manual_seed(0)
+        config = Qwen2Config(
+            hidden_size=1536, intermediate_size=8960, num_hidden_layers=2, num_attention_heads=12, num_key_value_heads=2,
+            vocab_size=151936, tie_word_embeddings=True,
+        )  # fmt: skip
+        return Qwen2ForCausalLM(config)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if nf4 else None
+    path = offline.demo_model() if name == "smollm2" else name
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=four_bit)
 
 
 def make_trainer(arm: str, args, folder: str):
     import datasets
     import torch
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig, offline
 
-    path = args.model or offline.demo_model()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    tokens = torch.randint(100, model.config.vocab_size, (args.batch_size, args.tokens)).tolist()
+    tokens, batch_size = args.tokens or MODELS[args.model][0], args.batch_size or MODELS[args.model][1]
+    model = build_model(args.model, args.nf4)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, 40000, (batch_size, tokens), generator=generator).tolist()
     options = dict(
-        output_dir=folder, per_device_train_batch_size=args.batch_size, max_length=args.tokens, bf16=args.bf16,
+        output_dir=folder, per_device_train_batch_size=batch_size, max_length=tokens, bf16=args.bf16,
         gradient_checkpointing=args.checkpointing, report_to="none", save_strategy="no", logging_strategy="no",
         disable_tqdm=True, max_steps=10**6, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     common = dict(
-        train_dataset=datasets.Dataset.from_dict({"input_ids": tokens, "labels": tokens}),
-        processing_class=AutoTokenizer.from_pretrained(path),
+        train_dataset=datasets.Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        processing_class=AutoTokenizer.from_pretrained(offline.demo_model()),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    if ARMS[arm] is None:
+    if arm in OURS:
+        return EMARegularizedSFTTrainer(model, MeanTeacherConfig(**OURS[arm], **options), **common)
+    if arm == "sft":
         return SFTTrainer(model, SFTConfig(**options), **common)
-    return EMARegularizedSFTTrainer(model, MeanTeacherConfig(teacher=ARMS[arm], ema_decay=0.999, **options)
-                                    if arm == "ema" else MeanTeacherConfig(teacher=ARMS[arm], **options), **common)  # fmt: skip
+    return _peer(arm, args)(model, SFTConfig(**options), **common)
+
+
+def _peer(arm: str, args):
+    """
+    A trainer as users write it: float32 logits of student and reference, `F.cross_entropy`, `F.kl_div`. The reference is a
+    second model (as ASFT's own code has it), or the model with its adapter switched off.
+    """
+    import torch
+    import torch.nn.functional as F
+    from trl import SFTTrainer
+
+    class Dense(SFTTrainer):
+        reference = build_model(args.model, args.nf4) if arm == "second model" else None
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs["labels"][:, 1:]
+            inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+            logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+            with torch.no_grad():
+                if self.reference is not None:
+                    teacher = self.reference.to(logits.device)(**inputs, use_cache=False).logits[:, :-1].float()
+                else:
+                    with self.accelerator.unwrap_model(model).disable_adapter():
+                        teacher = model(**inputs, use_cache=False).logits[:, :-1].float()
+            mask = labels != -100
+            ce = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+            kl = F.kl_div(logits.log_softmax(-1), teacher.softmax(-1), reduction="none").sum(-1)[mask].sum()
+            return (ce + kl) / num_items_in_batch
+
+    return Dense
 
 
 class Stepper:
     """One optimizer step at a time, through the trainer's own `training_step`."""
 
     def __init__(self, arm: str, args, folder: str):
-        import torch
-
-        self.trainer = make_trainer(arm, args, folder)
-        trainer = self.trainer
+        self.trainer = trainer = make_trainer(arm, args, folder)
         trainer.state.max_steps = 10**6
         trainer.current_gradient_accumulation_steps = 1
         trainer.create_optimizer()
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         self.batch = next(iter(trainer.get_train_dataloader()))
         self.items = (self.batch["labels"][:, 1:] != -100).sum()
-        self.synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
-    def __call__(self) -> float:
-        self.synchronize()
-        start = time.perf_counter()
+    def __call__(self) -> None:
         self.trainer.training_step(self.model, dict(self.batch), self.items)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if getattr(self.trainer, "teacher", None) is not None:
             self.trainer.update_teacher()
-        self.synchronize()
-        return time.perf_counter() - start
+        self.trainer.state.global_step += 1  # `kl_fraction` draws anew
 
 
-def peak_memory_mib(arm: str, args) -> float:
-    """Of a fresh process: model, three steps, nothing else."""
-    command = [
-        sys.executable,
-        __file__,
-        "memory-of",
-        arm,
-        "--tokens",
-        str(args.tokens),
-        "--batch_size",
-        str(args.batch_size),
+STEP_GOALS = {
+    # arm, against, with checkpointing: what it should be at most
+    ("ema", "sft", False): 1.25,
+    ("ema", "sft", True): 1.22,
+    ("ema, a quarter", "sft", False): 1.08,
+    ("ema, a quarter", "sft", True): 1.08,
+    ("frozen", "sft", False): 1.20,
+    ("frozen", "sft", True): 1.20,
+}
+SECOND_MODEL_GOALS = {"smollm2": 0.70, "qwen2": 0.60}
+
+
+def step(args) -> list[Figure]:
+    """Time of a step, and the ratio of the floating point operations, which is the least that time can be."""
+    title = f"{args.model}, {args.tokens or MODELS[args.model][0]} × {args.batch_size or MODELS[args.model][1]} tokens"
+    title += ", NF4" * args.nf4 + ", bfloat16" * args.bf16 + ", checkpointing" * args.checkpointing
+    with tempfile.TemporaryDirectory() as folder:
+        arms = {arm: Stepper(arm, args, folder) for arm in args.arms}
+        operations = {arm: _operations(stepper) for arm, stepper in arms.items()}
+        # A share of the sequences is drawn at each step: a mean over several is what counts.
+        calls = {arm: (lambda s=stepper: [s() for _ in range(args.steps)]) for arm, stepper in arms.items()}
+        seconds = alternate(calls, args.repetitions, f"steps, {title}")
+    found = []
+    for arm in args.arms:
+        if arm == "sft":
+            continue
+        floor = operations[arm] / operations["sft"]
+        name = f"step, {arm} / SFTTrainer ({title}; operations {floor:.2f})"
+        found.append(ratio(name, STEP_GOALS.get((arm, "sft", args.checkpointing)), seconds[arm], seconds["sft"]))
+    for peer in set(PEERS) & set(args.arms) if "ema" in args.arms else ():
+        goal = SECOND_MODEL_GOALS.get(args.model) if peer == "second model" else None
+        found.append(ratio(f"step, ema / {peer} ({title})", goal, seconds["ema"], seconds[peer]))
+    return found
+
+
+def _operations(stepper: Stepper) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        stepper()
+    return counter.get_total_flops()
+
+
+# The loss
+
+
+LOSS_SHAPES = {"49k words": (512, 576, 49152), "152k words": (256, 1536, 151936)}
+
+
+def loss(args) -> list[Figure]:
+    """Forward and backward of the fused loss, on random hidden states."""
+    found = []
+    for title, shape in LOSS_SHAPES.items():
+        arms = loss_arms(*shape)
+        seconds = alternate(arms, args.repetitions, f"loss, {title}")
+        found += [
+            ratio(f"fused loss / three matrix products ({title})", 1.25, seconds["ours"], seconds["products"]),
+            ratio(f"fused loss / TRL's two chunked kernels ({title})", 0.50, seconds["ours"], seconds["TRL"]),
+            ratio(f"fused loss / dense logits ({title})", None, seconds["ours"], seconds["dense"]),
+        ]
+        if "Liger" in arms:
+            found.append(ratio(f"fused loss / Liger's fused JSD ({title})", None, seconds["ours"], seconds["Liger"]))
+    return found
+
+
+def loss_inputs(tokens: int, hidden: int, words: int):
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    student, teacher, weight = (
+        torch.randn(n, hidden, generator=generator, device=device) * hidden**-0.5 for n in (tokens, tokens, words)
+    )
+    return (
+        student.requires_grad_(),
+        teacher,
+        weight,
+        torch.randint(words, (tokens,), generator=generator, device=device),
+    )
+
+
+def loss_arms(tokens: int, hidden: int, words: int) -> dict[str, Callable[[], object]]:
+    import torch
+    import torch.nn.functional as F
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    from trl_ema.losses import default_chunk_size, fused_linear_cross_entropy_kl
+
+    student, teacher, weight, labels = loss_inputs(tokens, hidden, words)
+    rows = default_chunk_size(student.device.type, words)
+    logits = torch.empty(min(rows, tokens), words, device=student.device)
+
+    def ours():
+        fused_linear_cross_entropy_kl(student, teacher, weight, labels, 1.0).loss.backward()
+
+    @torch.no_grad()
+    def products():
+        for start in range(0, tokens, rows):
+            chunk = student[start : start + rows]
+            out = logits[: len(chunk)]
+            torch.mm(chunk, weight.t(), out=out)
+            torch.mm(teacher[start : start + rows], weight.t(), out=out)
+            torch.mm(out, weight)
+
+    def trl():
+        options = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",))
+        log_probs, *_ = ChunkedLogProbFunction.apply(student, weight, None, labels, *options)
+        divergence, _ = ChunkedDivergenceFunction.apply(student, weight, None, teacher, weight, None, 0.0)
+        (divergence.sum() - log_probs.sum()).backward()
+
+    def dense():
+        z_s, z_t = student @ weight.t(), teacher @ weight.t()
+        kl = F.kl_div(z_s.log_softmax(-1), z_t.softmax(-1), reduction="sum")
+        (F.cross_entropy(z_s, labels, reduction="sum") + kl).backward()
+
+    arms: dict[str, Callable[[], object]] = {"ours": ours, "products": products, "TRL": trl, "dense": dense}
+    if torch.cuda.is_available() and find_spec("liger_kernel"):
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.0)
+        arms["Liger"] = lambda: liger(student, weight, teacher, weight, labels).backward()
+    return arms
+
+
+# The average
+
+
+def update(args) -> list[Figure]:
+    """One update of a 210-layer adapter."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from trl.experimental.sdft.teacher_sync import PEFTAdapterEMACallback
+
+    from trl_ema.teacher import MeanTeacher
+
+    lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    ours, theirs = (get_peft_model(build_model("smollm2", False), lora) for _ in range(2))
+    teacher = MeanTeacher(ours)
+    students = torch.nn.ParameterList([p for p in ours.parameters() if p.requires_grad])
+    size = sum(p.numel() for p in students)
+    average, student = torch.zeros(size), torch.ones(size)
+    callback = PEFTAdapterEMACallback(theirs, update_rate=0.001)
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    with tempfile.TemporaryDirectory() as folder:
+        call = (TrainingArguments(folder, use_cpu=not torch.cuda.is_available()), TrainerState(), TrainerControl())
+    callback.on_train_begin(*call)
+    arms: dict[str, Callable[[], object]] = {
+        "ours": lambda: teacher.update(0.999),
+        # Reads two numbers and writes one for each element, as an average must.
+        "bytes": lambda: torch.add(average, student, out=average),
+        "TRL": lambda: callback.on_step_end(*call),
+    }
+    if find_spec("ema_pytorch"):
+        from ema_pytorch import EMA
+
+        averaged = EMA(students, beta=0.999, update_every=1, update_after_step=0)
+        arms["ema-pytorch"] = averaged.update
+    with tempfile.TemporaryDirectory() as folder:
+        stepper = Stepper("ema", args, folder)
+        arms["step"] = stepper
+        seconds = alternate(arms, args.repetitions, "updates")
+    found = [
+        ratio("average / a step", 0.003, seconds["ours"], seconds["step"]),
+        ratio("average / moving its bytes", 1.2, seconds["ours"], seconds["bytes"]),
+        ratio("average / TRL's PEFTAdapterEMACallback", None, seconds["ours"], seconds["TRL"]),
     ]
-    command += ["--checkpointing"] * args.checkpointing + ["--bf16"] * args.bf16
-    command += ["--model", args.model] if args.model else []
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    if "ema-pytorch" in seconds:
+        found.append(ratio("average / ema-pytorch", None, seconds["ours"], seconds["ema-pytorch"]))
+    return found
+
+
+# Memory
+
+
+def memory(args) -> list[Figure]:
+    """Peak memory over the loaded model, at 152k words: each trainer in fresh processes, in turn."""
+    found = []
+    lengths = (512, 2048)
+    for tokens in lengths:
+        arms = ("sft", "ema", "second model") if tokens == 2048 else ("sft", "ema")
+        peaks: dict[str, list[float]] = {arm: [] for arm in arms}
+        for _ in range(args.memory_repetitions):
+            for arm in arms:
+                peaks[arm].append(_fresh("memory-of", arm, "--model", "qwen2", "--tokens", tokens, "--batch_size", 1))
+        title = f"2-layer Qwen2-1.5B, {tokens} tokens"
+        found.append(ratio(f"peak memory over the model, ema / SFTTrainer ({title})", 1.01, peaks["ema"], peaks["sft"]))
+        if "second model" in peaks:
+            name = f"peak memory over the model, ema / second model ({title})"
+            found.append(ratio(name, 0.40, peaks["ema"], peaks["second model"]))
+    return found
+
+
+def _fresh(*arguments) -> float:
+    """MiB that a fresh process of this script prints."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[-3000:]}")
     return float(done.stdout.strip().splitlines()[-1])
 
 
 def memory_of(args) -> None:
+    """Peak of three steps over what the model itself takes, less the teacher's own copy of the adapter."""
+    with tempfile.TemporaryDirectory() as folder:
+        before, copy = _held_mib(), 0.0
+        model = build_model(args.model, args.nf4)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+        del model
+        _reset_peak()
+        stepper = Stepper(args.arm, args, folder)
+        teacher = getattr(stepper.trainer, "teacher", None)
+        if teacher is not None:
+            copy = sum(p.numel() * p.element_size() for p in teacher._students()) / 2**20
+        _reset_peak()
+        for _ in range(3):
+            stepper()
+        print(_peak_mib() - before - weights - copy)
+
+
+def _held_mib() -> float:
     import torch
 
-    with tempfile.TemporaryDirectory() as folder:
-        step = Stepper(args.arm, args, folder)
-        for _ in range(3):
-            step()
     if torch.cuda.is_available():
-        print(torch.cuda.max_memory_allocated() / 2**20)
+        return torch.cuda.memory_allocated() / 2**20
+    return _status("VmRSS")
+
+
+def _peak_mib() -> float:
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else _status("VmHWM")
+
+
+def _reset_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     else:
-        # Not getrusage: its maximum is inherited from the parent, which holds three models.
-        status = Path("/proc/self/status").read_text()
-        print(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**10)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
+def _status(field: str) -> float:
+    # Not getrusage: its maximum is inherited from the parent.
+    return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+
+
+# Growth
+
+
+def scaling(args) -> list[Figure]:
+    """Slope of log time over log tokens, and the loss's scratch memory, from 256 to 8,192 tokens."""
     import numpy as np
 
-    return tuple(np.percentile(values, [25, 50, 75]))
-
-
-def step(args) -> None:
-    import torch
-    from tqdm.auto import trange
-
-    times = {arm: [] for arm in ARMS}
+    sizes = (256, 512, 1024, 2048) if args.quick else (256, 512, 1024, 2048, 4096, 8192)
+    arms = {n: loss_arms(n, *LOSS_SHAPES["49k words"][1:])["ours"] for n in sizes}
+    found = [_slope("fused loss", alternate(arms, args.repetitions, "growth of the loss"))]
     with tempfile.TemporaryDirectory() as folder:
-        steppers = {arm: Stepper(arm, args, folder) for arm in ARMS}
-        for stepper in steppers.values():
-            stepper()  # warm-up
-        for _ in trange(args.repetitions, desc="alternating steps"):
-            for arm, stepper in steppers.items():
-                times[arm].append(stepper())
-        del steppers
-    memory = {arm: [peak_memory_mib(arm, args) for _ in range(args.memory_repetitions)] for arm in ARMS}
+        steppers = {}
+        for tokens in sizes:
+            changes = {"model": "smollm2", "tokens": 256, "batch_size": tokens // 256}
+            steppers[tokens] = Stepper("ema", argparse.Namespace(**vars(args) | changes), folder)
+        found.append(_slope("step", alternate(steppers, max(1, args.repetitions // 2), "growth of a step")))
+    scratch = [_fresh("memory-of-loss", n) for n in (256, 8192)]
+    found.append(Figure.of("scratch memory of the loss, 8,192 tokens / 256", 1.05, [scratch[1] / scratch[0]]))
+    return [f for f in found if not np.isnan(f.median)]
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    result = {
-        "setting": {
-            "tokens": args.tokens,
-            "batch_size": args.batch_size,
-            "checkpointing": args.checkpointing,
-            "bf16": args.bf16,
-        },
-        "hardware": {
-            "gpu": gpu,
-            "cpu": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
-        "versions": {p: version(p) for p in ("torch", "trl", "transformers", "peft", "accelerate")},
-        "step_seconds": times,
-        "peak_memory_mib": memory,
-    }
-    print(f"{result['setting']}\n{result['hardware']}\n{result['versions']}")
-    print(f"{'arm':8}{'time / sft':>12}{'quartiles':>18}{'peak memory / sft':>20}")
-    for arm in ARMS:
-        low, middle, high = quartiles([t / s for t, s in zip(times[arm], times["sft"], strict=True)])
-        ratio = quartiles(memory[arm])[1] / quartiles(memory["sft"])[1]
-        result[arm] = {"time_ratio": middle, "time_ratio_quartiles": [low, high], "memory_ratio": ratio}
-        print(f"{arm:8}{middle:12.3f}{f'{low:.3f} to {high:.3f}':>18}{ratio:20.3f}")
+
+def _slope(name: str, seconds: dict[int, list[float]]) -> Figure:
+    import numpy as np
+
+    tokens = np.log(list(seconds))
+    slopes = [np.polyfit(tokens, np.log(times), 1)[0] for times in zip(*seconds.values(), strict=True)]
+    return Figure.of(f"{name}, slope of log time over log tokens ({min(seconds):,} to {max(seconds):,})", 1.02, slopes)
+
+
+def memory_of_loss(args) -> None:
+    from trl_ema.losses import fused_linear_cross_entropy_kl
+
+    student, teacher, weight, labels = loss_inputs(args.tokens_of_loss, *LOSS_SHAPES["49k words"][1:])
+    fused_linear_cross_entropy_kl(student, teacher, weight, labels, 1.0)  # warms the libraries up
+    _reset_peak()
+    before = _held_mib()
+    # Without the gradient, which is as large as the hidden states.
+    fused_linear_cross_entropy_kl(student, teacher, weight, labels, 1.0)
+    print(_peak_mib() - before - student.numel() * 4 / 2**20)
+
+
+# All of it
+
+
+def everything(args) -> list[Figure]:
+    found = []
+    for changes in (
+        dict(model="smollm2", arms=list(ARMS)),
+        dict(model="smollm2", arms=["sft", *OURS], checkpointing=True),
+        dict(model="qwen2", arms=["sft", "ema", "second model"]),
+    ):
+        found += step(argparse.Namespace(**vars(args) | changes))
+    for part in (loss, update, memory, scaling):
+        found += part(args)
+    return found
+
+
+def report(figures: list[Figure], args) -> None:
+    from trl_ema.provenance import provenance
+
+    made_by = provenance()
+    print(json.dumps(made_by, indent=2))
+    print("| figure | goal | median | quartiles | met |\n|---|---|---|---|---|")
+    for figure in figures:
+        print(figure.row())
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(result, file, indent=2)
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump({"provenance": made_by, "figures": [asdict(f) for f in figures]}, file, indent=2)
+    if args.plot:
+        plot(figures, args.plot)
 
 
-def main():
+def plot(figures: list[Figure], path: str) -> None:
+    """Ratios with their quartiles, and a mark where each should be at most."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    shown = figures[::-1]
+    _, axes = plt.subplots(figsize=(10, 0.32 * len(shown) + 1), layout="constrained")
+    places = range(len(shown))
+    axes.barh(places, [f.median for f in shown], color="#4c78a8", height=0.6)
+    spread = [[f.median - f.low for f in shown], [f.high - f.median for f in shown]]
+    axes.errorbar([f.median for f in shown], places, xerr=spread, fmt="none", ecolor="black", capsize=2)
+    goals = [(f.goal, place) for place, f in zip(places, shown, strict=True) if f.goal is not None]
+    axes.plot(
+        *zip(*goals, strict=True), "|", color="#e45756", markersize=14, markeredgewidth=2.5, label="goal, at most"
+    )
+    axes.set_yticks(places, [f.name for f in shown], fontsize=7)
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_xlabel("ratio")
+    axes.legend(loc="lower right")
+    plt.savefig(path, dpi=150)
+
+
+def main() -> None:
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("step", "memory-of"):
+    parts = {"all": everything, "step": step, "loss": loss, "update": update, "memory": memory, "scaling": scaling}
+    hidden = {"memory-of": memory_of, "memory-of-loss": memory_of_loss}
+    for name in (*parts, *hidden):
         sub = commands.add_parser(
-            name, help="time and memory of a training step" if name == "step" else argparse.SUPPRESS
+            name, help=(parts[name].__doc__ or "every figure") if name in parts else argparse.SUPPRESS
         )
         if name == "memory-of":
-            sub.add_argument("arm", choices=list(ARMS))
-        sub.add_argument("--model", help="folder of a causal language model; default: the demo's SmolLM2-135M")
-        sub.add_argument("--tokens", type=int, default=256, help="tokens per sequence")
-        sub.add_argument("--batch_size", type=int, default=2, help="sequences per step")
+            sub.add_argument("arm", choices=ARMS)
+        if name == "memory-of-loss":
+            sub.add_argument("tokens_of_loss", type=int)
+        sub.add_argument("--model", default="smollm2", help="`smollm2`, `qwen2` (2 layers, 152k words) or a folder")
+        sub.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="of `step`; `sft` has to be one")
+        sub.add_argument("--tokens", type=int, help="tokens of a sequence; default by model")
+        sub.add_argument("--batch_size", type=int, help="sequences of a step; default by model")
         sub.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
         sub.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-        sub.add_argument("--repetitions", type=int, default=9, help="alternating steps per arm")
-        sub.add_argument("--memory_repetitions", type=int, default=3, help="processes per arm for the peak memory")
+        sub.add_argument("--nf4", action="store_true", help="4-bit base")
+        sub.add_argument("--repetitions", type=int, help="of each arm; default 9, 3 with --quick")
+        sub.add_argument("--steps", type=int, default=2, help="training steps of a repetition")
+        sub.add_argument("--memory_repetitions", type=int, default=3, help="fresh processes of each arm")
+        sub.add_argument("--quick", action="store_true", help="fewer repetitions and sizes")
         sub.add_argument("--json", help="file for all figures")
+        sub.add_argument("--plot", help="picture of all figures")
     args = parser.parse_args()
-    step(args) if args.command == "step" else memory_of(args)
+    args.repetitions = args.repetitions or (3 if args.quick else 9)
+    args.memory_repetitions = 1 if args.quick else args.memory_repetitions
+    if args.command in hidden:
+        hidden[args.command](args)
+    else:
+        report(parts[args.command](args), args)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,25 @@ def test_chunk_size_never_changes_the_result(chunk_size, direction, seed):
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_vocabulary_larger_than_the_cache_equals_the_dense_reference(direction, monkeypatch):
+    monkeypatch.setattr("trl_ema.losses._BLOCK_MIB_OF_CORE", 0)  # a row for each thread
+    compare(direction=direction, chunk_size=N, with_bias=True, transform=LogitTransform(2.0, 5.0))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_probabilities_that_underflow_equal_the_dense_reference(direction):
+    student, teacher, weight, _, labels = inputs(dtype=torch.float32)
+    ours = fused_linear_cross_entropy_kl(student * 60, teacher * 60, weight, labels, 0.7, direction=direction)
+    exact = (t.double() for t in (student * 60, teacher * 60, weight))
+    dense = dense_loss(*exact, labels, 0.7, direction=direction)
+    for mine, theirs in zip(vars(ours).values(), dense, strict=True):
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-5, atol=1e-4)
+    (mine,) = torch.autograd.grad(ours.loss, [student])
+    (theirs,) = torch.autograd.grad(dense[0], [student])
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     direction=st.sampled_from(DIRECTIONS), temperature=st.floats(0.3, 4), mixture=st.floats(0.05, 0.95), seed=st.integers(0, 99)

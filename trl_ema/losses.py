@@ -16,8 +16,10 @@ import torch
 IGNORE_INDEX = -100
 KL_DIRECTIONS = ("forward", "reverse", "jsd")
 
-# One float32 logit buffer of a chunk. On a CPU the chunk should stay near the caches, on a GPU it should fill the card.
+# One float32 logit buffer: a chunk of tokens goes through the head together, and must be large for the matrix products.
 _CHUNK_MIB = {"cpu": 48, "cuda": 256}
+# The rows of a chunk that go through the softmax together: on a CPU, those that stay in the cache of each core.
+_BLOCK_MIB_OF_CORE = 1
 # Vocabulary rows that are upcast at a time where the device cannot multiply half precision into float32.
 _UPCAST_ROWS = 8192
 
@@ -77,7 +79,7 @@ def fused_linear_cross_entropy_kl(
     teacher_hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
-    kl_weight: float | torch.Tensor,
+    kl_weight: float,
     *,
     bias: torch.Tensor | None = None,
     teacher_weight: torch.Tensor | None = None,
@@ -113,7 +115,7 @@ def fused_linear_cross_entropy_kl(
             gradient. The others have their cross-entropy alone.
         weight (`torch.Tensor` of shape `(V, H)`): Weight of the LM head; gets a gradient only if it requires one.
         labels (`torch.Tensor` of shape `(N,)`): Next tokens. Tokens labelled -100 count in the divergence alone.
-        kl_weight (`float` or 0-dim `torch.Tensor`): λ.
+        kl_weight (`float`): λ.
         bias (`torch.Tensor` of shape `(V,)`, *optional*): Bias of the LM head.
         teacher_weight, teacher_bias (`torch.Tensor`, *optional*): The teacher's own head; the student's by default.
         transform ([`LogitTransform`], *optional*): Scale and soft-cap of the head.
@@ -135,8 +137,7 @@ def fused_linear_cross_entropy_kl(
     if direction not in KL_DIRECTIONS:
         raise ValueError(f"`direction` must be one of {KL_DIRECTIONS}, got {direction!r}.")
     if chunk_size is None:
-        mib = _CHUNK_MIB.get(student_hidden.device.type, _CHUNK_MIB["cuda"])
-        chunk_size = max(1, mib * 2**20 // (4 * weight.shape[0]))
+        chunk_size = default_chunk_size(student_hidden.device.type, weight.shape[0])
     head = _Head(weight, bias, transform or LogitTransform())
     teacher_head = head
     if teacher_weight is not None:
@@ -149,7 +150,7 @@ def fused_linear_cross_entropy_kl(
             bias,
             teacher_hidden,
             labels,
-            kl_weight,
+            float(kl_weight),
             head,
             teacher_head,
             divergence,
@@ -157,6 +158,16 @@ def fused_linear_cross_entropy_kl(
             chunk_size,
         )
     )
+
+
+def default_chunk_size(device_type: str, vocabulary: int) -> int:
+    """Tokens that go through the LM head together."""
+    return _rows_of(_CHUNK_MIB.get(device_type, _CHUNK_MIB["cuda"]), vocabulary)
+
+
+def _rows_of(mib: int, vocabulary: int) -> int:
+    """Rows of float32 logits in so much memory, at least one."""
+    return max(1, mib * 2**20 // (4 * vocabulary))
 
 
 @dataclass(frozen=True)
@@ -204,39 +215,51 @@ def _matmul_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Σ_v a·b per row, `(n, V)` to `(n,)`, without a temporary of size V."""
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).flatten()
+@dataclass
+class _Softmax:
+    """Of the rows of `logits`, `(n, V)`: probabilities, and the largest logit and log Σ exp, `(n,)`."""
+
+    logits: torch.Tensor
+    probs: torch.Tensor
+    highest: torch.Tensor
+    log_norm: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor) -> "_Softmax":
+        probs, highest = logits.softmax(-1), logits.amax(-1)
+        # The largest probability is at least 1 / V, so its logarithm is exact to rounding.
+        return cls(logits, probs, highest, highest - probs.amax(-1).log())
 
 
 @dataclass(frozen=True)
 class _Divergence:
-    """Value and logit gradient of the divergence of two log-probability matrices `(n, V)`."""
+    """Value and logit gradient of the divergence of two softmaxes over `(n, V)`."""
 
     direction: str
     mixture: float
     temperature: float
 
-    def __call__(
-        self, log_ps: torch.Tensor, ps: torch.Tensor, log_pt: torch.Tensor, need_grad: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns D per token `(n,)` and T·dD/dz `(n, V)`. Overwrites `log_pt` only."""
+    def __call__(self, student: _Softmax, teacher: _Softmax) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns D per token `(n,)` and T·dD/dz `(n, V)`. Overwrites the teacher's tensors."""
+        # log p_s − log p_t = z_s − z_t + shift
+        shift = teacher.log_norm - student.log_norm
         if self.direction == "forward":
-            pt = log_pt.exp()
-            value = _row_dot(pt, log_pt.sub_(log_ps))
-            return value, torch.sub(ps, pt, out=pt) if need_grad else None
+            gap = teacher.logits.sub_(student.logits)
+            value = torch.linalg.vecdot(teacher.probs, gap) - shift
+            return value, torch.sub(student.probs, teacher.probs, out=gap)
         if self.direction == "reverse":
-            gap = log_pt.neg_().add_(log_ps)
-            value = _row_dot(ps, gap)
-            return value, gap.sub_(value.unsqueeze(1)).mul_(ps) if need_grad else None
+            gap = torch.sub(student.logits, teacher.logits, out=teacher.logits)
+            value = torch.linalg.vecdot(student.probs, gap) + shift
+            return value, gap.add_((shift - value).unsqueeze(1)).mul_(student.probs)
         beta = self.mixture
-        log_m = torch.logaddexp(log_ps + math.log1p(-beta), log_pt + math.log(beta))
-        pt = log_pt.exp()
-        teacher_part = _row_dot(pt, log_pt.sub_(log_m))
-        gap = torch.sub(log_ps, log_m, out=log_m)
-        student_part = _row_dot(ps, gap)
+        # Where both probabilities underflow there is nothing to sum, but 0 · log 0 must not become NaN.
+        mixed = torch.lerp(student.probs, teacher.probs, beta).clamp_(min=torch.finfo(shift.dtype).tiny).log_()
+        gap = teacher.logits.sub_(teacher.log_norm.unsqueeze(1)).sub_(mixed)
+        teacher_part = torch.linalg.vecdot(teacher.probs, gap)
+        gap = torch.sub(student.logits, mixed, out=gap).sub_(student.log_norm.unsqueeze(1))
+        student_part = torch.linalg.vecdot(student.probs, gap)
         value = beta * teacher_part + (1 - beta) * student_part
-        return value, gap.sub_(student_part.unsqueeze(1)).mul_(ps).mul_(1 - beta) if need_grad else None
+        return value, gap.sub_(student_part.unsqueeze(1)).mul_(student.probs).mul_(1 - beta)
 
 
 class _FusedLinearCrossEntropyKL(torch.autograd.Function):
@@ -250,6 +273,9 @@ class _FusedLinearCrossEntropyKL(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
         sums = torch.zeros(5, dtype=dtype, device=student_hidden.device)
         rows = min(chunk_size, max(1, len(labels)))
+        block_size = rows
+        if sums.device.type == "cpu":
+            block_size = torch.get_num_threads() * _rows_of(_BLOCK_MIB_OF_CORE, weight.shape[0])
         buffers = [torch.empty(rows, weight.shape[0], dtype=dtype, device=sums.device) for _ in range(2)]
 
         # The kernel chooses its own precision; autocast would round the logits to half precision.
@@ -261,11 +287,13 @@ class _FusedLinearCrossEntropyKL(torch.autograd.Function):
                 teacher_logits = None
                 if tokens.start < taught:
                     teacher_logits = teacher_head.project(teacher_hidden[tokens], buffers[1][:n])
-                chunk_sums, grad = _chunk(
-                    logits, teacher_logits, labels[tokens], kl_weight, head.transform, divergence, dft, need_grad
-                )
-                sums += chunk_sums
-                if grad is None:
+                for block in _slices(0, n, block_size):
+                    sums += _loss_of_block(
+                        logits[block], None if teacher_logits is None else teacher_logits[block], labels[tokens][block],
+                        kl_weight, head.transform, divergence, dft, need_grad,
+                    )  # fmt: skip
+                grad = logits
+                if not need_grad:
                     continue
                 if grad_hidden is not None:
                     grad_hidden[tokens] = _matmul_grad(grad, weight)
@@ -296,36 +324,34 @@ def _no_autocast(device_type: str):
     return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
-def _chunk(logits, teacher_logits, labels, kl_weight, transform, divergence, dft, need_grad):
+def _loss_of_block(logits, teacher_logits, labels, kl_weight, transform, divergence, dft, need_grad):
     """
-    One chunk: the five sums and the gradient of the loss with respect to the projection, `(n, V)`; the cross-entropy's
-    alone without `teacher_logits`.
+    The five sums over a block of tokens. Leaves the gradient of the loss with respect to the projection in `logits`, `(n, V)`:
+    the cross-entropy's alone without `teacher_logits`, which are overwritten.
     """
     labelled = labels != IGNORE_INDEX
     target = labels.clamp(min=0).unsqueeze(1)
     temperature = divergence.temperature
 
-    log_ps = logits.log_softmax(-1)
-    ps = log_ps.exp()
-    log_p_label = log_ps.gather(1, target).squeeze(1)
+    student = _Softmax.of(logits)
+    label_logit = logits.gather(1, target).squeeze(1)
+    log_p_label = label_logit - student.log_norm
     ce = -log_p_label * labelled
-    entropy = -_row_dot(ps, log_ps) * labelled
-    top1_hits = (log_ps.argmax(-1) == target.squeeze(1)) & labelled
+    entropy = (student.log_norm - torch.linalg.vecdot(student.probs, logits)) * labelled
+    top1_hits = (label_logit == student.highest) & labelled  # finding where it is takes ten times longer
     if teacher_logits is None:
         kl, grad_kl = torch.zeros_like(ce), None
     elif temperature == 1.0:
-        kl, grad_kl = divergence(log_ps, ps, teacher_logits.log_softmax(-1), need_grad)
+        kl, grad_kl = divergence(student, _Softmax.of(teacher_logits))
     else:
-        log_ps_t = (logits / temperature).log_softmax(-1)
-        kl, grad_kl = divergence(log_ps_t, log_ps_t.exp(), teacher_logits.div_(temperature).log_softmax(-1), need_grad)
+        kl, grad_kl = divergence(_Softmax.of(logits / temperature), _Softmax.of(teacher_logits.div_(temperature)))
 
-    ce_weight = labelled * log_p_label.exp() if dft else labelled.to(ps.dtype)
+    ce_weight = labelled * log_p_label.exp() if dft else labelled.to(logits.dtype)
     loss = (ce_weight * ce + kl_weight * kl).sum()
-    sums = torch.stack([loss, ce.sum(), kl.sum(), entropy.sum(), top1_hits.sum().to(loss.dtype)])
-    if not need_grad:
-        return sums, None
-    grad = ps.mul_(ce_weight.unsqueeze(1))
-    if grad_kl is not None:
-        grad = grad_kl.mul_(kl_weight / temperature).add_(grad)
-    grad.scatter_add_(1, target, -ce_weight.unsqueeze(1))
-    return sums, transform.backward_(grad, logits)
+    if need_grad:
+        grad = student.probs.mul_(ce_weight.unsqueeze(1))
+        if grad_kl is not None:
+            grad.add_(grad_kl, alpha=kl_weight / temperature)
+        grad.scatter_add_(1, target, -ce_weight.unsqueeze(1))
+        logits.copy_(transform.backward_(grad, logits))
+    return torch.stack([loss, ce.sum(), kl.sum(), entropy.sum(), top1_hits.sum().to(loss.dtype)])
