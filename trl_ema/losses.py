@@ -1,23 +1,25 @@
 """Cross-entropy plus divergence to a teacher, straight from hidden states.
 
 Nothing of size tokens × vocabulary is ever held: tokens go through the LM head in chunks, and each chunk's gradient is
-formed in the forward pass, while its probabilities are still there. This module knows torch alone.
+formed in the forward pass, while its probabilities are still there. This module knows torch and NumPy alone.
 
 Shapes: N tokens, H hidden size, V vocabulary.
 """
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
 IGNORE_INDEX = -100
 KL_DIRECTIONS = ("forward", "reverse", "jsd")
 
-# One float32 logit buffer: a chunk of tokens goes through the head together, and must be large for the matrix products.
-_CHUNK_MIB = {"cpu": 48, "cuda": 256}
+# A chunk of tokens goes through the head together, and must be large for the matrix products: on a CPU so many tokens, elsewhere
+# a float32 logit buffer of this size.
+_CPU_CHUNK_SIZE = 512
+_CHUNK_MIB = 256
 # The rows of a chunk that go through the softmax together: on a CPU, those that stay in the cache of each core.
 _BLOCK_MIB_OF_CORE = 1
 # Vocabulary rows that are upcast at a time where the device cannot multiply half precision into float32.
@@ -162,7 +164,7 @@ def fused_linear_cross_entropy_kl(
 
 def default_chunk_size(device_type: str, vocabulary: int) -> int:
     """Tokens that go through the LM head together."""
-    return _rows_of(_CHUNK_MIB.get(device_type, _CHUNK_MIB["cuda"]), vocabulary)
+    return _CPU_CHUNK_SIZE if device_type == "cpu" else _rows_of(_CHUNK_MIB, vocabulary)
 
 
 def _rows_of(mib: int, vocabulary: int) -> int:
@@ -276,7 +278,7 @@ class _FusedLinearCrossEntropyKL(torch.autograd.Function):
         block_size = rows
         if sums.device.type == "cpu":
             block_size = torch.get_num_threads() * _rows_of(_BLOCK_MIB_OF_CORE, weight.shape[0])
-        buffers = [torch.empty(rows, weight.shape[0], dtype=dtype, device=sums.device) for _ in range(2)]
+        buffers = [_empty(rows, weight.shape[0], dtype, sums.device) for _ in range(2)]
 
         # The kernel chooses its own precision; autocast would round the logits to half precision.
         with _no_autocast(sums.device.type):
@@ -314,6 +316,13 @@ class _FusedLinearCrossEntropyKL(torch.autograd.Function):
             None if grad is None else grad * grad_loss.to(grad.dtype) for grad in (grad_hidden, grad_weight, grad_bias)
         )
         return (*grads, *[None] * 8)
+
+
+def _empty(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    # NumPy asks for huge pages: a fresh buffer of small ones takes longer than what is computed in it.
+    return torch.from_numpy(np.empty((rows, columns), str(dtype).removeprefix("torch.")))
 
 
 def _slices(start: int, stop: int, size: int) -> list[slice]:
