@@ -114,9 +114,14 @@ def drop_stale_copy(parameter: Parameter) -> None:
 
 def reshard(model: torch.nn.Module) -> None:
     """FSDP2 leaves the outermost parameters whole after a forward without a backward."""
-    for module in model.modules():
+    if not dist.is_initialized():
+        return
+    modules = [model]
+    while modules:  # `model.modules()` takes three times longer, at every update of the teacher
+        module = modules.pop()
         if isinstance(module, FSDPModule):
             module.reshard()
+        modules += [child for child in module._modules.values() if child is not None]
 
 
 def sum_over_shards(value: Tensor, parameter: Parameter) -> Tensor:
