@@ -26,8 +26,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-# Tokens of a sequence and sequences of a step, by model: 49k and 152k words.
-MODELS = {"smollm2": (256, 2), "qwen2": (256, 1)}
+# Tokens of a sequence and sequences of a step, by model: 49k and 152k words. A quarter of four sequences is always one.
+MODELS = {"smollm2": (128, 4), "qwen2": (128, 4)}
 OURS = {
     "ema": dict(teacher="ema", ema_decay=0.999),
     "ema, a quarter": dict(teacher="ema", ema_decay=0.999, kl_fraction=0.25),
@@ -200,14 +200,12 @@ SECOND_MODEL_GOALS = {"smollm2": 0.70, "qwen2": 0.60}
 
 def step(args) -> list[Figure]:
     """Time of a step, and the ratio of the floating point operations, which is the least that time can be."""
-    title = f"{args.model}, {args.tokens or MODELS[args.model][0]} × {args.batch_size or MODELS[args.model][1]} tokens"
+    title = f"{args.model}, {args.batch_size or MODELS[args.model][1]} × {args.tokens or MODELS[args.model][0]} tokens"
     title += ", NF4" * args.nf4 + ", bfloat16" * args.bf16 + ", checkpointing" * args.checkpointing
     with tempfile.TemporaryDirectory() as folder:
         arms = {arm: Stepper(arm, args, folder) for arm in args.arms}
         operations = {arm: _operations(stepper) for arm, stepper in arms.items()}
-        # A share of the sequences is drawn at each step: a mean over several is what counts.
-        calls = {arm: (lambda s=stepper: [s() for _ in range(args.steps)]) for arm, stepper in arms.items()}
-        seconds = alternate(calls, args.repetitions, f"steps, {title}")
+        seconds = alternate(arms, args.repetitions, f"steps, {title}")
     found = []
     for arm in args.arms:
         if arm == "sft":
@@ -366,13 +364,13 @@ def update(args) -> list[Figure]:
 def memory(args) -> list[Figure]:
     """Peak memory over the loaded model, at 152k words: each trainer in fresh processes, in turn."""
     found = []
-    lengths = (512, 2048)
-    for tokens in lengths:
+    for tokens in (2048,) if args.quick else (512, 2048):
         arms = ("sft", "ema", "second model") if tokens == 2048 else ("sft", "ema")
         peaks: dict[str, list[float]] = {arm: [] for arm in arms}
         for _ in range(args.memory_repetitions):
             for arm in arms:
-                peaks[arm].append(_fresh("memory-of", arm, "--model", "qwen2", "--tokens", tokens, "--batch_size", 1))
+                options = ("--model", "qwen2", "--tokens", tokens, "--batch_size", 1)
+                peaks[arm].append(_fresh("memory-of", arm, *options))
         title = f"2-layer Qwen2-1.5B, {tokens} tokens"
         found.append(ratio(f"peak memory over the model, ema / SFTTrainer ({title})", 1.01, peaks["ema"], peaks["sft"]))
         if "second model" in peaks:
@@ -391,7 +389,7 @@ def _fresh(*arguments) -> float:
 
 
 def memory_of(args) -> None:
-    """Peak of three steps over what the model itself takes, less the teacher's own copy of the adapter."""
+    """Peak of two steps over what the model itself takes, less the teacher's own copy of the adapter."""
     with tempfile.TemporaryDirectory() as folder:
         before, copy = _held_mib(), 0.0
         model = build_model(args.model, args.nf4)
@@ -403,7 +401,7 @@ def memory_of(args) -> None:
         if teacher is not None:
             copy = sum(p.numel() * p.element_size() for p in teacher._students()) / 2**20
         _reset_peak()
-        for _ in range(3):
+        for _ in range(2):
             stepper()
         print(_peak_mib() - before - weights - copy)
 
@@ -440,7 +438,7 @@ def _status(field: str) -> float:
 
 
 def scaling(args) -> list[Figure]:
-    """Slope of log time over log tokens, and the loss's scratch memory, from 256 to 8,192 tokens."""
+    """Slope of log time over log tokens from 256 to 8,192 tokens, and the scratch memory of the loss."""
     import numpy as np
 
     sizes = (256, 512, 1024, 2048) if args.quick else (256, 512, 1024, 2048, 4096, 8192)
@@ -449,11 +447,11 @@ def scaling(args) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         steppers = {}
         for tokens in sizes:
-            changes = {"model": "smollm2", "tokens": 256, "batch_size": tokens // 256}
+            changes = {"model": "smollm2", "tokens": 128, "batch_size": tokens // 128}
             steppers[tokens] = Stepper("ema", argparse.Namespace(**vars(args) | changes), folder)
         found.append(_slope("step", alternate(steppers, max(1, args.repetitions // 2), "growth of a step")))
-    scratch = [_fresh("memory-of-loss", n) for n in (256, 8192)]
-    found.append(Figure.of("scratch memory of the loss, 8,192 tokens / 256", 1.05, [scratch[1] / scratch[0]]))
+    scratch = [_fresh("memory-of-loss", n) for n in (1024, 8192)]
+    found.append(Figure.of("scratch memory of the loss, 8,192 tokens / 1,024", 1.05, [scratch[1] / scratch[0]]))
     return [f for f in found if not np.isnan(f.median)]
 
 
@@ -554,7 +552,6 @@ def main() -> None:
         sub.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
         sub.add_argument("--nf4", action="store_true", help="4-bit base")
         sub.add_argument("--repetitions", type=int, help="of each arm; default 9, 3 with --quick")
-        sub.add_argument("--steps", type=int, default=2, help="training steps of a repetition")
         sub.add_argument("--memory_repetitions", type=int, default=3, help="fresh processes of each arm")
         sub.add_argument("--quick", action="store_true", help="fewer repetitions and sizes")
         sub.add_argument("--json", help="file for all figures")
