@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from concurrent.futures import Future
@@ -54,11 +55,11 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
-WEIGHTS, STATE = "adapter_model.safetensors", "state.json"
+WEIGHTS, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.json"
 DAMAGES = {
     "missing": (WEIGHTS, lambda path: path.unlink(), "is missing"),
     "truncated": (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:-50]), "is damaged"),
-    "bit flipped": (WEIGHTS, flip_a_bit, r"is damaged \(it and .* do not have their checksum"),
+    "bit flipped": (WEIGHTS, flip_a_bit, "do not have their checksum"),
     "empty": (WEIGHTS, lambda path: path.write_bytes(b""), "is damaged"),
     "state missing": (STATE, lambda path: path.unlink(), "is missing"),
     "state truncated": (STATE, lambda path: path.write_text(path.read_text()[:20]), "is damaged"),
@@ -67,6 +68,9 @@ DAMAGES = {
         lambda path: path.write_text(path.read_text().replace('"num_updates": 4', '"num_updates": 5')),
         "",
     ),
+    "config missing": (CONFIG, lambda path: path.unlink(), "is missing"),
+    "config truncated": (CONFIG, lambda path: path.write_text(path.read_text()[:20]), "is damaged"),
+    "other config": (CONFIG, lambda path: path.write_text(path.read_text() + " "), "do not have their checksum"),
     "state without a checksum": (STATE, lambda path: path.write_text("{}"), "is damaged .*sha256"),
 }
 
@@ -181,6 +185,49 @@ def test_a_replacement_that_was_interrupted_is_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", rename)
     finish_replacing(str(tmp_path))
     assert os.listdir(tmp_path / "checkpoint-4") == ["new"]
+    assert os.listdir(tmp_path) == ["checkpoint-4"]
+
+
+def test_another_schedule_than_the_checkpoints_is_told(make_trainer, checkpoint, caplog):
+    make_trainer(**SAVING).train(resume_from_checkpoint=str(checkpoint))
+    assert "this run goes on with" not in caplog.text
+    make_trainer(kl_weight=0.25, **SAVING).train(resume_from_checkpoint=str(checkpoint))
+    assert re.search(r"was made with .*, this run goes on with .*'kl_weight': 0.25", caplog.text)
+
+
+def test_a_signal_after_the_last_step_reaches_whoever_waits_for_it(make_trainer):
+    trainer = make_trainer(enable_jit_checkpoint=True)
+
+    class Late(TrainerCallback):
+        def on_train_end(self, *args, **kwargs):
+            signal.raise_signal(signal.SIGINT)
+
+    trainer.add_callback(Late())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
+def test_a_stopped_run_saves_before_it_evaluates(make_trainer, tmp_path):
+    trainer = make_trainer(
+        enable_jit_checkpoint=True,
+        eval_dataset=rows(4, seed=9),
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="no",
+    )
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            assert folders(tmp_path / "out") == ["checkpoint-2"]
+
+    trainer.add_callback(Stop())
+    trainer.train()
+    state = read_json(tmp_path / "out" / "checkpoint-2" / "trainer_state.json")
+    assert any("eval_loss" in entry for entry in state["log_history"])
 
 
 class Hub:
@@ -269,7 +316,7 @@ class Spoil(TrainerCallback):
 @pytest.mark.parametrize(
     ("way", "match"),
     [
-        ("damaged", r"is damaged \(it and .* do not have their checksum"),
+        ("damaged", "do not have their checksum"),
         ("another", "belongs to another checkpoint .*Resume from another"),
     ],
 )

@@ -121,6 +121,19 @@ def test_a_vocabulary_larger_than_the_cache_equals_the_dense_reference(direction
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_nearly_equal_models_have_a_small_divergence_whatever_their_logits_are_added_to(direction, offset):
+    student, _, weight, _, labels = inputs(n=64, dtype=torch.float32)
+    teacher = student.detach() + 1e-2 * torch.randn(64, H, generator=torch.Generator().manual_seed(1))
+    bias = torch.full((V,), offset)
+    ours = fused_linear_cross_entropy_kl(student, teacher, weight, labels, 1.0, bias=bias, direction=direction)
+    exact = (t.double() for t in (student, teacher, weight))
+    dense = dense_loss(*exact, labels, 1.0, bias=bias.double(), direction=direction)
+    # The logits themselves are rounded: to 4e-6 around 100.
+    assert ours.kl_loss.item() == pytest.approx(dense[2].item(), abs=64 * (5e-8 if offset == 0 else 2e-6))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_probabilities_that_underflow_equal_the_dense_reference(direction):
     student, teacher, weight, _, labels = inputs(dtype=torch.float32)
     ours = fused_linear_cross_entropy_kl(student * 60, teacher * 60, weight, labels, 0.7, direction=direction)

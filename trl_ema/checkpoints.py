@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_l
 from . import portable
 from .files import finish_replacing, replace_folder
 from .model_card import write_model_card
-from .sharding import gather_whole, local_shard, reshard, write_whole
+from .sharding import gather_whole, is_sharded, local_shard, reshard, write_whole
 from .teacher import TEACHER_NAME, MeanTeacher, check_adapter_file, read_student
 
 
@@ -30,6 +30,16 @@ logger = logging.getLogger(__name__)
 _STAGING = "_checkpoint.part"
 _TRAINER_STATE = "trainer_state.json"
 STATE_KEY = "trl_ema"
+
+
+def last_checkpoint(args: TrainingArguments) -> str | None:
+    """The newest whole checkpoint in `args.output_dir`, the same on all ranks. Called on all ranks."""
+    if args.local_process_index == 0:
+        finish_replacing(args.output_dir)
+    found = None
+    if args.process_index == 0 and os.path.isdir(args.output_dir):
+        found = get_last_checkpoint(args.output_dir)
+    return broadcast_object_list([found])[0]
 
 
 class CheckpointMixin(Trainer):
@@ -72,7 +82,7 @@ class CheckpointMixin(Trainer):
                 origin = dict(run_id=self.run_id, step=self.state.global_step)
                 self.teacher.save(folder, writes=self.args.should_save, **origin)
                 stack.enter_context(self.teacher.hidden())
-            if self.is_fsdp_enabled and is_peft_model(self.model):
+            if is_peft_model(self.model) and any(is_sharded(p) for p in self.model.parameters()):
                 self._save_sharded_student(folder, _internal_call)
             else:
                 super().save_model(output_dir, _internal_call)
@@ -80,7 +90,7 @@ class CheckpointMixin(Trainer):
             write_model_card(self, folder)
 
     def _save_sharded_student(self, folder, _internal_call):
-        """Under FSDP Transformers gathers the whole base to write an adapter, or writes none where checkpoints are sharded."""
+        """To write an adapter Transformers gathers the whole base, or under FSDP writes none where checkpoints are sharded."""
         reshard(self.model)
         student = {}
         for name, parameter in self.model.named_parameters():
@@ -178,11 +188,9 @@ class CheckpointMixin(Trainer):
     # Reading one
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        if self.is_local_process_zero():
-            finish_replacing(self.args.output_dir)
-        self.accelerator.wait_for_everyone()
+        last = last_checkpoint(self.args)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"There is no checkpoint in {self.args.output_dir!r} to resume from. Start without "
@@ -318,6 +326,10 @@ class CheckpointMixin(Trainer):
     # Stopping in between
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
+        if self.stopped_by and self.control.should_evaluate:
+            # An evaluation may take longer than whoever sent the signal waits: what is saved now is replaced after it.
+            self._save_checkpoint(model, trial)
+            self._saved_step = None
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         # `save_strategy="best"` decides anew, after an evaluation, whether to save.
         if self.stopped_by and self._saved_step != self.state.global_step:
@@ -360,10 +372,12 @@ class _StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def restore(self):
-        """Gives the signals back."""
+        """Gives the signals back, and one that came after the last step to whom it is due now."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        if self.signal and not self.trainer.stopped_by:
+            signal.raise_signal(self.signal)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """JSON files that are whole or not there: written under a temporary name, then renamed."""
 
+import contextlib
 import json
 import math
 import os
@@ -72,17 +73,27 @@ def replace_folder(source: str, target: str) -> None:
 
 
 def finish_replacing(folder: str) -> None:
-    """Put every new folder in its place, in `folder`, whose replacement by [`replace_folder`] was interrupted."""
-    for new in Path(folder).glob(".*.new"):
-        target = new.with_name(new.name[1:].removesuffix(".new"))
-        if not target.exists():
-            new.rename(target)
+    """Finish, in `folder`, what a kill interrupted in [`replace_folder`]: a new folder takes its place, an old one goes."""
+    for new in Path(folder).glob(f"{_HIDDEN}*.new"):
+        with contextlib.suppress(FileNotFoundError):  # another machine was faster
+            if not _target_of(new).exists():
+                new.rename(_target_of(new))
+    for scratch in (*Path(folder).glob(f"{_HIDDEN}*.new"), *Path(folder).glob(f"{_HIDDEN}*.old")):
+        if _target_of(scratch).exists():
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+# Not the name of a checkpoint, and left out of pushes to the hub.
+_HIDDEN = "_replacing-"
 
 
 def _beside(target: str, kind: str) -> str:
-    """Hidden, and not by the name of a checkpoint."""
     folder, name = os.path.split(target)
-    return os.path.join(folder, f".{name}.{kind}")
+    return os.path.join(folder, f"{_HIDDEN}{name}.{kind}")
+
+
+def _target_of(scratch: Path) -> Path:
+    return scratch.with_name(scratch.stem.removeprefix(_HIDDEN))
 
 
 def read_json(path: str | Path) -> Any:

@@ -20,8 +20,10 @@ KL_DIRECTIONS = ("forward", "reverse", "jsd")
 # a float32 logit buffer of this size.
 _CPU_CHUNK_SIZE = 512
 _CHUNK_MIB = 256
-# The rows of a chunk that go through the softmax together: on a CPU, those that stay in the cache of each core.
+# The rows of a chunk that go through the softmax together: on a CPU, those that stay in the cache of each core; elsewhere so
+# many that what is computed beside the logits stays small.
 _BLOCK_MIB_OF_CORE = 1
+_BLOCK_MIB = 32
 # Vocabulary rows that are upcast at a time where the device cannot multiply half precision into float32.
 _UPCAST_ROWS = 8192
 
@@ -219,18 +221,20 @@ def _matmul_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class _Softmax:
-    """Of the rows of `logits`, `(n, V)`: probabilities, and the largest logit and log Σ exp, `(n,)`."""
+    """
+    Of the rows of `logits`, `(n, V)`: probabilities, and the largest logit and its log-probability, `(n,)`. With these two
+    log p = (z − highest) + log_top: differences of logits, which are exact where they matter, before anything is rounded.
+    """
 
     logits: torch.Tensor
     probs: torch.Tensor
     highest: torch.Tensor
-    log_norm: torch.Tensor
+    log_top: torch.Tensor
 
     @classmethod
     def of(cls, logits: torch.Tensor) -> "_Softmax":
-        probs, highest = logits.softmax(-1), logits.amax(-1)
-        # The largest probability is at least 1 / V, so its logarithm is exact to rounding.
-        return cls(logits, probs, highest, highest - probs.amax(-1).log())
+        probs = logits.softmax(-1)
+        return cls(logits, probs, logits.amax(-1), probs.amax(-1).log())
 
 
 @dataclass(frozen=True)
@@ -244,7 +248,7 @@ class _Divergence:
     def __call__(self, student: _Softmax, teacher: _Softmax) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns D per token `(n,)` and T·dD/dz `(n, V)`. Overwrites the teacher's tensors."""
         # log p_s − log p_t = z_s − z_t + shift
-        shift = teacher.log_norm - student.log_norm
+        shift = (teacher.highest - student.highest) - (teacher.log_top - student.log_top)
         if self.direction == "forward":
             gap = teacher.logits.sub_(student.logits)
             value = torch.linalg.vecdot(teacher.probs, gap) - shift
@@ -256,9 +260,9 @@ class _Divergence:
         beta = self.mixture
         # Where both probabilities underflow there is nothing to sum, but 0 · log 0 must not become NaN.
         mixed = torch.lerp(student.probs, teacher.probs, beta).clamp_(min=torch.finfo(shift.dtype).tiny).log_()
-        gap = teacher.logits.sub_(teacher.log_norm.unsqueeze(1)).sub_(mixed)
+        gap = teacher.logits.sub_((teacher.highest - teacher.log_top).unsqueeze(1)).sub_(mixed)
         teacher_part = torch.linalg.vecdot(teacher.probs, gap)
-        gap = torch.sub(student.logits, mixed, out=gap).sub_(student.log_norm.unsqueeze(1))
+        gap = torch.sub(student.logits, (student.highest - student.log_top).unsqueeze(1), out=gap).sub_(mixed)
         student_part = torch.linalg.vecdot(student.probs, gap)
         value = beta * teacher_part + (1 - beta) * student_part
         return value, gap.sub_(student_part.unsqueeze(1)).mul_(student.probs).mul_(1 - beta)
@@ -275,7 +279,7 @@ class _FusedLinearCrossEntropyKL(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
         sums = torch.zeros(5, dtype=dtype, device=student_hidden.device)
         rows = min(chunk_size, max(1, len(labels)))
-        block_size = rows
+        block_size = _rows_of(_BLOCK_MIB, weight.shape[0])
         if sums.device.type == "cpu":
             block_size = torch.get_num_threads() * _rows_of(_BLOCK_MIB_OF_CORE, weight.shape[0])
         buffers = [_empty(rows, weight.shape[0], dtype, sums.device) for _ in range(2)]
@@ -344,10 +348,11 @@ def _loss_of_block(logits, teacher_logits, labels, kl_weight, transform, diverge
 
     student = _Softmax.of(logits)
     label_logit = logits.gather(1, target).squeeze(1)
-    log_p_label = label_logit - student.log_norm
+    log_p_label = (label_logit - student.highest) + student.log_top
     ce = -log_p_label * labelled
-    entropy = (student.log_norm - torch.linalg.vecdot(student.probs, logits)) * labelled
-    top1_hits = (label_logit == student.highest) & labelled  # finding where it is takes ten times longer
+    entropy = (student.highest - torch.linalg.vecdot(student.probs, logits) - student.log_top) * labelled
+    # Finding where the highest is takes ten times longer; of equal ones each would be a hit.
+    top1_hits = (label_logit == student.highest) & labelled
     if teacher_logits is None:
         kl, grad_kl = torch.zeros_like(ce), None
     elif temperature == 1.0:

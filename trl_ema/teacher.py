@@ -241,7 +241,7 @@ class MeanTeacher:
         save_file(tensors, f"{path}.part", metadata={"format": "pt"})
         os.replace(f"{path}.part", path)
         state = {"num_updates": self.num_updates, **state}
-        write_json(os.path.join(folder, STATE_NAME), {"sha256": _sha256(path, state), **state})
+        write_json(os.path.join(folder, STATE_NAME), {"sha256": _sha256(folder, state), **state})
 
     def _write_config(self, folder: str) -> None:
         """As PEFT writes it, but for the student's initialization: PEFT repeats PiSSA's change of the base at load."""
@@ -333,10 +333,12 @@ def _twin(name: str, student: str) -> str:
     return ".".join(TEACHER_NAME if part == student else part for part in name.split("."))
 
 
-def _sha256(path: str, state: dict) -> str:
-    """Of the file and of what is said about it."""
-    with open(path, "rb") as file:
+def _sha256(folder: str, state: dict) -> str:
+    """Of a teacher's weights, of its config and of what is said about it."""
+    with open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
+    with open(os.path.join(folder, CONFIG_NAME), "rb") as file:
+        digest.update(file.read())
     digest.update(json.dumps(state, sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -344,17 +346,18 @@ def _sha256(path: str, state: dict) -> str:
 def _check_state(folder: str) -> None:
     """Raises `ValueError` unless the teacher's file is the one that was written."""
     path = os.path.join(folder, STATE_NAME)
-    if not os.path.isfile(path):
-        raise ValueError(f"Teacher checkpoint {path} is missing. {_ANOTHER}.")
+    for needed in (path, os.path.join(folder, CONFIG_NAME)):
+        if not os.path.isfile(needed):
+            raise ValueError(f"Teacher checkpoint {needed} is missing. {_ANOTHER}.")
     try:
         state = read_json(path)
         expected = state.pop("sha256")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"Teacher checkpoint {path} is damaged ({error!r}). {_ANOTHER}.") from error
-    weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if _sha256(weights, state) != expected:
+    if _sha256(folder, state) != expected:
+        files = f"{SAFETENSORS_WEIGHTS_NAME}, {CONFIG_NAME} and {STATE_NAME}"
         raise ValueError(
-            f"Teacher checkpoint {weights} is damaged (it and {path} do not have their checksum). {_ANOTHER}."
+            f"Teacher checkpoint {folder} is damaged ({files} do not have their checksum together). {_ANOTHER}."
         )
 
 
@@ -420,8 +423,10 @@ def _check_same_function(config, folder: str, who: str) -> None:
     path = os.path.join(folder, CONFIG_NAME)
     if not os.path.isfile(path):
         return  # nothing to compare with
-    with open(path, encoding="utf-8") as file:
-        saved = json.load(file)
+    try:
+        saved = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{who} checkpoint {path} is damaged ({error}). {_ANOTHER}.") from error
     for name in ("lora_alpha", "use_rslora", "use_dora", "alpha_pattern"):
         ours = getattr(config, name, None)
         if name in saved and ours is not None and saved[name] != ours:

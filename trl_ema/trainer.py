@@ -198,8 +198,7 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
 
     def current_kl_weight(self) -> float:
         """λ at the current step, after its ramp."""
-        ramp_steps = self.args.kl_warmup_ratio * self.state.max_steps
-        return self.args.kl_weight * sigmoid_ramp(self.state.global_step, ramp_steps)
+        return self.args.kl_weight * sigmoid_ramp(self.state.global_step, self.schedule["kl_warmup_steps"])
 
     def _check_finite(self, loss):
         """Before the backward pass, in which DeepSpeed takes its step. The ranks stop together."""
@@ -217,6 +216,15 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             "`stop_on_nonfinite_loss=False` goes on regardless."
         )
 
+    @property
+    def schedule(self) -> dict[str, float]:
+        """What average and divergence follow over this run, whichever options and length it was given by."""
+        args, steps = self.args, self.state.max_steps
+        decay = args.ema_decay
+        if decay is None:
+            decay = half_life_to_decay(args.half_life, steps, args.ema_update_steps)
+        return {"ema_decay": decay, "kl_weight": args.kl_weight, "kl_warmup_steps": args.kl_warmup_ratio * steps}
+
     # The average
 
     def update_teacher(self):
@@ -226,9 +234,7 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             return
         if self.state.global_step % args.ema_update_steps:
             return
-        decay = args.ema_decay
-        if decay is None:
-            decay = half_life_to_decay(args.half_life, self.state.max_steps, args.ema_update_steps)
+        decay = self.schedule["ema_decay"]
         if args.ema_warmup:
             decay = warmed_up_decay(decay, self.teacher.num_updates)
         self.teacher.update(decay)
@@ -292,6 +298,11 @@ class _MeanTeacherCallback(TrainerCallback):
             # TRL starts counting anew at each resume.
             trainer._total_train_tokens = saved["num_tokens"]
             trainer.run_id = saved["run_id"]
+            if trainer.teacher is not None and saved["schedule"] not in (None, trainer.schedule):
+                logger.warning(
+                    "The checkpoint was made with %s, this run goes on with %s. Resume with the options and the number of "
+                    "steps it was started with to end as it would have ended.", saved["schedule"], trainer.schedule,
+                )  # fmt: skip
 
     def on_save(self, args, state, control, model=None, **kwargs):
         # A finite loss can still have had gradients that were not. Each rank looks at its own shards.
@@ -307,6 +318,7 @@ class _MeanTeacherCallback(TrainerCallback):
         state.stateful_callbacks[STATE_KEY] = {
             "run_id": self.trainer.run_id,
             "num_tokens": self.trainer._total_train_tokens,
+            "schedule": self.trainer.schedule if teacher is not None else None,
         }
 
 

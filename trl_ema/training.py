@@ -12,10 +12,10 @@ from importlib.resources import files
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, BitsAndBytesConfig
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from . import data, offline
+from .checkpoints import last_checkpoint
 from .config import MeanTeacherConfig
 from .evaluation.drift import DriftCallback, general_rows, measure_drift, trainer_batches
 from .evaluation.generation import generate_answers
@@ -261,8 +261,7 @@ def resume_from(training_args: MeanTeacherConfig) -> str | None:
     """`--resume_from_checkpoint true` is the newest checkpoint in the output folder, if there is one."""
     asked = training_args.resume_from_checkpoint
     if asked is True or (isinstance(asked, str) and asked.lower() == "true"):
-        folder = training_args.output_dir
-        return get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        return last_checkpoint(training_args)
     return asked
 
 

@@ -133,6 +133,13 @@ def test_a_checkpoint_resumes_under_another_launch(runs, tiny_folder, before, af
     assert_same(tiny_folder / output, runs("one"), rtol=1e-3, atol=1e-4)
 
 
+def test_four_bit_weights_on_two_processes_train_as_on_one(tiny_folder):
+    """QLoRA: what `recipes/configs/qwen2_1.5b_qlora_ddp.yaml` launches."""
+    options = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", use_bnb_nested_quant=True, measure=False)
+    two, one = (launch(mode, tiny_folder, f"{mode}_nf4", **options) for mode in ("ddp", "one"))
+    assert_same(two, one, rtol=1e-3, atol=1e-4)
+
+
 def test_fsdp2_in_bfloat16_keeps_its_figures_in_float32(tiny_folder):
     """Accelerate has FSDP2 cast what a forward returns; sums of losses and counts of tokens do not bear it."""
     ours, one = (launch(mode, tiny_folder, f"{mode}_bf16", bf16=True, dtype="bfloat16") for mode in ("fsdp2", "one"))
