@@ -1,11 +1,19 @@
 """Two CPU processes: whatever the batches and the options, as a plain dense trainer under DDP."""
 
 import json
+from pathlib import Path
 
 import pytest
 from launching import torchrun
 from trainer_worker import CASES, ZERO_CASES
 
+
+# What `accelerate launch` makes of accelerate_configs/fsdp2.yaml
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}  # fmt: skip
 
 pytestmark = pytest.mark.distributed
 
@@ -19,6 +27,9 @@ def test_student_and_teacher_are_those_of_a_dense_trainer(tmp_path):
         environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
         output = torchrun("trainer_worker.py", str(tmp_path), path.stem, **environment)
         assert all(output.count(f"<{case}> done") == 2 for case in ZERO_CASES)
+    worker = str(Path(__file__).with_name("trainer_worker.py"))
+    output = torchrun("fsdp_on_cpu.py", worker, str(tmp_path), "fsdp2", **FSDP2)
+    assert all(output.count(f"<{case}> done") == 2 for case in ZERO_CASES)
 
 
 def _deepspeed(stage):

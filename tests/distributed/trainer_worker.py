@@ -41,7 +41,7 @@ CASES = {
     "packed": dict(packing=True, per_device_train_batch_size=1),
 }  # fmt: skip
 
-# The harder ones, also under DeepSpeed.
+# The harder ones, also under DeepSpeed and FSDP2.
 ZERO_CASES = [*list(CASES)[:3], "reentrant checkpointing"]
 
 
@@ -146,6 +146,7 @@ def main(folder: str, mode: str) -> None:
         case = CASES[name]
         unset_hf_deepspeed_config()  # of the case before: with it the same seed makes another model
         ours = run(EMARegularizedSFTTrainer, folder, case, use_cpu=mode == "ddp", ddp_backend="gloo")
+        assert ours.is_fsdp_enabled == (mode == "fsdp2") and ours.is_deepspeed_enabled == mode.startswith("zero")
         if mode == "ddp":
             made[name] = dense_run(folder, case)
         check(name, ours, made[name])
