@@ -13,6 +13,7 @@ measured one after the other. Speed claims live here, not in timed tests.
 """
 
 import argparse
+import gc
 import json
 import re
 import subprocess
@@ -22,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -118,9 +120,12 @@ def make_trainer(arm: str, args, folder: str):
     model = build_model(args.model, args.nf4)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 40000, (batch_size, tokens), generator=generator).tolist()
+    if args.rows != "equal":
+        # Packed rows need more of them to be as full.
+        ids = [row[: tokens * (1 + i % 4) // 4] for i, row in enumerate(ids * (1 if args.rows == "padded" else 2))]
     options = dict(
         output_dir=folder, per_device_train_batch_size=batch_size, max_length=tokens, bf16=args.bf16,
-        gradient_checkpointing=args.checkpointing, report_to="none", save_strategy="no", logging_strategy="no",
+        packing=args.rows == "packed", gradient_checkpointing=args.checkpointing, report_to="none", save_strategy="no", logging_strategy="no",
         disable_tqdm=True, max_steps=10**6, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     common = dict(
@@ -149,9 +154,9 @@ def _peer(arm: str, args):
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             labels = inputs["labels"][:, 1:]
-            inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+            inputs = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
             logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 if self.reference is not None:
                     teacher = self.reference.to(logits.device)(**inputs, use_cache=False).logits[:, :-1].float()
                 else:
@@ -175,10 +180,12 @@ class Stepper:
         trainer.create_optimizer()
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         self.batch = next(iter(trainer.get_train_dataloader()))
-        self.items = (self.batch["labels"][:, 1:] != -100).sum()
 
-    def __call__(self) -> None:
-        self.trainer.training_step(self.model, dict(self.batch), self.items)
+    def __call__(self, rows: int | None = None) -> None:
+        """A step on the first `rows` sequences of the batch, by default on all."""
+        batch = {key: value[:rows] for key, value in self.batch.items()}
+        items = (batch["labels"][:, 1:] != -100).sum()
+        self.trainer.training_step(self.model, batch, items)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if getattr(self.trainer, "teacher", None) is not None:
@@ -199,9 +206,14 @@ SECOND_MODEL_GOALS = {"smollm2": 0.70, "qwen2": 0.60}
 
 
 def step(args) -> list[Figure]:
-    """Time of a step, and the ratio of the floating point operations, which is the least that time can be."""
+    """Time of a step, with the ratio of the floating point operations beside it."""
     title = f"{args.model}, {args.batch_size or MODELS[args.model][1]} × {args.tokens or MODELS[args.model][0]} tokens"
-    title += ", NF4" * args.nf4 + ", bfloat16" * args.bf16 + ", checkpointing" * args.checkpointing
+    title += (
+        f", {args.rows} rows" * (args.rows != "equal")
+        + ", NF4" * args.nf4
+        + ", bfloat16" * args.bf16
+        + ", checkpointing" * args.checkpointing
+    )
     with tempfile.TemporaryDirectory() as folder:
         arms = {arm: Stepper(arm, args, folder) for arm in args.arms}
         operations = {arm: _operations(stepper) for arm, stepper in arms.items()}
@@ -220,9 +232,17 @@ def step(args) -> list[Figure]:
 
 
 def _operations(stepper: Stepper) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
+    """Floating point operations of all matrix products of a step."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop, sdpa_flop
 
-    with FlopCounterMode(display=False) as counter:
+    aten = torch.ops.aten
+    missing = {
+        aten.addmm_: addmm_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    }
+    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
         stepper()
     return counter.get_total_flops()
 
@@ -272,11 +292,11 @@ def loss_arms(tokens: int, hidden: int, words: int) -> dict[str, Callable[[], ob
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    from trl_ema.losses import default_chunk_size, fused_linear_cross_entropy_kl
+    from trl_ema.losses import _empty, default_chunk_size, fused_linear_cross_entropy_kl
 
     student, teacher, weight, labels = loss_inputs(tokens, hidden, words)
     rows = default_chunk_size(student.device.type, words)
-    logits = torch.empty(min(rows, tokens), words, device=student.device)
+    logits = _empty(min(rows, tokens), words, student.dtype, student.device)
 
     def ours():
         fused_linear_cross_entropy_kl(student, teacher, weight, labels, 1.0).loss.backward()
@@ -321,12 +341,13 @@ def update(args) -> list[Figure]:
 
     from trl_ema.teacher import MeanTeacher
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    ours, theirs = (get_peft_model(build_model("smollm2", False), lora) for _ in range(2))
+    ours, theirs = (get_peft_model(build_model("smollm2", False), lora).to(device) for _ in range(2))
     teacher = MeanTeacher(ours)
     students = torch.nn.ParameterList([p for p in ours.parameters() if p.requires_grad])
     size = sum(p.numel() for p in students)
-    average, student = torch.zeros(size), torch.ones(size)
+    average, student = torch.zeros(size, device=device), torch.ones(size, device=device)
     callback = PEFTAdapterEMACallback(theirs, update_rate=0.001)
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -364,7 +385,7 @@ def update(args) -> list[Figure]:
 def memory(args) -> list[Figure]:
     """Peak memory over the loaded model, at 152k words: each trainer in fresh processes, in turn."""
     found = []
-    for tokens in (2048,) if args.quick else (512, 2048):
+    for tokens in (512, 2048):
         arms = ("sft", "ema", "second model") if tokens == 2048 else ("sft", "ema")
         peaks: dict[str, list[float]] = {arm: [] for arm in arms}
         for _ in range(args.memory_repetitions):
@@ -390,6 +411,8 @@ def _fresh(*arguments) -> float:
 
 def memory_of(args) -> None:
     """Peak of two steps over what the model itself takes, less the teacher's own copy of the adapter."""
+    import trl_ema.training  # noqa: F401  libraries are not what a trainer takes
+
     with tempfile.TemporaryDirectory() as folder:
         before, copy = _held_mib(), 0.0
         model = build_model(args.model, args.nf4)
@@ -445,11 +468,10 @@ def scaling(args) -> list[Figure]:
     arms = {n: loss_arms(n, *LOSS_SHAPES["49k words"][1:])["ours"] for n in sizes}
     found = [_slope("fused loss", alternate(arms, args.repetitions, "growth of the loss"))]
     with tempfile.TemporaryDirectory() as folder:
-        steppers = {}
-        for tokens in sizes:
-            changes = {"model": "smollm2", "tokens": 128, "batch_size": tokens // 128}
-            steppers[tokens] = Stepper("ema", argparse.Namespace(**vars(args) | changes), folder)
-        found.append(_slope("step", alternate(steppers, max(1, args.repetitions // 2), "growth of a step")))
+        changes = {"model": "smollm2", "tokens": 128, "batch_size": max(sizes) // 128}
+        stepper = Stepper("ema", argparse.Namespace(**vars(args) | changes), folder)
+        steppers = {tokens: partial(stepper, tokens // 128) for tokens in sizes}
+        found.append(_slope("step", alternate(steppers, max(3, args.repetitions // 2), "growth of a step")))
     scratch = [_fresh("memory-of-loss", n) for n in (1024, 8192)]
     found.append(Figure.of("scratch memory of the loss, 8,192 tokens / 1,024", 1.05, [scratch[1] / scratch[0]]))
     return [f for f in found if not np.isnan(f.median)]
@@ -478,16 +500,28 @@ def memory_of_loss(args) -> None:
 # All of it
 
 
+# Beyond the figures that have a goal.
+WIDER: list[dict] = [
+    dict(model="smollm2", arms=["sft", "ema", "adapter off"], nf4=True),
+    dict(model="smollm2", arms=["sft", "ema", "adapter off"], rows="padded"),
+    dict(model="smollm2", arms=["sft", "ema", "adapter off"], rows="packed"),
+    dict(model="smollm2", arms=["sft", "ema", "adapter off"], tokens=2048, batch_size=1),
+]
+
+
 def everything(args) -> list[Figure]:
     found = []
     for changes in (
         dict(model="smollm2", arms=list(ARMS)),
         dict(model="smollm2", arms=["sft", *OURS], checkpointing=True),
         dict(model="qwen2", arms=["sft", "ema", "second model"]),
+        *([] if args.quick else WIDER),
     ):
         found += step(argparse.Namespace(**vars(args) | changes))
+        gc.collect()  # a trainer and its callbacks hold one another
     for part in (loss, update, memory, scaling):
         found += part(args)
+        gc.collect()
     return found
 
 
@@ -521,13 +555,38 @@ def plot(figures: list[Figure], path: str) -> None:
     axes.errorbar([f.median for f in shown], places, xerr=spread, fmt="none", ecolor="black", capsize=2)
     goals = [(f.goal, place) for place, f in zip(places, shown, strict=True) if f.goal is not None]
     axes.plot(
-        *zip(*goals, strict=True), "|", color="#e45756", markersize=14, markeredgewidth=2.5, label="goal, at most"
+        [goal for goal, _ in goals],
+        [place for _, place in goals],
+        "|",
+        color="#e45756",
+        markersize=14,
+        markeredgewidth=2.5,
+        label="goal, at most",
     )
     axes.set_yticks(places, [f.name for f in shown], fontsize=7)
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_xlabel("ratio")
     axes.legend(loc="lower right")
     plt.savefig(path, dpi=150)
+
+
+STEP_DEFAULTS: dict = dict(
+    model="smollm2", arms=list(ARMS), tokens=None, batch_size=None, rows="equal", checkpointing=False, bf16=False, nf4=False,
+)  # fmt: skip
+
+
+def _add_step_options(sub) -> None:
+    sub.add_argument("--model", help="`smollm2`, `qwen2` (2 layers, 152k words) or a folder")
+    sub.add_argument("--arms", nargs="+", choices=ARMS, help="of `step`; `sft` has to be one")
+    sub.add_argument("--tokens", type=int, help="tokens of a sequence; default by model")
+    sub.add_argument("--batch_size", type=int, help="sequences of a step; default by model")
+    sub.add_argument(
+        "--rows", choices=("equal", "padded", "packed"), help="equal lengths, or a quarter to whole of them"
+    )
+    sub.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    sub.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    sub.add_argument("--nf4", action="store_true", help="4-bit base")
+    sub.set_defaults(**STEP_DEFAULTS)
 
 
 def main() -> None:
@@ -544,19 +603,20 @@ def main() -> None:
             sub.add_argument("arm", choices=ARMS)
         if name == "memory-of-loss":
             sub.add_argument("tokens_of_loss", type=int)
-        sub.add_argument("--model", default="smollm2", help="`smollm2`, `qwen2` (2 layers, 152k words) or a folder")
-        sub.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="of `step`; `sft` has to be one")
-        sub.add_argument("--tokens", type=int, help="tokens of a sequence; default by model")
-        sub.add_argument("--batch_size", type=int, help="sequences of a step; default by model")
-        sub.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-        sub.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-        sub.add_argument("--nf4", action="store_true", help="4-bit base")
         sub.add_argument("--repetitions", type=int, help="of each arm; default 9, 3 with --quick")
         sub.add_argument("--memory_repetitions", type=int, default=3, help="fresh processes of each arm")
         sub.add_argument("--quick", action="store_true", help="fewer repetitions and sizes")
         sub.add_argument("--json", help="file for all figures")
         sub.add_argument("--plot", help="picture of all figures")
+        if name in ("step", "update", "memory-of"):
+            _add_step_options(sub)
+        else:
+            sub.set_defaults(**STEP_DEFAULTS)
     args = parser.parse_args()
+    if args.nf4 and args.model == "qwen2":
+        parser.error("--nf4 reads weights from a folder; the random `qwen2` has none. Use `smollm2` or a folder.")
+    if "sft" not in args.arms:
+        parser.error("--arms has to contain `sft`, which the others are compared with.")
     args.repetitions = args.repetitions or (3 if args.quick else 9)
     args.memory_repetitions = 1 if args.quick else args.memory_repetitions
     if args.command in hidden:
