@@ -203,8 +203,12 @@ def test_a_signal_after_the_last_step_reaches_whoever_waits_for_it(make_trainer)
             signal.raise_signal(signal.SIGINT)
 
     trainer.add_callback(Late())
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_stopped_run_saves_before_it_evaluates(make_trainer, tmp_path):

@@ -198,7 +198,11 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
 
     def current_kl_weight(self) -> float:
         """λ at the current step, after its ramp."""
-        return self.args.kl_weight * sigmoid_ramp(self.state.global_step, self.schedule["kl_warmup_steps"])
+        return self.args.kl_weight * sigmoid_ramp(self.state.global_step, self._kl_warmup_steps)
+
+    @property
+    def _kl_warmup_steps(self) -> float:
+        return self.args.kl_warmup_ratio * self.state.max_steps
 
     def _check_finite(self, loss):
         """Before the backward pass, in which DeepSpeed takes its step. The ranks stop together."""
@@ -219,11 +223,11 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
     @property
     def schedule(self) -> dict[str, float]:
         """What average and divergence follow over this run, whichever options and length it was given by."""
-        args, steps = self.args, self.state.max_steps
+        args = self.args
         decay = args.ema_decay
         if decay is None:
-            decay = half_life_to_decay(args.half_life, steps, args.ema_update_steps)
-        return {"ema_decay": decay, "kl_weight": args.kl_weight, "kl_warmup_steps": args.kl_warmup_ratio * steps}
+            decay = half_life_to_decay(args.half_life, self.state.max_steps, args.ema_update_steps)
+        return {"ema_decay": decay, "kl_weight": args.kl_weight, "kl_warmup_steps": self._kl_warmup_steps}
 
     # The average
 
