@@ -1,7 +1,7 @@
 """
 What the teacher costs: our trainer and what people use instead, side by side in one run.
 
-    python recipes/benchmark.py all --quick      every figure that has a goal: under 15 minutes on 2 cores
+    python recipes/benchmark.py all --quick      every figure that has a goal
     python recipes/benchmark.py step             time of a training step: SFTTrainer, ours, a second model, the adapter off
     python recipes/benchmark.py loss             the fused loss: bare matrix products, TRL's kernels, dense logits
     python recipes/benchmark.py update           the average: moving its bytes, TRL's callback, ema-pytorch

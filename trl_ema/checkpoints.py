@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_l
 from . import portable
 from .files import finish_replacing, replace_folder
 from .model_card import write_model_card
-from .sharding import gather_whole, is_sharded, local_shard, reshard, write_whole
+from .sharding import any_sharded, gather_whole, local_shard, reshard, write_whole
 from .teacher import TEACHER_NAME, MeanTeacher, check_adapter_file, read_student
 
 
@@ -82,7 +82,7 @@ class CheckpointMixin(Trainer):
                 origin = dict(run_id=self.run_id, step=self.state.global_step)
                 self.teacher.save(folder, writes=self.args.should_save, **origin)
                 stack.enter_context(self.teacher.hidden())
-            if is_peft_model(self.model) and any(is_sharded(p) for p in self.model.parameters()):
+            if is_peft_model(self.model) and any_sharded(self.model):
                 self._save_sharded_student(folder, _internal_call)
             else:
                 super().save_model(output_dir, _internal_call)

@@ -24,6 +24,11 @@ def is_sharded(parameter: Parameter) -> bool:
     return _is_zero3(parameter) or isinstance(parameter, DTensor)
 
 
+def any_sharded(model: torch.nn.Module) -> bool:
+    """Whether a rank keeps but a part of any of the model's parameters."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
 def whole_shape(parameter: Parameter) -> torch.Size:
     """Of the parameter itself, whichever part of it this rank keeps."""
     return parameter.ds_shape if _is_zero3(parameter) else parameter.shape

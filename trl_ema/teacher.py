@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from .files import read_json, write_json
 from .sharding import (
+    any_sharded,
     drop_stale_copy,
     gather_whole,
-    is_sharded,
     local_shard,
     reshard,
     sum_over_shards,
@@ -128,7 +128,7 @@ class MeanTeacher:
     def _peft_state(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What PEFT puts into a file of the teacher whose parameters, by name, are `tensors`."""
         # PEFT adds the base's embeddings where they were resized; a sharded model has none at hand.
-        embeddings = False if _any_sharded(self.model) else "auto"
+        embeddings = False if any_sharded(self.model) else "auto"
         return _file_tensors(self.model, TEACHER_NAME, tensors, save_embedding_layers=embeddings)
 
     def _students(self) -> list[torch.Tensor]:
@@ -361,13 +361,9 @@ def _check_state(folder: str) -> None:
         )
 
 
-def _any_sharded(model) -> bool:
-    return any(is_sharded(parameter) for parameter in model.parameters())
-
-
 def _state_at_hand(model) -> dict[str, torch.Tensor]:
     """The model's state without communication: of a sharded model the buffers alone."""
-    return dict(model.named_buffers()) if _any_sharded(model) else model.state_dict()
+    return dict(model.named_buffers()) if any_sharded(model) else model.state_dict()
 
 
 def _file_tensors(
