@@ -246,7 +246,7 @@ def compare(arguments: list[str]) -> None:
         description="Train every arm on the same data, seeds and steps, evaluate base and arms, and write the report. What "
         "is done already is not done again; an interrupted run goes on.",
     )
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file; default: seven arms on the offline demo")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file; default: eight arms on the offline demo")
     parser.add_argument("--output_dir", help="folder of the comparison, instead of the file's")
     parser.add_argument("--arms", nargs="+", help="do only these arms now; default: all of the file")
     parser.add_argument("--seeds", nargs="+", type=int, help="do only these seeds now")

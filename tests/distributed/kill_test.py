@@ -41,7 +41,7 @@ def disturbed(mode: str, folder: Path, output: str, seconds: float, kills: int, 
     moments, starts = [], 0
     while True:
         starts += 1
-        leftover = _staging(folder / output)  # of a save that the last kill cut off
+        first, leftover = _last_step(folder / output), _staging(folder / output)  # what the last kill left
         # PyTorch waits for ever for a process that was killed while it built DeepSpeed's kernel.
         for lock in (folder / "extensions").glob("**/lock"):
             lock.unlink()
@@ -50,7 +50,7 @@ def disturbed(mode: str, folder: Path, output: str, seconds: float, kills: int, 
         )
         if len(moments) < kills and _wait_for_moment(process, folder / output, seconds, dice):
             one_rank = mode != "one" and dice.random() < 0.5
-            moments.append(_moment(folder / output, leftover) + (", one rank first" if one_rank else ""))
+            moments.append(_moment(folder / output, first, leftover) + (", one rank first" if one_rank else ""))
             kill(process, dice if one_rank else None)
             continue
         _, errors = process.communicate()
@@ -109,9 +109,12 @@ def _staging(output: Path) -> int | None:
         return None
 
 
-def _moment(output: Path, leftover: int | None) -> str:
-    where = "between saves" if _staging(output) in (None, leftover) else "in a save"
-    return f"after step {_last_step(output)}, {where}"
+def _moment(output: Path, first: int, leftover: int | None) -> str:
+    """`first`: the newest step when the run was started."""
+    step = _last_step(output)
+    if _staging(output) not in (None, leftover):
+        return f"after step {step}, in a save"
+    return f"after step {step}, {'between saves' if step > first else 'before its first save'}"
 
 
 def differences(one: Path, other: Path) -> int:
