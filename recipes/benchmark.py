@@ -8,6 +8,9 @@ What the teacher costs: our trainer and what people use instead, side by side in
     python recipes/benchmark.py memory           peak memory of a fresh process for each trainer
     python recipes/benchmark.py scaling          growth with the number of tokens
 
+`pip install 'trl_ema[benchmark]'` brings the peers, on a GPU `pip install liger-kernel` one more; what is not installed is
+left out, and named.
+
 The arms alternate, one call each in turn; every ratio is the median over the repetitions, with its quartiles, of times
 measured one after the other. Speed claims live here, not in timed tests.
 """
@@ -79,6 +82,14 @@ def alternate(arms: dict[str, Callable[[], object]], repetitions: int, title: st
             synchronize()
             seconds[arm].append(time.perf_counter() - start)
     return seconds
+
+
+def _installed(peer: str) -> bool:
+    """Whether a peer can be measured; says so where it cannot."""
+    found = find_spec(peer) is not None
+    if not found:
+        print(f"{peer} is not installed: left out.", file=sys.stderr)
+    return found
 
 
 def ratio(name: str, goal: float | None, over: list[float], under: list[float]) -> Figure:
@@ -322,7 +333,7 @@ def loss_arms(tokens: int, hidden: int, words: int) -> dict[str, Callable[[], ob
         (F.cross_entropy(z_s, labels, reduction="sum") + kl).backward()
 
     arms: dict[str, Callable[[], object]] = {"ours": ours, "products": products, "TRL": trl, "dense": dense}
-    if torch.cuda.is_available() and find_spec("liger_kernel"):
+    if torch.cuda.is_available() and _installed("liger_kernel"):
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.0)
@@ -360,7 +371,7 @@ def update(args) -> list[Figure]:
         "bytes": lambda: torch.add(average, student, out=average),
         "TRL": lambda: callback.on_step_end(*call),
     }
-    if find_spec("ema_pytorch"):
+    if _installed("ema_pytorch"):
         from ema_pytorch import EMA
 
         averaged = EMA(students, beta=0.999, update_every=1, update_after_step=0)

@@ -2,13 +2,15 @@
 
 import json
 import os
+import sys
 
 
 # Before any hub library is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if not any("gpu" in argument for argument in sys.argv):  # `pytest -m gpu`
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of us share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from trl_ema.files import finish_replacing, read_json, replace_folder
+from trl_ema.files import finish_replacing, read_json, remove_folder, replace_folder
 
 
 SAVING = dict(save_strategy="steps", save_steps=1)
@@ -186,6 +186,34 @@ def test_a_replacement_that_was_interrupted_is_finished(tmp_path, monkeypatch):
     finish_replacing(str(tmp_path))
     assert os.listdir(tmp_path / "checkpoint-4") == ["new"]
     assert os.listdir(tmp_path) == ["checkpoint-4"]
+
+
+def test_a_kill_in_a_removal_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-4").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)  # killed
+    remove_folder(str(tmp_path / "checkpoint-4"))
+    monkeypatch.undo()
+    assert not (tmp_path / "checkpoint-4").exists() and len(os.listdir(tmp_path)) == 1
+    finish_replacing(str(tmp_path))
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [(SAVING | dict(save_total_limit=2), [3, 4]), (BEST, [1, 4]), (BEST | dict(save_total_limit=3), [1, 3, 4])],
+)
+def test_the_oldest_checkpoints_go_and_the_best_stays(make_trainer, tmp_path, options, kept):
+    make_trainer(**options).train()
+    assert folders(tmp_path / "out") == [f"checkpoint-{step}" for step in kept]
+
+
+def test_a_later_step_of_an_abandoned_branch_is_told(make_trainer, checkpoint, caplog):
+    make_trainer(**SAVING).train(resume_from_checkpoint=True)
+    assert "was written after it" not in caplog.text
+    earlier = checkpoint.with_name("checkpoint-2") / "trainer_state.json"
+    os.utime(earlier, (later := checkpoint.stat().st_mtime + 60, later))
+    make_trainer(**SAVING).train(resume_from_checkpoint=True)
+    assert "checkpoint-4 is the latest step in" in caplog.text and "checkpoint-2 was written after it" in caplog.text
 
 
 def test_another_schedule_than_the_checkpoints_is_told(make_trainer, checkpoint, caplog):
@@ -363,6 +391,23 @@ def test_the_checkpoint_of_a_signal_stays_beside_the_best(make_trainer, tmp_path
     assert stopped.state.global_step == 3
     assert "checkpoint-3" in folders(tmp_path / "out")
     assert stopped.teacher.num_updates == 3  # not the best's
+
+
+def test_what_is_due_at_the_end_of_an_epoch_waits_for_it_after_a_signal(make_trainer, tmp_path):
+    options = dict(
+        eval_dataset=rows(4, seed=9), eval_strategy="epoch", save_strategy="epoch", enable_jit_checkpoint=True
+    )
+    stopped = make_trainer(callbacks=[Kill(signal.SIGTERM)], **options)
+    stopped.train()
+    assert 0 < stopped.state.epoch < 1 and folders(tmp_path / "out") == ["checkpoint-3"]
+    assert not any("eval_loss" in entry for entry in stopped.state.log_history)
+    make_trainer(**options).train(resume_from_checkpoint=True)
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    last = read_json(tmp_path / "out" / "checkpoint-4" / "trainer_state.json")["log_history"]
+    assert [e["eval_loss"] for e in last if "eval_loss" in e] == [
+        e["eval_loss"] for e in whole.state.log_history if "eval_loss" in e
+    ]
 
 
 class Fail(TrainerCallback):

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import uuid
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, sort_checkpoints
 
 from . import portable
-from .files import finish_replacing, replace_folder
+from .files import finish_replacing, remove_folder, replace_folder
 from .model_card import write_model_card
 from .sharding import any_sharded, gather_whole, local_shard, reshard, write_whole
 from .teacher import TEACHER_NAME, MeanTeacher, check_adapter_file, read_student
@@ -39,7 +40,19 @@ def last_checkpoint(args: TrainingArguments) -> str | None:
     found = None
     if args.process_index == 0 and os.path.isdir(args.output_dir):
         found = get_last_checkpoint(args.output_dir)
+        _warn_of_another_branch(args.output_dir, found)
     return broadcast_object_list([found])[0]
+
+
+def _warn_of_another_branch(output_dir: str, latest: str | None) -> None:
+    """A run that went on from an earlier checkpoint has written since, but not as far."""
+    states = list(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_TRAINER_STATE}"))
+    newest = max(states, key=lambda path: path.stat().st_mtime, default=None)
+    if latest is not None and newest is not None and newest.parent != Path(latest):
+        logger.warning(
+            "%s is the latest step in %s, but %s was written after it. To go on from that one give "
+            "`resume_from_checkpoint` its path.", os.path.basename(latest), output_dir, newest.parent.name,
+        )  # fmt: skip
 
 
 class CheckpointMixin(Trainer):
@@ -141,12 +154,12 @@ class CheckpointMixin(Trainer):
     def _publish_checkpoint(self, run_dir, name):
         replace_folder(os.path.join(run_dir, _STAGING, name), os.path.join(run_dir, name))
         shutil.rmtree(os.path.join(run_dir, _STAGING))
-        rotate_checkpoints(
-            output_dir=run_dir,
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+        limit, kept = self.args.save_total_limit, self.state.best_model_checkpoint
+        checkpoints = sort_checkpoints(run_dir, use_mtime=True)
+        old = [path for path in checkpoints[:-1] if kept is None or path != str(Path(kept))]
+        # As Transformers rotates them, but no half of one keeps its name when a kill comes in between.
+        for path in old[: max(0, len(checkpoints) - limit)] if limit and limit > 0 else ():
+            remove_folder(path)
 
     def _get_output_dir(self, trial):
         return self._staging or super()._get_output_dir(trial)
@@ -257,7 +270,21 @@ class CheckpointMixin(Trainer):
         return made_by == portable.PLAIN
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        folder, sharded = resume_from_checkpoint, self.is_deepspeed_enabled or self.is_fsdp_enabled
+        trained = _trained_names(self.model)
+        prepared = self._prepare_and_load(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_fsdp_enabled:  # where it is compiled, Transformers keeps that, which PEFT does not know
+            self.model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        renamed = [pair for pair in zip(trained, _trained_names(self.model), strict=True) if pair[0] != pair[1]]
+        if renamed and is_peft_model(self.model):
+            raise ValueError(
+                f"The launch wrapped the layers of the model: {renamed[0][0]!r} has become {renamed[0][1]!r}, and PEFT would find "
+                "no adapter to save. Use `gradient_checkpointing` instead of `fsdp_activation_checkpointing`, and "
+                "`torch_compile` instead of accelerate's regional compilation."
+            )
+        return prepared
+
+    def _prepare_and_load(self, max_steps, train_dataloader, folder):
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if folder is None or not sharded or not is_peft_model(self.model) or self._reads(folder):
             return super()._prepare_for_training(max_steps, train_dataloader, folder)
         # As in a plain run: the weights before the model is wrapped, the optimizer after.
@@ -268,6 +295,7 @@ class CheckpointMixin(Trainer):
             portable.load_zero_state_dict(self.model_wrapped, self._optimizer_groups, saved, weights)
         else:
             portable.load_gathered_state_dict(self.optimizer, saved)
+            self._load_scaler(folder)
         self._load_schedule(folder)
         return prepared
 
@@ -284,6 +312,8 @@ class CheckpointMixin(Trainer):
         if is_peft_model(self.model) and not self._reads(resume_from_checkpoint):
             self._load_student(resume_from_checkpoint)
             return
+        if model is not None:
+            model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         with _dtypes_kept(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -371,6 +401,11 @@ class _StopOnSignal(TrainerCallback):
             self.trainer.stopped_by = number
             control.should_save = control.should_training_stop = True
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # A stop within an epoch ends it here: what is due at its end is due when the resumed run gets there.
+        if self.trainer.stopped_by and not float(state.epoch).is_integer():
+            control.should_evaluate = control.should_save = False
+
     def restore(self):
         """Gives the signals back, and one that came after the last step to whom it is due now."""
         for number, handler in self._before.items():
@@ -378,6 +413,10 @@ class _StopOnSignal(TrainerCallback):
         self._before = {}
         if self.signal and not self.trainer.stopped_by:
             signal.raise_signal(self.signal)
+
+
+def _trained_names(model) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 @contextlib.contextmanager

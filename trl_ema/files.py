@@ -72,8 +72,16 @@ def replace_folder(source: str, target: str) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_folder(path: str) -> None:
+    """Remove a folder, renamed first: a kill leaves no half of it under its name, and [`finish_replacing`] does the rest."""
+    gone = _beside(path, "gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def finish_replacing(folder: str) -> None:
-    """Finish, in `folder`, what a kill interrupted in [`replace_folder`]: a new folder takes its place, an old one goes."""
+    """Finish, in `folder`, what a kill interrupted: a new folder takes its place, an old or removed one goes."""
     for new in Path(folder).glob(f"{_HIDDEN}*.new"):
         with contextlib.suppress(FileNotFoundError):  # another machine was faster
             if not _target_of(new).exists():
@@ -81,6 +89,8 @@ def finish_replacing(folder: str) -> None:
     for scratch in (*Path(folder).glob(f"{_HIDDEN}*.new"), *Path(folder).glob(f"{_HIDDEN}*.old")):
         if _target_of(scratch).exists():
             shutil.rmtree(scratch, ignore_errors=True)
+    for gone in Path(folder).glob(f"{_HIDDEN}*.gone"):
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 # Not the name of a checkpoint, and left out of pushes to the hub.

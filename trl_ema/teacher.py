@@ -28,6 +28,7 @@ from .sharding import (
     sum_over_shards,
     take_shard,
     whole_shape,
+    whole_weights,
 )
 
 
@@ -527,9 +528,11 @@ def _adapter_changes_nothing(model: PeftModel, name: str) -> bool:
         return False
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
-            ours, base = module.modules_to_save[name].state_dict(), module.original_module.state_dict()
-            if any(not torch.equal(ours[key], base[key]) for key in base):
-                return False
+            ours, base = module.modules_to_save[name], module.original_module
+            with whole_weights(*ours.parameters(), *base.parameters()):
+                ours = ours.state_dict()
+                if any(not torch.equal(ours[key], tensor) for key, tensor in base.state_dict().items()):
+                    return False
         elif isinstance(module, AuxiliaryTrainingWrapper):
             return False
         elif isinstance(module, LoraLayer):

@@ -26,7 +26,7 @@ from .files import OutputError, check_output_dir
 from .forward import add_mean_teacher_forward, check_head, divergence_mask, sequence_numbers
 from .losses import IGNORE_INDEX
 from .schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
-from .sharding import is_sharded, local_shard
+from .sharding import is_sharded, local_shard, whole_shape
 from .teacher import NO_ADAPTER, MeanTeacher, check_adapter, student_name
 
 
@@ -108,7 +108,7 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             _refuse_parallelism(self.accelerator.parallelism_config)
             _refuse_sharding(self.accelerator.state)
             self._attach_teacher()
-        _check_free_space(args.output_dir, self.model)
+        _check_free_space(args.output_dir, self.model, self.is_deepspeed_enabled or self.is_fsdp_enabled)
         self._init_checkpoints()
         _keep_float32_outputs(self.accelerator)
         # First, so that whatever saves or measures at the end of a step finds the teacher moved.
@@ -221,13 +221,19 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         )
 
     @property
-    def schedule(self) -> dict[str, float]:
+    def schedule(self) -> dict[str, float | bool]:
         """What average and divergence follow over this run, whichever options and length it was given by."""
         args = self.args
         decay = args.ema_decay
         if decay is None:
             decay = half_life_to_decay(args.half_life, self.state.max_steps, args.ema_update_steps)
-        return {"ema_decay": decay, "kl_weight": args.kl_weight, "kl_warmup_steps": self._kl_warmup_steps}
+        return {
+            "ema_decay": decay,
+            "ema_warmup": args.ema_warmup,
+            "ema_update_steps": args.ema_update_steps,
+            "kl_weight": args.kl_weight,
+            "kl_warmup_steps": self._kl_warmup_steps,
+        }
 
     # The average
 
@@ -472,10 +478,14 @@ def _check_labels(dataset) -> None:
         )
 
 
-def _check_free_space(output_dir: str, model) -> None:
-    """Room for one checkpoint: student, teacher and the optimizer's two moments in float32."""
+def _check_free_space(output_dir: str, model, sharded: bool) -> None:
+    """
+    Room for one checkpoint: student, teacher and the optimizer's two moments in float32; what DeepSpeed and FSDP write for
+    themselves is as much again.
+    """
     free = shutil.disk_usage(output_dir).free
-    needed = 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    bytes_each = 32 if sharded else 16
+    needed = bytes_each * sum(whole_shape(p).numel() for p in model.parameters() if p.requires_grad)
     if free < needed:
         raise OutputError(
             f"`output_dir={output_dir!r}` has {free / 2**20:.0f} MiB free; one checkpoint needs {needed / 2**20:.0f} MiB. "
