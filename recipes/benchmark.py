@@ -131,7 +131,8 @@ def make_trainer(arm: str, args, folder: str):
     model = build_model(args.model, args.nf4)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 40000, (batch_size, tokens), generator=generator).tolist()
-    if args.rows != "equal":
+    masked = tokens // 2 if args.rows == "prompted" else 0
+    if args.rows in ("padded", "packed"):
         # Packed rows need more of them to be as full.
         ids = [row[: tokens * (1 + i % 4) // 4] for i, row in enumerate(ids * (1 if args.rows == "padded" else 2))]
     options = dict(
@@ -140,7 +141,9 @@ def make_trainer(arm: str, args, folder: str):
         disable_tqdm=True, max_steps=10**6, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     common = dict(
-        train_dataset=datasets.Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        train_dataset=datasets.Dataset.from_dict(
+            {"input_ids": ids, "labels": [[-100] * masked + row[masked:] for row in ids]}
+        ),
         processing_class=AutoTokenizer.from_pretrained(offline.demo_model()),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
@@ -514,6 +517,7 @@ def memory_of_loss(args) -> None:
 # Beyond the figures that have a goal.
 WIDER: list[dict] = [
     dict(model="smollm2", arms=["sft", "ema", "adapter off"], nf4=True),
+    dict(model="smollm2", arms=["sft", "ema", "second model"], rows="prompted"),
     dict(model="smollm2", arms=["sft", "ema", "adapter off"], rows="padded"),
     dict(model="smollm2", arms=["sft", "ema", "adapter off"], rows="packed"),
     dict(model="smollm2", arms=["sft", "ema", "adapter off"], tokens=2048, batch_size=1),
@@ -592,7 +596,9 @@ def _add_step_options(sub) -> None:
     sub.add_argument("--tokens", type=int, help="tokens of a sequence; default by model")
     sub.add_argument("--batch_size", type=int, help="sequences of a step; default by model")
     sub.add_argument(
-        "--rows", choices=("equal", "padded", "packed"), help="equal lengths, or a quarter to whole of them"
+        "--rows",
+        choices=("equal", "prompted", "padded", "packed"),
+        help="equal lengths, half of each a prompt without labels, or a quarter to whole of them",
     )
     sub.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     sub.add_argument("--bf16", action="store_true", help="bfloat16 autocast")

@@ -11,6 +11,7 @@ a gather to n bytes or a scatter of n bytes (R − 1)/R·n.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -357,16 +358,23 @@ MODELS = {
 LORA_RANK = 16
 
 
-def sizes_of(name: str) -> Sizes:
-    """Weights of a gated transformer, and of LoRA on all its linear layers."""
+def sizes_of(name: str, ranks: int = 1) -> Sizes:
+    """
+    Weights of a gated transformer, and of LoRA on all its linear layers; of FSDP2 over so many `ranks` with its padding: each
+    gets ⌈rows / ranks⌉ rows of a matrix, so R of them hold and gather R times that.
+    """
     hidden, inner, layers, keys, vocabulary, tied = MODELS[name]
-    shapes = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, inner)] * 3
-    embedding = vocabulary * hidden
+    shapes = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, inner)] * 2 + [(inner, hidden)]  # in, out
+
+    def padded(rows: int) -> int:
+        return math.ceil(rows / ranks) * ranks
+
+    embedding = padded(vocabulary) * hidden
     return Sizes(
-        layers=layers * sum(a * b for a, b in shapes),
+        layers=layers * sum(i * padded(o) for i, o in shapes),
         embedding=embedding,
         head=0 if tied else embedding,
-        adapter=layers * LORA_RANK * sum(a + b for a, b in shapes),
+        adapter=layers * sum(padded(LORA_RANK) * i + padded(o) * LORA_RANK for i, o in shapes),
         depth=layers,
     )
 
@@ -376,11 +384,11 @@ def table() -> None:
     print("| model | GPUs | mode | held, GiB | EMA adds, MiB | sent, GiB | frozen adds | EMA adds |")
     print("|---|---|---|---|---|---|---|---|")
     for name in MODELS:
-        n = sizes_of(name)
         for ranks in (1, 8, 64, 1024):
             for mode, b in BFLOAT16.items():
                 if ranks == 1 and not mode.startswith("ddp"):
                     continue  # nothing to shard over
+                n = sizes_of(name, ranks if mode == "fsdp2" else 1)
                 held, moved = ([sum_of(mode, t, n, b, ranks) for t in TEACHERS] for sum_of in (_held_in_all, sent))
                 more = [f"{100 * (m - moved[0]) / moved[0]:.0f} %" if moved[0] else "0 %" for m in moved[1:]]
                 cells = [

@@ -200,10 +200,10 @@ def test_a_kill_in_a_removal_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("options", "kept"),
-    [(SAVING | dict(save_total_limit=2), [3, 4]), (BEST, [1, 4]), (BEST | dict(save_total_limit=3), [1, 3, 4])],
+    [(SAVING, [3, 4]), (BEST | dict(learning_rate=1e-2), [1, 4])],  # the loss falls, and the highest is called best
 )
 def test_the_oldest_checkpoints_go_and_the_best_stays(make_trainer, tmp_path, options, kept):
-    make_trainer(**options).train()
+    make_trainer(**options | dict(save_total_limit=2)).train()
     assert folders(tmp_path / "out") == [f"checkpoint-{step}" for step in kept]
 
 

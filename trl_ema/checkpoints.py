@@ -272,8 +272,6 @@ class CheckpointMixin(Trainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         trained = _trained_names(self.model)
         prepared = self._prepare_and_load(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.is_fsdp_enabled:  # where it is compiled, Transformers keeps that, which PEFT does not know
-            self.model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         renamed = [pair for pair in zip(trained, _trained_names(self.model), strict=True) if pair[0] != pair[1]]
         if renamed and is_peft_model(self.model):
             raise ValueError(
@@ -312,8 +310,6 @@ class CheckpointMixin(Trainer):
         if is_peft_model(self.model) and not self._reads(resume_from_checkpoint):
             self._load_student(resume_from_checkpoint)
             return
-        if model is not None:
-            model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         with _dtypes_kept(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

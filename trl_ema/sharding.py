@@ -82,7 +82,7 @@ def whole_weights(*parameters: Parameter) -> Iterator[list[Tensor | None]]:
     Parameters that are used outside their module's forward, such as the head's in the fused loss: gathered where ZeRO-3 or
     FSDP2 shards them, each once, `None` as it is. Called on all ranks. Gradients are averaged over the ranks, as both do.
     """
-    with maybe_gather_lm_head_ctx(*parameters):
+    with maybe_gather_lm_head_ctx(*filter(_is_zero3, parameters)):
         if any(isinstance(parameter, DTensor) for parameter in parameters):
             yield _gathered_once(parameters)
         else:

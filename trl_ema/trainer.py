@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import DynamoBackend, is_peft_model
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, IterableDataset
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -421,12 +421,17 @@ def _refuse_parallelism(config) -> None:
 
 
 def _refuse_sharding(state) -> None:
-    """What shards an adapter in a way that it is not whole in any checkpoint."""
+    """What shards in a way that an adapter is not whole in any checkpoint, or no pass goes through after one."""
     fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
     if fsdp is not None and fsdp.fsdp_version != 2:
         raise ValueError(
             f"The launch asks for FSDP version {fsdp.fsdp_version}, which flattens an adapter with its base. Set "
             "`fsdp_version: 2` under `fsdp_config`, as in accelerate_configs/fsdp2.yaml."
+        )
+    if fsdp is not None and state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError(
+            "`torch_compile` under FSDP2 is not supported with a teacher: weights stay sharded in the pass after a checkpoint. "
+            "Leave it out, or launch with DDP as in accelerate_configs/ddp.yaml."
         )
     if deepspeed is None:
         return

@@ -60,7 +60,8 @@ def command(mode, folder, output, on_gpu=False, **changes):
     config = str(accelerate_config(mode, folder, on_gpu))
     line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
     line += ["--main_process_port", "0"] if mode != "one" else []
-    line += [str(Path(__file__).with_name("fsdp_on_cpu.py"))] if "fsdp2" in mode and not on_gpu else []
+    as_on_gpus = "fsdp2" in mode or ("zero" in mode and options["bf16"])
+    line += [str(Path(__file__).with_name("as_on_gpus.py"))] if as_on_gpus and not on_gpu else []
     line += [str(ROOT / "recipes" / "medical_ema.py"), "--config", f"{output}.yaml"]
     environment = os.environ | ({} if on_gpu else ON_CPU)
     environment |= {"TRL_EMA_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf")}

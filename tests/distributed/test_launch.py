@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import yaml
 from launching import OPTIONS, STAGING, command, launch, logged, weights
 
 
@@ -29,15 +31,18 @@ def runs(tiny_folder):
     return run
 
 
-def assert_same(folder, other, rtol=0.0, atol=0.0):
-    for key in ("loss", "ce_loss", "kl_loss", "teacher_distance", "mean_token_accuracy"):
+LOGGED = ("loss", "ce_loss", "kl_loss", "teacher_distance", "mean_token_accuracy")
+
+
+def assert_same(folder, other, rtol=0.0, atol=0.0, keys=LOGGED, adapters=("student", "teacher")):
+    for key in keys:
         found, expected = logged(folder, key), logged(other, key)
-        assert len(found) == OPTIONS["max_steps"]
+        assert len(found) == OPTIONS["max_steps"] or key.startswith("eval")
         torch.testing.assert_close(
             found, expected, rtol=rtol, atol=atol or 1e-12, msg=lambda text, key=key: f"{key}: {text}"
         )
     last = f"checkpoint-{OPTIONS['max_steps']}"
-    for who, at in itertools.product(("student", "teacher"), (".", last)):
+    for who, at in itertools.product(adapters, (".", last)):
         ours, theirs = weights(folder / at, who), weights(other / at, who)
         assert ours.keys() == theirs.keys() and len(ours) > 10
         for name, tensor in theirs.items():
@@ -46,7 +51,7 @@ def assert_same(folder, other, rtol=0.0, atol=0.0):
     state = json.loads((folder / last / "trainer_state.json").read_text())
     best = folder.parent / state["best_model_checkpoint"]
     assert best.name != last
-    for who in ("student", "teacher"):
+    for who in adapters:
         kept = weights(best, who)
         assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(folder, who).items())
 
@@ -70,6 +75,63 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(runs, tiny_folder, mode):
         mode, tiny_folder, f"{mode}_resumed", resume_from_checkpoint=str(runs(mode) / "checkpoint-3"), measure=False
     )
     assert_same(resumed, runs(mode))
+
+
+OTHERS = {
+    # With a trained head: a frozen teacher is the base only while that is the base's own.
+    "frozen": (dict(teacher="frozen"), ("loss", "ce_loss", "kl_loss"), ["student"]),
+    "none": (dict(teacher="none", lora_modules_to_save=None), ("loss", "mean_token_accuracy"), ["student"]),
+    "every token": (dict(kl_tokens="all", eval_teacher=True), (*LOGGED, "eval_teacher_loss"), ["student", "teacher"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("frozen", "zero3"), ("frozen", "fsdp2"), ("none", "fsdp2_sharded"), ("every token", "zero3")]
+)
+def test_other_teachers_too(tiny_folder, kind, mode):
+    options, keys, adapters = OTHERS[kind]
+    one = tiny_folder / f"one_{kind}"
+    if not one.exists():
+        launch("one", tiny_folder, one.name, measure=False, **options)
+    two = launch(mode, tiny_folder, f"{mode}_{kind}", measure=False, **options)
+    assert_same(two, one, rtol=1e-3, atol=1e-4, keys=keys, adapters=adapters)
+    assert (two / "teacher").exists() == ("teacher" in adapters)
+
+
+def test_compiling_what_fsdp2_shards_is_refused(tiny_folder):
+    line, environment = command("fsdp2", tiny_folder, "compiled", torch_compile=True, torch_compile_backend="aot_eager")
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tiny_folder, env=environment, check=False)
+    assert done.returncode and "`torch_compile` under FSDP2 is not supported with a teacher" in done.stderr
+
+
+def test_layers_under_another_name_are_refused(tiny_folder):
+    """A wrapper around each layer hides the adapter from PEFT: every checkpoint would be empty."""
+    line, environment = command("fsdp2", tiny_folder, "wrapped", gradient_checkpointing=False)
+    config = Path(line[line.index("--config_file") + 1])
+    options = yaml.safe_load(config.read_text())
+    options["fsdp_config"]["fsdp_activation_checkpointing"] = True
+    config.write_text(yaml.safe_dump(options))
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tiny_folder, env=environment, check=False)
+    assert done.returncode and "Use `gradient_checkpointing` instead of `fsdp_activation_checkpointing`" in done.stderr
+    assert "has become 'base_model.model.model.layers.0._checkpoint_wrapped_module." in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["zero2", "zero3"])
+def test_deepspeed_in_bfloat16_averages_and_resumes_in_float32(tiny_folder, mode):
+    """As the launch files have it: the trained weights are DeepSpeed's float32 copies."""
+    half = dict(bf16=True, dtype="bfloat16", learning_rate=2e-3)
+    whole = launch(mode, tiny_folder, f"{mode}_half", **half)
+    last = dict(resume_from_checkpoint=str(whole / "checkpoint-3"), measure=False)
+    assert_same(launch(mode, tiny_folder, f"{mode}_half_resumed", **half, **last), whole)
+    assert {tensor.dtype for tensor in weights(whole, "teacher").values()} == {torch.float32}
+    optimizer = torch.load(whole / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    student = weights(whole / "checkpoint-6", "student")
+    assert len(optimizer["master"]) == len(student)
+    assert any(not torch.equal(master, master.bfloat16().float()) for master in optimizer["master"].values())
+    one = launch("one", tiny_folder, f"{mode}_half_to_one", **half, **last)
+    for key in ("loss", "ce_loss", "kl_loss"):
+        torch.testing.assert_close(logged(one, key), logged(whole, key), rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize(("mode", "to"), [("ddp", "a rank"), ("zero3", "a rank"), ("ddp", "the launcher")])
@@ -172,5 +234,8 @@ def test_offloading_trains_and_resumes(runs, tiny_folder):
 def test_every_launch_trains_and_resumes_on_gpus(tiny_folder, mode):
     options = dict(on_gpu=True, gradient_accumulation_steps=1, per_device_train_batch_size=2)
     whole = launch(mode, tiny_folder, f"{mode}_gpu", **options)
+    batch = 2 * torch.cuda.device_count()
+    alone = launch("one", tiny_folder, f"{mode}_one", **options | dict(on_gpu=False, per_device_train_batch_size=batch))
+    assert_same(whole, alone, rtol=1e-2, atol=1e-3)
     options |= dict(resume_from_checkpoint=str(whole / "checkpoint-3"), measure=False)
     assert_same(launch(mode, tiny_folder, f"{mode}_gpu_resumed", **options), whole, rtol=1e-3, atol=1e-4)

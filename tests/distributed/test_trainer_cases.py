@@ -28,7 +28,7 @@ def test_student_and_teacher_are_those_of_a_dense_trainer(tmp_path):
         output = torchrun("trainer_worker.py", str(tmp_path), path.stem, **environment)
         assert all(output.count(f"<{case}> done") == 2 for case in ZERO_CASES)
     worker = str(Path(__file__).with_name("trainer_worker.py"))
-    output = torchrun("fsdp_on_cpu.py", worker, str(tmp_path), "fsdp2", **FSDP2)
+    output = torchrun("as_on_gpus.py", worker, str(tmp_path), "fsdp2", **FSDP2)
     assert all(output.count(f"<{case}> done") == 2 for case in ZERO_CASES)
 
 

@@ -17,12 +17,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import adapter_weights, config, logged, lora, make_tokenizer, rows, tiny_model
 from datasets import Dataset
 from peft import get_peft_model
+from torch.distributed.tensor.debug import CommDebugMode
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer
-from trl_ema.sharding import gather_whole, local_shard
+from trl_ema.sharding import any_sharded, gather_whole, local_shard, whole_shape
 
 
 DECAY, KL_WEIGHT = 0.7, 0.8
@@ -139,6 +140,22 @@ def check(name, ours, expected):
             assert torch.equal(both[0], both[1]), name
 
 
+def check_update(trainer):
+    """Each rank averages what it has, in float32, without a word to the others."""
+    shards = trainer.teacher._average_shards()
+    students = [local_shard(student) for student in trainer.teacher._students()]
+    assert [s.shape for s in shards] == [s.shape for s in students] and {s.dtype for s in shards} == {torch.float32}
+    held, total = sum(s.numel() for s in shards), sum(whole_shape(p).numel() for p in trainer.teacher._students())
+    sharded = any_sharded(trainer.model)
+    assert abs(held - (total / 2 if sharded else total)) <= 0.05 * total, (held, total)
+    before = [shard.clone() for shard in shards]
+    with CommDebugMode() as communication:
+        trainer.teacher.update(0.5)
+    assert communication.get_total_counts() == 0, communication.get_comm_counts()
+    for old, student, new in zip(before, students, shards, strict=True):
+        torch.testing.assert_close(new, torch.lerp(old, student, 0.5))
+
+
 def main(folder: str, mode: str) -> None:
     saved = Path(folder, "expected.pt")  # by the run under DDP, for the others
     made = {} if mode == "ddp" else torch.load(saved)
@@ -150,6 +167,7 @@ def main(folder: str, mode: str) -> None:
         if mode == "ddp":
             made[name] = dense_run(folder, case)
         check(name, ours, made[name])
+        check_update(ours)
         print(f"<{name}> done", flush=True)
     if mode == "ddp" and torch.distributed.get_rank() == 0:
         torch.save(made, saved)

@@ -1,7 +1,7 @@
 """
-Runs a script under accelerate's FSDP2 on processes without a GPU.
+Runs a script on processes without a GPU under what accelerate and Transformers keep for GPUs: FSDP2, and bfloat16 with DeepSpeed.
 
-    torchrun --nproc_per_node 2 fsdp_on_cpu.py SCRIPT ARGUMENTS...
+    torchrun --nproc_per_node 2 as_on_gpus.py SCRIPT ARGUMENTS...
 
 accelerate turns to FSDP only where it finds an accelerator. Here its first state says so of gloo processes; everything that
 follows (sharding, gathering, checkpoints) is accelerate's own and real.
