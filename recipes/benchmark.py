@@ -17,6 +17,7 @@ measured one after the other. Speed claims live here, not in timed tests.
 
 import argparse
 import gc
+import itertools
 import json
 import re
 import subprocess
@@ -31,8 +32,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-# Tokens of a sequence and sequences of a step, by model: 49k and 152k words. A quarter of four sequences is always one.
-MODELS = {"smollm2": (128, 4), "qwen2": (128, 4)}
+MODELS = ("smollm2", "qwen2")  # 49k and 152k words
 OURS = {
     "ema": dict(teacher="ema", ema_decay=0.999),
     "ema, a quarter": dict(teacher="ema", ema_decay=0.999, kl_fraction=0.25),
@@ -45,19 +45,27 @@ ARMS = ("sft", *OURS, *PEERS)
 
 @dataclass
 class Figure:
-    """One measured ratio: what, the most it should be, its quartiles and median over the repetitions."""
+    """
+    One measured ratio: what, the most it should be, its quartiles and median over the repetitions; and what it is of, each
+    measurement in seconds or MiB.
+    """
 
     name: str
     goal: float | None
     low: float
     median: float
     high: float
+    over: list[float]
+    under: list[float]
 
     @classmethod
-    def of(cls, name: str, goal: float | None, ratios: Iterable[float]) -> "Figure":
+    def of(
+        cls, name: str, goal: float | None, ratios: Iterable[float], over: list[float] = (), under: list[float] = ()
+    ) -> "Figure":
         import numpy as np
 
-        return cls(name, goal, *(float(q) for q in np.percentile(list(ratios), [25, 50, 75])))
+        quartiles = (float(q) for q in np.percentile(list(ratios), [25, 50, 75]))
+        return cls(name, goal, *quartiles, list(over), list(under))
 
     def row(self) -> str:
         goal = "" if self.goal is None else f"≤ {self.goal:g}"
@@ -93,7 +101,7 @@ def _installed(peer: str) -> bool:
 
 
 def ratio(name: str, goal: float | None, over: list[float], under: list[float]) -> Figure:
-    return Figure.of(name, goal, [a / b for a, b in zip(over, under, strict=True)])
+    return Figure.of(name, goal, [a / b for a, b in zip(over, under, strict=True)], over, under)
 
 
 # A training step
@@ -106,6 +114,11 @@ def build_model(name: str, nf4: bool):
 
     from trl_ema import offline
 
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if nf4 else None
+    if name == "qwen2" and nf4:
+        with tempfile.TemporaryDirectory() as folder:
+            build_model(name, False).save_pretrained(folder)
+            return build_model(folder, True)
     if name == "qwen2":
         torch.manual_seed(0)
         config = Qwen2Config(
@@ -113,9 +126,13 @@ def build_model(name: str, nf4: bool):
             vocab_size=151936, tie_word_embeddings=True,
         )  # fmt: skip
         return Qwen2ForCausalLM(config)
-    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if nf4 else None
     path = offline.demo_model() if name == "smollm2" else name
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=four_bit)
+
+
+def _size(args) -> tuple[int, int]:
+    """Tokens of a sequence, sequences of a step. A quarter of four sequences is always one."""
+    return args.tokens or 128, args.batch_size or 4
 
 
 def make_trainer(arm: str, args, folder: str):
@@ -127,10 +144,10 @@ def make_trainer(arm: str, args, folder: str):
 
     from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig, offline
 
-    tokens, batch_size = args.tokens or MODELS[args.model][0], args.batch_size or MODELS[args.model][1]
+    tokens, batch_size = _size(args)
     model = build_model(args.model, args.nf4)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, 40000, (batch_size, tokens), generator=generator).tolist()
+    ids = torch.randint(model.config.vocab_size, (batch_size, tokens), generator=generator).tolist()
     masked = tokens // 2 if args.rows == "prompted" else 0
     if args.rows in ("padded", "packed"):
         # Packed rows need more of them to be as full.
@@ -144,14 +161,17 @@ def make_trainer(arm: str, args, folder: str):
         train_dataset=datasets.Dataset.from_dict(
             {"input_ids": ids, "labels": [[-100] * masked + row[masked:] for row in ids]}
         ),
-        processing_class=AutoTokenizer.from_pretrained(offline.demo_model()),
+        processing_class=AutoTokenizer.from_pretrained(offline.demo_model() if args.model in MODELS else args.model),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     if arm in OURS:
         return EMARegularizedSFTTrainer(model, MeanTeacherConfig(**OURS[arm], **options), **common)
-    if arm == "sft":
-        return SFTTrainer(model, SFTConfig(**options), **common)
-    return _peer(arm, args)(model, SFTConfig(**options), **common)
+    trainer = (SFTTrainer if arm == "sft" else _peer(arm, args))(model, SFTConfig(**options), **common)
+    if args.nf4 and not args.bf16:
+        # TRL makes the adapter bfloat16 here, ours leaves it in float32: the same work for all.
+        for parameter in trainer.model.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    return trainer
 
 
 def _peer(arm: str, args):
@@ -164,7 +184,8 @@ def _peer(arm: str, args):
     from trl import SFTTrainer
 
     class Dense(SFTTrainer):
-        reference = build_model(args.model, args.nf4) if arm == "second model" else None
+        # In training mode, without dropout in it: bitsandbytes has other kernels for evaluation.
+        reference = build_model(args.model, args.nf4).train() if arm == "second model" else None
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             labels = inputs["labels"][:, 1:]
@@ -197,7 +218,7 @@ class Stepper:
 
     def __call__(self, rows: int | None = None) -> None:
         """A step on the first `rows` sequences of the batch, by default on all."""
-        batch = {key: value[:rows] for key, value in self.batch.items()}
+        batch = dict(self.batch) if rows is None else {key: value[:rows] for key, value in self.batch.items()}
         items = (batch["labels"][:, 1:] != -100).sum()
         self.trainer.training_step(self.model, batch, items)
         self.optimizer.step()
@@ -221,7 +242,8 @@ SECOND_MODEL_GOALS = {"smollm2": 0.70, "qwen2": 0.60}
 
 def step(args) -> list[Figure]:
     """Time of a step, with the ratio of the floating point operations beside it."""
-    title = f"{args.model}, {args.batch_size or MODELS[args.model][1]} × {args.tokens or MODELS[args.model][0]} tokens"
+    tokens, batch_size = _size(args)
+    title = f"{args.model}, {batch_size} × {tokens} tokens"
     title += (
         f", {args.rows} rows" * (args.rows != "equal")
         + ", NF4" * args.nf4
@@ -231,8 +253,12 @@ def step(args) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         arms = {arm: Stepper(arm, args, folder) for arm in args.arms}
         operations = {arm: _operations(stepper) for arm, stepper in arms.items()}
-        seconds = alternate(arms, args.repetitions, f"steps, {title}")
+        product, size = _product(arms["sft"])
+        seconds = alternate(arms | {"product": product}, args.repetitions, f"steps, {title}")
     found = []
+    for arm in [arm for arm in ("sft", "ema") if arm in arms]:
+        name = f"step, {arm} / its {operations[arm] / 1e9:.0f} GFLOP at the speed of a bare product ({title})"
+        found.append(ratio(name, None, seconds[arm], [s * operations[arm] / size for s in seconds["product"]]))
     for arm in args.arms:
         if arm == "sft":
             continue
@@ -245,18 +271,40 @@ def step(args) -> list[Figure]:
     return found
 
 
+def _product(stepper: Stepper) -> tuple[Callable[[], object], int]:
+    """Products in the shape of the model's MLP over the batch, some 10 GFLOP of them, and how many operations they are."""
+    import torch
+
+    config, ids = stepper.trainer.model.config, stepper.batch["input_ids"]
+    shape = ids.numel(), config.hidden_size, config.intermediate_size
+    dtype = torch.bfloat16 if stepper.trainer.args.bf16 else torch.float32
+    left, right = (torch.randn(a, b, dtype=dtype, device=ids.device) for a, b in itertools.pairwise(shape))
+    one = 2 * shape[0] * shape[1] * shape[2]
+    times = max(1, round(1e10 / one))
+
+    def product():
+        for _ in range(times):
+            left @ right
+
+    return product, times * one
+
+
 def _operations(stepper: Stepper) -> int:
     """Floating point operations of all matrix products of a step."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop, sdpa_flop
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
     aten = torch.ops.aten
-    missing = {
-        aten.addmm_: addmm_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    attention = aten._scaled_dot_product_flash_attention
+    counter = FlopCounterMode(display=False)
+    counter.flop_registry |= {
+        aten.addmm_: flop_registry[aten.addmm],
+        aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[attention],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+            aten._scaled_dot_product_flash_attention_backward
+        ],
     }
-    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
+    with counter:
         stepper()
     return counter.get_total_flops()
 
@@ -533,24 +581,32 @@ def everything(args) -> list[Figure]:
         *([] if args.quick else WIDER),
     ):
         found += step(argparse.Namespace(**vars(args) | changes))
+        save(found, args)
         gc.collect()  # a trainer and its callbacks hold one another
     for part in (loss, update, memory, scaling):
         found += part(args)
+        save(found, args)
         gc.collect()
     return found
+
+
+def save(figures: list[Figure], args) -> None:
+    if args.json:
+        from trl_ema.files import write_json
+        from trl_ema.provenance import provenance
+
+        made_by = {"command": sys.argv[1:], **provenance()}
+        write_json(args.json, {"provenance": made_by, "figures": [asdict(figure) for figure in figures]})
 
 
 def report(figures: list[Figure], args) -> None:
     from trl_ema.provenance import provenance
 
-    made_by = provenance()
-    print(json.dumps(made_by, indent=2))
+    print(json.dumps(provenance(), indent=2))
     print("| figure | goal | median | quartiles | met |\n|---|---|---|---|---|")
     for figure in figures:
         print(figure.row())
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"provenance": made_by, "figures": [asdict(f) for f in figures]}, file, indent=2)
+    save(figures, args)
     if args.plot:
         plot(figures, args.plot)
 
@@ -593,8 +649,8 @@ STEP_DEFAULTS: dict = dict(
 def _add_step_options(sub) -> None:
     sub.add_argument("--model", help="`smollm2`, `qwen2` (2 layers, 152k words) or a folder")
     sub.add_argument("--arms", nargs="+", choices=ARMS, help="of `step`; `sft` has to be one")
-    sub.add_argument("--tokens", type=int, help="tokens of a sequence; default by model")
-    sub.add_argument("--batch_size", type=int, help="sequences of a step; default by model")
+    sub.add_argument("--tokens", type=int, help="tokens of a sequence; default 128")
+    sub.add_argument("--batch_size", type=int, help="sequences of a step; default 4")
     sub.add_argument(
         "--rows",
         choices=("equal", "prompted", "padded", "packed"),
@@ -606,15 +662,16 @@ def _add_step_options(sub) -> None:
     sub.set_defaults(**STEP_DEFAULTS)
 
 
-def main() -> None:
-    warnings.filterwarnings("ignore")
+PARTS = {"all": everything, "step": step, "loss": loss, "update": update, "memory": memory, "scaling": scaling}
+HIDDEN = {"memory-of": memory_of, "memory-of-loss": memory_of_loss}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    parts = {"all": everything, "step": step, "loss": loss, "update": update, "memory": memory, "scaling": scaling}
-    hidden = {"memory-of": memory_of, "memory-of-loss": memory_of_loss}
-    for name in (*parts, *hidden):
+    for name in (*PARTS, *HIDDEN):
         sub = commands.add_parser(
-            name, help=(parts[name].__doc__ or "every figure") if name in parts else argparse.SUPPRESS
+            name, help=(PARTS[name].__doc__ or "every figure") if name in PARTS else argparse.SUPPRESS
         )
         if name == "memory-of":
             sub.add_argument("arm", choices=ARMS)
@@ -629,17 +686,21 @@ def main() -> None:
             _add_step_options(sub)
         else:
             sub.set_defaults(**STEP_DEFAULTS)
-    args = parser.parse_args()
-    if args.nf4 and args.model == "qwen2":
-        parser.error("--nf4 reads weights from a folder; the random `qwen2` has none. Use `smollm2` or a folder.")
+    args = parser.parse_args(arguments)
     if "sft" not in args.arms:
         parser.error("--arms has to contain `sft`, which the others are compared with.")
     args.repetitions = args.repetitions or (3 if args.quick else 9)
     args.memory_repetitions = 1 if args.quick else args.memory_repetitions
-    if args.command in hidden:
-        hidden[args.command](args)
+    return args
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    args = parse(sys.argv[1:])
+    if args.command in HIDDEN:
+        HIDDEN[args.command](args)
     else:
-        report(parts[args.command](args), args)
+        report(PARTS[args.command](args), args)
 
 
 if __name__ == "__main__":

@@ -348,7 +348,7 @@ class Spoil(TrainerCallback):
 @pytest.mark.parametrize(
     ("way", "match"),
     [
-        ("damaged", "do not have their checksum"),
+        ("damaged", r"is damaged \(.* do not have their checksum together\)\. Resume from another"),
         ("another", "belongs to another checkpoint .*Resume from another"),
     ],
 )

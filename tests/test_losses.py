@@ -196,7 +196,8 @@ def test_frozen_head_gets_no_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_half_precision_is_at_most_slightly_worse_than_plain_torch(dtype, direction):
+def test_half_precision_is_at_most_slightly_worse_than_plain_torch(monkeypatch, dtype, direction):
+    monkeypatch.setattr("trl_ema.losses._UPCAST_ROWS", 10)  # a CPU upcasts the head in parts
     student, teacher, weight, _, labels = inputs(n=64, dtype=torch.float32)
     half = [t.detach().to(dtype) for t in (student, teacher, weight)]
 
@@ -211,6 +212,22 @@ def test_half_precision_is_at_most_slightly_worse_than_plain_torch(dtype, direct
     ours = run(fused_linear_cross_entropy_kl, *half)
     for mine, theirs, exact in zip(ours, plain, true, strict=True):
         assert (mine - exact).norm() <= 1.1 * (theirs - exact).norm() + 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("upstream", [2.0**16, 1 / 999])
+def test_what_comes_from_upstream_is_not_rounded_to_half_precision(upstream):
+    """Neither a loss scale, which would overflow float16, nor one over the number of tokens."""
+    student, teacher, weight, _, labels = inputs(dtype=torch.float32)
+    student, teacher, weight = (t.detach().half() for t in (student * 1e-2, teacher * 1e-2, weight * 1e-2))
+    student.requires_grad_()
+    loss = fused_linear_cross_entropy_kl(student, teacher, weight, labels, 1.0).loss
+    found = torch.autograd.grad(loss * upstream, [student])[0]
+    exact = [t.detach().double() for t in (student, teacher, weight)]
+    exact[0].requires_grad_()
+    expected = torch.autograd.grad(dense_loss(*exact, labels, 1.0)[0] * upstream, [exact[0]])[0]
+    assert found.dtype == torch.float16
+    tolerance = dict(rtol=1e-3, atol=1e-6 * expected.abs().max().item() + 2.0**-24)
+    torch.testing.assert_close(found.double(), expected, **tolerance)
 
 
 def test_under_autocast_the_logits_stay_float32():

@@ -274,7 +274,8 @@ class _FusedLinearCrossEntropyKL(torch.autograd.Function):
         dtype = torch.promote_types(student_hidden.dtype, torch.float32)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         need_grad = need_hidden or need_weight or need_bias
-        grad_hidden = torch.zeros_like(student_hidden) if need_hidden else None
+        # In float32 also beside half precision: an upstream factor such as a loss scale comes before they are rounded.
+        grad_hidden = torch.zeros_like(student_hidden, dtype=dtype) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
         sums = torch.zeros(5, dtype=dtype, device=student_hidden.device)

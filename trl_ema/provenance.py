@@ -31,7 +31,12 @@ def provenance() -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "versions": versions,
-        "hardware": {"gpu": gpu, "cpu": _cpu_name(), "cores": os.cpu_count()},
+        "hardware": {
+            "gpu": gpu,
+            "cpu": _cpu_name(),
+            "vectors": torch.backends.cpu.get_cpu_capability(),  # of one name there are many
+            "cores": os.cpu_count(),
+        },
         "git_commit": _git_commit(),
     }
 

@@ -1,0 +1,51 @@
+"""The benchmark's arms on a tiny model: that each runs on each kind of rows, and does the same work. Nothing is timed."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+path = Path(__file__).parents[1] / "recipes" / "benchmark.py"
+spec = importlib.util.spec_from_file_location("benchmark", path)
+benchmark = importlib.util.module_from_spec(spec)
+sys.modules["benchmark"] = benchmark
+spec.loader.exec_module(benchmark)
+
+
+def run(monkeypatch, capsys, *arguments):
+    """The printed table."""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
+    benchmark.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows", ["equal", "prompted", "padded", "packed"])
+def test_every_arm_steps_on_every_kind_of_rows(monkeypatch, capsys, tiny_folder, tmp_path, rows):
+    output = tmp_path / "figures.json"
+    options = ["--model", tiny_folder / "model", "--tokens", 16, "--repetitions", 1, "--rows", rows, "--json", output]
+    table = run(monkeypatch, capsys, "step", *options, "--plot", tmp_path / "figures.png")
+    figures = json.loads(output.read_text())["figures"]
+    assert len(figures) == 9 and all(f["low"] == f["median"] == f["high"] > 0 for f in figures)
+    assert all(f["median"] == pytest.approx(f["over"][0] / f["under"][0]) for f in figures)
+    assert all(f["name"] in table for f in figures) and (tmp_path / "figures.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_the_arms_have_the_same_losses_and_precision(monkeypatch, tiny_folder, tmp_path, nf4):
+    args = benchmark.parse(["step", "--model", str(tiny_folder / "model"), "--tokens", "16", *["--nf4"] * nf4])
+    arms = {arm: benchmark.Stepper(arm, args, str(tmp_path)) for arm in ("frozen", "second model", "adapter off")}
+    losses = {}
+    for arm, stepper in arms.items():
+        trained = [p for p in stepper.trainer.model.parameters() if p.requires_grad]
+        assert {p.dtype for p in trained} == {torch.float32}
+        torch.manual_seed(0)
+        for parameter in trained:
+            parameter.data.normal_(std=0.1)
+        items = (stepper.batch["labels"][:, 1:] != -100).sum()
+        losses[arm] = stepper.trainer.training_step(stepper.model, dict(stepper.batch), items)
+    torch.testing.assert_close(losses["frozen"], losses["adapter off"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses["second model"], losses["adapter off"], rtol=1e-4, atol=0)
