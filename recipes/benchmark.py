@@ -37,6 +37,8 @@ OURS = {
     "ema": dict(teacher="ema", ema_decay=0.999),
     "ema, a quarter": dict(teacher="ema", ema_decay=0.999, kl_fraction=0.25),
     "frozen": dict(teacher="frozen"),
+    # Draws no sequence: TRL's own head multiplies ignored tokens too where there is no Triton, ours does not.
+    "no pass of the teacher": dict(teacher="ema", ema_decay=0.999, kl_fraction=1e-9),
 }
 # What others do, at the same work: see `_peer`.
 PEERS = ("second model", "adapter off")
