@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import dense_loss
 
-from trl_ema.losses import LogitTransform, fused_linear_cross_entropy_kl
+from trl_ema.losses import LogitTransform, default_chunk_size, fused_linear_cross_entropy_kl
 
 
 N, H, V = 13, 8, 29
@@ -261,6 +261,13 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
             student, student.detach() + 0.1, weight, labels, 1.0, chunk_size=16
         ).loss.backward()
     assert largest == 16 * vocab
+
+
+def test_the_logits_of_a_chunk_take_a_bounded_part_of_memory():
+    assert default_chunk_size("cpu", 49152) == 512  # large enough for the products
+    for device, mib in (("cpu", 150), ("cuda", 256)):
+        assert default_chunk_size(device, 151936) * 151936 * 4 <= mib * 2**20
+    assert default_chunk_size("cpu", 10**9) == 1
 
 
 def test_unknown_direction_is_refused():

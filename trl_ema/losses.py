@@ -16,9 +16,10 @@ import torch
 IGNORE_INDEX = -100
 KL_DIRECTIONS = ("forward", "reverse", "jsd")
 
-# A chunk of tokens goes through the head together, and must be large for the matrix products: on a CPU so many tokens, elsewhere
-# a float32 logit buffer of this size.
+# A chunk of tokens goes through the head together, and must be large for the matrix products: a float32 logit buffer of this size,
+# on a CPU of so many tokens at the most.
 _CPU_CHUNK_SIZE = 512
+_CPU_CHUNK_MIB = 150
 _CHUNK_MIB = 256
 # The rows of a chunk that go through the softmax together: on a CPU, those that stay in the cache of each core; elsewhere so
 # many that what is computed beside the logits stays small.
@@ -166,7 +167,9 @@ def fused_linear_cross_entropy_kl(
 
 def default_chunk_size(device_type: str, vocabulary: int) -> int:
     """Tokens that go through the LM head together."""
-    return _CPU_CHUNK_SIZE if device_type == "cpu" else _rows_of(_CHUNK_MIB, vocabulary)
+    if device_type == "cpu":
+        return min(_CPU_CHUNK_SIZE, _rows_of(_CPU_CHUNK_MIB, vocabulary))
+    return _rows_of(_CHUNK_MIB, vocabulary)
 
 
 def _rows_of(mib: int, vocabulary: int) -> int:
