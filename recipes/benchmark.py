@@ -578,7 +578,10 @@ WIDER: list[dict] = [
 def everything(args) -> list[Figure]:
     found = []
     for changes in (
-        dict(model="smollm2", arms=list(ARMS)),
+        dict(
+            model="smollm2",
+            arms=["sft", "ema", "ema, a quarter", "frozen", "second model"] if args.quick else list(ARMS),
+        ),
         dict(model="smollm2", arms=["sft", "ema", "ema, a quarter", "frozen"], checkpointing=True),
         dict(model="qwen2", arms=["sft", "ema", "second model"]),
         *([] if args.quick else WIDER),
