@@ -267,12 +267,14 @@ def _subject_bars(summary: dict, colors: dict[str, str]):
     if not groups or not points:
         return None
     subjects = [(group, subject) for group, task in groups.items() for subject in task["subtasks"]]
-    figure, axes = _new_figure(5.4, 0.2 * len(subjects) + 1.2, 1, len(points), sharey=True, sharex=True)
+    width = max(5.4, 2.4 + 0.8 * len(points))  # a title of eleven letters on each
+    figure, axes = _new_figure(width, 0.2 * len(subjects) + 1.2, 1, len(points), sharey=True, sharex=True)
     for ax, point in zip(axes[0], points, strict=True):
         changes = [100 * point["tasks"][group]["subtasks"].get(subject, math.nan) for group, subject in subjects]
         ax.barh(range(len(subjects)), changes, color=colors[point["arm"]], alpha=0.85)
         ax.axvline(0, color=_INK, linewidth=0.8)
         ax.set_title(_title(point["label"]), fontsize=8)
+        ax.tick_params(axis="x", labelsize=7)
     labels = [subject.removeprefix("mmlu_").replace("_", " ") for _, subject in subjects]
     axes[0, 0].set_yticks(range(len(subjects)), labels, fontsize=7)
     axes[0, 0].invert_yaxis()
