@@ -19,6 +19,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -295,12 +296,16 @@ def _product(stepper: Stepper) -> tuple[Callable[[], object], int]:
 
 def _operations(stepper: Stepper) -> int:
     """Floating point operations of all matrix products of a step."""
+    import bitsandbytes  # noqa: F401  its operators
     import torch
     from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
     aten = torch.ops.aten
     attention = aten._scaled_dot_product_flash_attention
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(
+        display=False,
+        custom_mapping={torch.ops.bitsandbytes.gemm_4bit: lambda a, b, shape, *_, **__: 2 * math.prod(a) * shape[0]},
+    )
     counter.flop_registry |= {
         aten.addmm_: flop_registry[aten.addmm],
         aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[attention],

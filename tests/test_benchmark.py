@@ -59,3 +59,12 @@ def test_checkpointing_computes_the_forward_pass_again(tiny_folder, tmp_path):
     )
     # Student forward and backward, teacher forward; and one more forward of the layers.
     assert 1.1 < benchmark._operations(checkpointed) / benchmark._operations(plain) < 1.34
+
+
+def test_products_with_four_bit_weights_count_as_others(tiny_folder, tmp_path):
+    options = ["step", "--model", str(tiny_folder / "model"), "--tokens", "16"]
+    plain, nf4 = (
+        benchmark._operations(benchmark.Stepper("ema", benchmark.parse([*options, *more]), str(tmp_path)))
+        for more in ([], ["--nf4"])
+    )
+    assert plain == nf4
