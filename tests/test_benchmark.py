@@ -35,7 +35,7 @@ def test_every_arm_steps_on_every_kind_of_rows(monkeypatch, capsys, tiny_folder,
 
 
 @pytest.mark.parametrize("nf4", [False, True])
-def test_the_arms_have_the_same_losses_and_precision(monkeypatch, tiny_folder, tmp_path, nf4):
+def test_the_arms_have_the_same_losses_and_precision(tiny_folder, tmp_path, nf4):
     args = benchmark.parse(["step", "--model", str(tiny_folder / "model"), "--tokens", "16", *["--nf4"] * nf4])
     arms = {arm: benchmark.Stepper(arm, args, str(tmp_path)) for arm in ("frozen", "second model", "adapter off")}
     losses = {}

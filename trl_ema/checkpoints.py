@@ -22,7 +22,7 @@ from . import portable
 from .files import finish_replacing, remove_folder, replace_folder
 from .model_card import write_model_card
 from .sharding import any_sharded, gather_whole, local_shard, reshard, write_whole
-from .teacher import TEACHER_NAME, MeanTeacher, check_adapter_file, read_student
+from .teacher import TEACHER_NAME, MeanTeacher, check_adapter_file, read_student, trained_names
 
 
 logger = logging.getLogger(__name__)
@@ -270,9 +270,9 @@ class CheckpointMixin(Trainer):
         return made_by == portable.PLAIN
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        trained = _trained_names(self.model)
+        trained = trained_names(self.model)
         prepared = self._prepare_and_load(max_steps, train_dataloader, resume_from_checkpoint)
-        renamed = [pair for pair in zip(trained, _trained_names(self.model), strict=True) if pair[0] != pair[1]]
+        renamed = [pair for pair in zip(trained, trained_names(self.model), strict=True) if pair[0] != pair[1]]
         if renamed and is_peft_model(self.model):
             raise ValueError(
                 f"The launch wrapped the layers of the model: {renamed[0][0]!r} has become {renamed[0][1]!r}, and PEFT would find "
@@ -409,10 +409,6 @@ class _StopOnSignal(TrainerCallback):
         self._before = {}
         if self.signal and not self.trainer.stopped_by:
             signal.raise_signal(self.signal)
-
-
-def _trained_names(model) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 @contextlib.contextmanager

@@ -84,12 +84,12 @@ class MeanTeacher:
         self.model = model
         self.num_updates = 0
         self._student = student_name(model)
-        trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        trainable = trained_names(model)
         check_adapter(model.peft_config[self._student], anchor)
         self.is_base = frozen and _adapter_changes_nothing(model, self._student)
         if not self.is_base:
             self._add_adapter(anchor)
-            if trainable != [name for name, p in model.named_parameters() if p.requires_grad]:
+            if trainable != trained_names(model):
                 raise RuntimeError("Adding the teacher changed which parameters are trained: this needs peft>=0.21.")
         self._slots = [] if self.is_base else [self._slot(name) for name in trainable]
         self._names = [] if self.is_base else [_twin(name, self._student) for name in trainable]
@@ -384,9 +384,14 @@ def adapter_keys(model: PeftModel, adapter_name: str, names: list[str]) -> list[
     return [key_of[id(number)] for number in numbered.values()]
 
 
+def trained_names(model) -> list[str]:
+    """Names of the parameters that are trained."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 def read_student(model: PeftModel, folder: str) -> dict[str, torch.Tensor]:
     """The trained tensors in the adapter file of `folder`, by the names of the parameters they belong to."""
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    names = trained_names(model)
     tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
     return {name: tensors[key] for name, key in zip(names, adapter_keys(model, "default", names), strict=True)}
 
