@@ -18,6 +18,12 @@ if not Version(TRL_RANGE[0]) <= Version(version("trl")) < Version(TRL_RANGE[1]):
         f"supported one with `pip install 'trl>={TRL_RANGE[0]},<{TRL_RANGE[1]}'`."
     )
 
+from .noise import hide_lines  # noqa: E402
+
+
+# bitsandbytes says so at its import. The kernel has no backward: nothing here multiplies 4-bit weights by it.
+hide_lines("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
+
 from .config import MeanTeacherConfig  # noqa: E402
 from .losses import fused_linear_cross_entropy_kl  # noqa: E402
 from .teacher import MeanTeacher  # noqa: E402

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from . import __version__
+from .noise import hide_noise
 
 
 _DESCRIPTION = """\
@@ -289,6 +290,7 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=f"trl_ema {__version__}")
     parser.add_argument("command", choices=list(COMMANDS), help="what to do")
     args = parser.parse_args(sys.argv[1:2])
+    hide_noise()
     try:
         COMMANDS[args.command](sys.argv[2:])
     except (ValueError, TypeError, OSError, ImportError) as error:

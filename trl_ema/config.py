@@ -1,8 +1,13 @@
 """`MeanTeacherConfig`: everything `SFTConfig` has, and the teacher."""
 
+import numbers
 import warnings
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
+from typing import Any
 
+from transformers.hf_argparser import string_to_bool
 from trl import SFTConfig
 
 from .losses import KL_DIRECTIONS
@@ -16,6 +21,7 @@ _NUMBERS = (
     "ema_half_life", "ema_decay", "teacher_anchor", "kl_weight", "kl_warmup_ratio", "kl_temperature", "jsd_mixture",
     "kl_fraction",
 )  # fmt: skip
+_SWITCHES = ("ema_warmup", "eval_teacher", "stop_on_nonfinite_loss")
 _EMA_FIELDS = ("ema_half_life", "ema_decay", "ema_warmup", "ema_update_steps")
 
 
@@ -131,7 +137,12 @@ class MeanTeacherConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        # TRL's names and defaults, under the name that transformers has for them since 5.23 (it warns of the old ones).
+        for name in ("checkpointing", "checkpointing_kwargs"):
+            if getattr(self, f"activation_{name}", 0) is None:
+                setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         super().__post_init__()
+        self._take_plain_values()
         self._warn_about_ignored()
         _check_choice("teacher", self.teacher, TEACHERS)
         _check_choice("kl_direction", self.kl_direction, KL_DIRECTIONS)
@@ -141,12 +152,6 @@ class MeanTeacherConfig(SFTConfig):
                 f"`ema_half_life` ({self.ema_half_life}) and `ema_decay` ({self.ema_decay}) both set the speed of the "
                 "teacher. Give one of them."
             )
-        for name in _NUMBERS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                if value is None and name in ("ema_half_life", "ema_decay"):
-                    continue
-                raise TypeError(f"`{name}` must be a number, got {value!r} ({type(value).__name__}).")
         if self.ema_half_life is not None and not 0 < self.ema_half_life < float("inf"):
             raise ValueError(
                 f"`ema_half_life` must be above 0, got {self.ema_half_life}. It is a fraction of the run; try "
@@ -156,11 +161,12 @@ class MeanTeacherConfig(SFTConfig):
             _check_range("ema_decay", self.ema_decay, "It is the share of the old teacher kept per update; try 0.999.")
         _check_range("teacher_anchor", self.teacher_anchor, "0 is the pure mean teacher, 1 the base model; try 0.5.")
         _check_range("kl_warmup_ratio", self.kl_warmup_ratio, "It is a fraction of the run; try 0.1.")
-        if not isinstance(self.ema_update_steps, int) or self.ema_update_steps < 1:
+        if self.ema_update_steps % 1 or self.ema_update_steps < 1:
             raise ValueError(
                 f"`ema_update_steps` must be a whole number of at least 1, got {self.ema_update_steps}. It counts "
                 "optimizer steps."
             )
+        self.ema_update_steps = int(self.ema_update_steps)
         if not 0 <= self.kl_weight < float("inf"):
             raise ValueError(
                 f"`kl_weight` must be at least 0 and finite, got {self.kl_weight}. Use 0 for no divergence; try 1.0."
@@ -177,6 +183,15 @@ class MeanTeacherConfig(SFTConfig):
                 f"`jsd_mixture` must be inside (0, 1), got {self.jsd_mixture}. At the ends the divergence is zero: use "
                 "`kl_direction='forward'` or `'reverse'` for the two KLs, or try 0.5."
             )
+
+    def _take_plain_values(self):
+        """Numbers and booleans of any library become Python's, so that a checkpoint or a model card can hold them."""
+        for name in _SWITCHES:
+            setattr(self, name, plain_bool(name, getattr(self, name)))
+        for name in (*_NUMBERS, "ema_update_steps"):
+            value = getattr(self, name)
+            if value is not None or name not in ("ema_half_life", "ema_decay"):
+                setattr(self, name, plain_number(name, value))
 
     @property
     def half_life(self) -> float | None:
@@ -200,6 +215,27 @@ class MeanTeacherConfig(SFTConfig):
                 + ".",
                 stacklevel=4,
             )
+
+
+def plain_bool(name: str, value: Any) -> bool:
+    """`value` as a `bool`: of text the words of the command line, of numbers 0 and 1."""
+    try:
+        found = string_to_bool(value) if isinstance(value, str) else bool(value) if value in (0, 1) else None
+    except (ArgumentTypeError, ValueError, TypeError):  # a word, or an array
+        found = None
+    if found is None:
+        raise TypeError(f"`{name}` must be a boolean, got {value!r} ({type(value).__name__}). Use True or False.")
+    return found
+
+
+def plain_number(name: str, value: Any) -> int | float:
+    """`value` as an `int` where it is whole of its type, else as a `float`."""
+    number = value
+    if getattr(value, "shape", None) == ():  # of NumPy or PyTorch
+        number = value.item()
+    if isinstance(number, bool) or not isinstance(number, numbers.Real | Decimal):
+        raise TypeError(f"`{name}` must be a number, got {value!r} ({type(value).__name__}).")
+    return int(number) if isinstance(number, numbers.Integral) else float(number)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

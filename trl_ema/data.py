@@ -1,14 +1,24 @@
 """Named data sets and files to TRL's prompt/completion rows."""
 
+import csv
+import datetime
 import hashlib
+import json
+import logging
 import os
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+import pandas as pd
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset
 
 from .files import OutputError
 
+
+logger = logging.getLogger(__name__)
 
 _LETTERS = "ABCD"
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -22,14 +32,18 @@ def _medical_o1(row: dict) -> tuple[str, str]:
     return row["Question"], row["Response"]
 
 
+class NoAnswersError(ValueError):
+    """Rows without their answers, as in the test splits of public benchmarks."""
+
+
 def _medmcqa(row: dict) -> tuple[str, str]:
-    if row["cop"] not in range(len(_LETTERS)):
-        raise ValueError(
+    if str(row["cop"]) not in ("0", "1", "2", "3"):  # text in a CSV file
+        raise NoAnswersError(
             f"MedMCQA question {row['question']!r} has no answer (`cop={row['cop']}`); expected 0 to 3. The test split "
             "carries none: use `train` or `validation`."
         )
-    options = [row[f"op{letter.lower()}"] for letter in _LETTERS]
-    answer = f"{_LETTERS[row['cop']]}. {options[row['cop']]}"
+    options, correct = [row[f"op{letter.lower()}"] for letter in _LETTERS], int(row["cop"])
+    answer = f"{_LETTERS[correct]}. {options[correct]}"
     return _choices(row["question"], options), f"{answer}\n{row['exp']}" if row.get("exp") else answer
 
 
@@ -63,6 +77,8 @@ FORMATS: dict[str, tuple[set[str], Callable[[dict], tuple[str, str]]]] = {
     ),
     "question and answer": ({"question", "answer"}, _question_answer),
 }
+# Of those that the hub does not give without one: the one in English, the one that experts labelled.
+_CONFIGS = {"FreedomIntelligence/medical-o1-reasoning-SFT": "en", "qiaojin/PubMedQA": "pqa_labeled"}
 
 
 def trl_format(columns: set[str], text_field: str = "text") -> bool:
@@ -85,29 +101,220 @@ def check_columns(columns: set[str], name: str = "train", text_field: str = "tex
     )
 
 
-def to_prompt_completion(dataset: Dataset | IterableDataset, text_field: str = "text") -> Dataset | IterableDataset:
+def trained_columns(columns: set[str], text_field: str = "text") -> list[str]:
+    """Which of the columns hold the text that is trained on; of tokens none."""
+    if "input_ids" in columns:
+        return []
+    if {"prompt", "completion"} <= columns:
+        return ["prompt", "completion"]
+    return [name for name in ("messages", "conversations", text_field) if name in columns][:1]
+
+
+def to_prompt_completion(
+    dataset: Dataset | IterableDataset,
+    text_field: str = "text",
+    drop_incomplete: bool = False,
+    name: str = "the data set",
+) -> Dataset | IterableDataset:
     """
-    Rows of a well-known medical data set as `{"prompt", "completion"}`; rows in a TRL format come back unchanged.
+    Rows of a well-known medical data set as `{"prompt", "completion"}`; rows in a TRL format come back unchanged, but for
+    whole numbers, which become their text.
+
+    Args:
+        drop_incomplete (`bool`): Leave out the rows in which a text is missing, instead of refusing them.
+        name (`str`): What an error calls the data; of a file its path, so that it can name the line.
 
     Raises:
+        IncompleteRowsError: A text is missing or is no text; names row and column. Of a stream, when it is read.
+        NoAnswersError: No row has an answer.
         ValueError: The columns are of no known format; the text lists the known ones.
     """
     columns = set(dataset.column_names or next(iter(dataset)))
-    if trl_format(columns, text_field):
+    if not trl_format(columns, text_field) and trl_format(columns - {"prompt"}, text_field):
+        # the first message once more, as in ultrachat_200k
+        dataset, columns = dataset.remove_columns("prompt"), columns - {"prompt"}
+    needed, convert = set(trained_columns(columns, text_field)), None
+    if not trl_format(columns, text_field):
+        needed, convert = next((known for known in FORMATS.values() if known[0] <= columns), (None, None))
+        if convert is None:
+            raise ValueError(_unknown_columns(columns))
+    dataset = complete_rows(_numbers_as_text(dataset, needed), needed, drop_incomplete, name)
+    if convert is None:
         return dataset
-    if trl_format(columns - {"prompt"}, text_field):  # the first message once more, as in ultrachat_200k
-        return dataset.remove_columns("prompt")
-    for needed, convert in FORMATS.values():
-        if needed <= columns:
-            return dataset.map(
-                lambda row, convert=convert: dict(zip(("prompt", "completion"), convert(row), strict=True)),
-                remove_columns=list(columns),
-            )
+    return dataset.map(
+        lambda row: dict(zip(("prompt", "completion"), convert(row), strict=True)), remove_columns=list(columns)
+    )
+
+
+def _unknown_columns(columns: set[str]) -> str:
     known = "; ".join(f"{', '.join(sorted(needed))} ({name})" for name, (needed, _) in FORMATS.items())
-    raise ValueError(
+    return (
         f"Unknown data set columns {sorted(columns)}. Expected a TRL format (`messages`; `prompt`, `completion`; `text`) "
         f"or one of: {known}. Rename your columns to `prompt` and `completion`."
     )
+
+
+def _numbers_as_text(dataset: Dataset | IterableDataset, columns: set[str]) -> Dataset | IterableDataset:
+    """Whole numbers in `columns` as text: they have one spelling. Others have several (3, 3.0): they stay, to be refused."""
+    features = dataset.features
+    if features is not None:
+        whole = {c for c in columns if isinstance(features[c], Value) and "int" in features[c].dtype}
+        # Columns of values of several kinds, too.
+        if not whole and not any("Json" in type(features[c]).__name__ for c in columns):
+            return dataset
+        features = Features({**features, **{c: Value("string") for c in whole}})
+
+    def texts(row: dict) -> dict:
+        return {c: str(row[c]) if type(row[c]) is int and c != "cop" else row[c] for c in columns}
+
+    return dataset.map(texts, features=features)
+
+
+# Complete rows
+
+
+class IncompleteRowsError(ValueError):
+    """Rows in which a text is missing."""
+
+
+_ANSWERS = {"completion", "output", "answer", "Response", "long_answer", "final_decision"}
+_MESSAGE_KEYS = {"role", "content", "name", "from", "value", "weight"}  # others carry something themselves
+_SHOWN_ROWS = 10
+_STREAM_ROWS = 100
+
+
+def complete_rows(
+    dataset: Dataset | IterableDataset, columns: Iterable[str], drop: bool = False, name: str = "the data set"
+) -> Dataset | IterableDataset:
+    """
+    The data set if each of its `columns` holds text in every row, or with `drop` without those rows that do not. A stream is
+    looked at as it is read.
+
+    Raises:
+        IncompleteRowsError: See [`to_prompt_completion`].
+        NoAnswersError: The answers of all rows are missing.
+    """
+    columns = sorted(columns)
+    if isinstance(dataset, IterableDataset):
+        if drop:
+            return dataset.filter(lambda row: _fault(row, columns) is None)
+
+        def checked(row: dict, index: int) -> dict:
+            if fault := _fault(row, columns):
+                raise IncompleteRowsError(_incomplete(name, {index: fault}))
+            return row
+
+        return dataset.map(checked, with_indices=True, features=dataset.features) if columns else dataset
+    faults = _faults(dataset, columns)
+    if not faults:
+        return dataset
+    if len(faults) == len(dataset) and all(column in _ANSWERS for column, _ in faults.values()):
+        raise NoAnswersError(f"No row of {name} has an answer: column `{faults[0][0]}` {faults[0][1]} in all of them.")
+    if not drop:
+        raise IncompleteRowsError(_incomplete(name, faults, len(dataset)))
+    logger.info("%d of %d rows of %s are incomplete and left out.", len(faults), len(dataset), name)
+    return dataset.select([i for i in range(len(dataset)) if i not in faults])
+
+
+def check_rows(dataset: Dataset | IterableDataset, columns: list[str], name: str) -> None:
+    """Raises [`IncompleteRowsError`] for the first row in which one of `columns` holds no text; of a stream few are read."""
+    if faults := _faults(dataset, columns):
+        raise IncompleteRowsError(
+            _incomplete(name, faults, len(dataset) if isinstance(dataset, Dataset) else _STREAM_ROWS)
+        )
+
+
+def _faults(dataset: Dataset | IterableDataset, columns: list[str]) -> dict[int, tuple[str, str]]:
+    """By row, see [`_fault`]."""
+    rows = _rows_of(dataset, columns) if isinstance(dataset, Dataset) else dataset.take(_STREAM_ROWS)
+    return {i: fault for i, row in enumerate(rows) if (fault := _fault(row, columns))}
+
+
+def _rows_of(dataset: Dataset, columns: list[str]) -> Iterable[dict]:
+    """Rows with these columns alone."""
+    if not columns:
+        return
+    if dataset.format["type"] != "custom":  # a transform of the user's takes the columns that it knows
+        dataset = dataset.select_columns(columns)
+    for batch in dataset.iter(1000):
+        for values in zip(*(batch[c] for c in columns), strict=True):
+            yield dict(zip(columns, values, strict=True))
+
+
+def _fault(row: dict, columns: list[str]) -> tuple[str, str] | None:
+    """The first of `columns` that holds no text, and what is wrong with it."""
+    for column in columns:
+        value = row[column]
+        if column in ("prompt", "completion", "messages", "conversations") and isinstance(value, list):
+            fault = _fault_of_messages(value, column)
+        elif isinstance(value, (dict, list)):  # options, or paragraphs
+            parts = value.values() if isinstance(value, dict) else value
+            fault = f"is blank in part ({value!r})" if None in parts else None
+        else:
+            fault = _fault_of_text(value, column)
+        if fault:
+            return column, fault
+    return None
+
+
+def _fault_of_text(value: Any, column: str) -> str | None:
+    if column == "cop":  # a number, which its converter checks
+        return None
+    if value is None or (isinstance(value, str) and column in _ANSWERS and not value.strip()):
+        return "is blank"
+    if isinstance(value, str):
+        return None
+    if isinstance(value, datetime.date):
+        return f"is no text but the date {value}, as a JSON file of dates alone is read; give it as CSV or Parquet"
+    return f"is no text but {value!r} ({type(value).__name__}); write it as text, in the spelling to be learned"
+
+
+def _fault_of_messages(messages: list, column: str) -> str | None:
+    """A message may go without content where it carries something else: a tool call, or a thought."""
+    if not messages:
+        return "has no message" if column != "prompt" else None
+    for number, message in enumerate(messages, 1):
+        content = message.get("content", message.get("value"))
+        said_otherwise = any(value for key, value in message.items() if key not in _MESSAGE_KEYS)
+        if content is None and not said_otherwise:
+            return f"has no content in message {number}"
+        if content is not None and not isinstance(content, (str, list)):
+            return f"has no text in message {number} but {content!r} ({type(content).__name__}); write it as text"
+    if column == "completion" and not said_otherwise and isinstance(content, str) and not content.strip():
+        return f"has a blank content in message {len(messages)}"
+    return None
+
+
+def _incomplete(name: str, faults: dict[int, tuple[str, str]], rows: int | None = None) -> str:
+    first, (column, fault) = next(iter(faults.items()))
+    line = _file_line(name, first)
+    where = f"Row {first + 1} of {name}" + (f" (line {line})" if line else "")
+    others = ""
+    if len(faults) > 1:
+        numbers = ", ".join(str(i + 1) for i in list(faults)[:_SHOWN_ROWS])
+        more = ", ..." if len(faults) > _SHOWN_ROWS else ""
+        others = f" It is one of {len(faults)} such rows of {rows}: {numbers}{more}."
+    return (
+        f"{where} is incomplete: column `{column}` {fault}.{others} Mend it, or leave such rows out with "
+        "`--drop_incomplete_rows true` (in Python `trl_ema.data.to_prompt_completion(dataset, drop_incomplete=True)`)."
+    )
+
+
+def _file_line(path: str, row: int) -> int | None:
+    """The line on which a row of a CSV or JSONL file begins, counted from 1; `None` for anything else."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in (".csv", ".jsonl") or not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        if suffix == ".jsonl":
+            lines = (number for number, line in enumerate(file, 1) if line.strip())
+            return next((number for i, number in enumerate(lines) if i == row), None)
+        reader, begin, seen = csv.reader(file), 1, -1  # the header is no row
+        for cells in reader:
+            if cells and seen == row:
+                return begin
+            seen, begin = seen + bool(cells), reader.line_num + 1
+    return None
 
 
 def with_prompts(dataset: Dataset) -> Dataset:
@@ -128,6 +335,42 @@ def with_prompts(dataset: Dataset) -> Dataset:
         )
     return dataset.map(
         lambda row: {"prompt": row[key][:-1], "completion": row[key][-1:]}, remove_columns=dataset.column_names
+    )
+
+
+# Types that hold rows but are no data set, and what makes one of them.
+_MADE_BY = {
+    "DataFrame": "`Dataset.from_pandas(frame)` (or, of Polars, `Dataset.from_polars(frame)`)",
+    "Table": "`Dataset(table)`",
+    "list": "`Dataset.from_list(rows)`",
+    "tuple": "`Dataset.from_list(list(rows))`",
+    "generator": "`Dataset.from_generator(function)`",
+    "str": "`load_dataset(name, split='train')`, or for a file `trl_ema.data.load_rows(path)`",
+}
+
+
+def check_dataset(dataset: Any, argument: str) -> None:
+    """
+    Raises for what TRL cannot take as a data set, saying what to pass instead of it.
+
+    Raises:
+        TypeError: It is no `Dataset` or `IterableDataset`.
+        ValueError: It has no row.
+    """
+    if isinstance(dataset, (Dataset, IterableDataset)):
+        if next(iter(dataset), None) is None:
+            raise ValueError(f"`{argument}` has no row. Look at what loads and filters it.")
+        return
+    if isinstance(dataset, dict) and any(isinstance(value, (Dataset, IterableDataset)) for value in dataset.values()):
+        got = f"a `{type(dataset).__name__}` of {list(dataset)}"
+        mend = f"one of them: `{argument}=dataset[{next(iter(dataset))!r}]`"
+    elif isinstance(dataset, dict):
+        got, mend = f"a `dict` of {list(dataset)}", "`Dataset.from_dict(columns)`"
+    else:
+        got = f"`{type(dataset).__name__}`"
+        mend = _MADE_BY.get(type(dataset).__name__, "`Dataset.from_list(list_of_dicts)`")
+    raise TypeError(
+        f"`{argument}` must be a `Dataset` or `IterableDataset` of the package `datasets`, got {got}. Pass {mend}."
     )
 
 
@@ -156,16 +399,32 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
             raise NoSplitError(
                 f"{name} is one file and has no split {split!r}, only 'train'. Give a folder for several."
             )
-        return load_dataset(_FILE_FORMATS[suffix], data_files=name, split="train", streaming=streaming)
+        options = _as_written([name]) if suffix == ".csv" else {}
+        return load_dataset(_FILE_FORMATS[suffix], data_files=name, split="train", streaming=streaming, **options)
     if not os.path.isdir(name) and (suffix in _FILE_FORMATS or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"There is no data file {name!r}. Give the path of a JSONL, CSV or Parquet file.")
+    if config is None and name in _CONFIGS:
+        config = _CONFIGS[name]
+        logger.info("%s: its configuration %r, as none was named.", name, config)
+    files = [path for path in Path(name).rglob("*") if path.suffix in _FILE_FORMATS] if os.path.isdir(name) else []
+    options = _as_written(files) if {path.suffix for path in files} == {".csv"} else {}
     with nullcontext() if os.path.isdir(name) else hub_errors("data set", name):
-        dataset = load_dataset(name, config, streaming=streaming)
+        dataset = load_dataset(name, config, streaming=streaming, **options)
     if not isinstance(dataset, (DatasetDict, dict)):
         return dataset
     if split not in dataset:
         raise NoSplitError(f"{name} has no split {split!r}, only {sorted(dataset)}. Choose one with the split option.")
     return dataset[split]
+
+
+def _as_written(paths: Iterable[str | Path]) -> dict:
+    """
+    Options that read every cell of CSV files as the text that it is: 007 and 3.10 keep their zeros, and of `None`, `NA` or
+    `null`, which may well be answers, none is taken for an empty cell.
+    """
+    columns = {column: None for path in paths for column in pd.read_csv(path, nrows=0).columns}
+    features = Features({column: Value("string") for column in columns})
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
 class hub_errors:
@@ -189,24 +448,90 @@ class hub_errors:
             ) from error
 
 
-def held_out_split(dataset: Dataset, fraction: float, key: str, seed: int = 0) -> tuple[Dataset, Dataset]:
+# Held-out rows
+
+# An answer of more rows than this is a class (a letter, a code, a tool call): training does without none of them.
+_CLASS_ROWS = 10
+
+
+def held_out_split(
+    dataset: Dataset, fraction: float, key: str | None = None, seed: int = 0, text_field: str = "text"
+) -> tuple[Dataset, Dataset]:
     """
-    `(train, held_out)` by a seeded hash of the text in column `key`: equal texts are always on the same side.
+    `(train, held_out)` by seeded hashes of the rows' texts, so that neither order nor neighbours matter.
+
+    Without `key` rows that share a prompt, or are equal, are on one side, and so many of them are held out that their share
+    comes closest to `fraction`: at least one row, and never all rows of an answer that others share.
 
     Args:
-        dataset (`Dataset`): Rows with a text (or list of messages) in column `key`.
-        fraction (`float`): Expected share of the held-out part, in (0, 1).
+        dataset (`Dataset`): Rows in a TRL format.
+        fraction (`float`): Share of the held-out part, in (0, 1).
+        key (`str`, *optional*): Column whose equal texts are on one side, each side with about its share of the *texts*.
+            Only for texts of which each is rare: of four letters one would be held out in all its rows.
+
+    Raises:
+        ValueError: No row can be held out; says why.
     """
-
-    def held_out(row: dict) -> bool:
-        digest = hashlib.sha256(f"{seed}:{row[key]}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-    mask = [held_out(row) for row in dataset.select_columns(key)]
+    if key is not None:
+        texts = [str(row[key]) for row in dataset.select_columns(key)]
+        held = {i for i, text in enumerate(texts) if _position(text, seed) < fraction}
+    else:
+        columns = trained_columns(set(dataset.column_names), text_field) or ["input_ids"]
+        held = _chosen([_question_and_answer(row, columns) for row in dataset.select_columns(columns)], fraction, seed)
     return (
-        dataset.select([i for i, out in enumerate(mask) if not out]),
-        dataset.select([i for i, out in enumerate(mask) if out]),
+        dataset.select([i for i in range(len(dataset)) if i not in held]),
+        dataset.select(sorted(held)),
     )
+
+
+def _position(text: str, seed: int) -> float:
+    """In [0, 1), by a hash."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:8], "big") / 2**64
+
+
+def _question_and_answer(row: dict, columns: list[str]) -> tuple[str, str]:
+    """As texts. Of a conversation the last message is the answer; a text alone is an answer to no question."""
+    values = [row[name] for name in columns]
+    if len(values) == 1 and columns != ["input_ids"] and isinstance(values[0], list):
+        values = [values[0][:-1], values[0][-1:]]
+    *question, answer = (json.dumps(value, sort_keys=True, default=str) for value in values)
+    return "".join(question), answer
+
+
+def _chosen(rows: list[tuple[str, str]], fraction: float, seed: int) -> set[int]:
+    """Which of the `(question, answer)` rows to hold out: groups of one question each, in the order of their hashes."""
+    wanted = max(1, min(round(fraction * len(rows)), len(rows) - 1))
+    rows_of = Counter(question for question, _ in rows)
+    groups = defaultdict(list)
+    for i, (question, answer) in enumerate(rows):
+        # What more rows begin with than are wanted is a preamble: only their answers tell them apart.
+        alone = bool(question) and rows_of[question] <= max(wanted, _CLASS_ROWS)
+        groups[question if alone else question + answer].append(i)
+    in_all = Counter(answer for _, answer in rows)
+    left = in_all.copy()
+
+    def spared(group: list[int]) -> bool:
+        """Whether training goes without: some of each answer is left, or it was of this one question and no class."""
+        taken = Counter(rows[i][1] for i in group)
+        return all(n < left[a] or n == in_all[a] <= _CLASS_ROWS for a, n in taken.items()) and len(group) < len(rows)
+
+    held: set[int] = set()
+    order = sorted(groups, key=lambda text: _position(text, seed))
+    for group in map(groups.__getitem__, order):
+        if len(held) + len(group) <= wanted and spared(group):
+            held.update(group)
+            left.subtract(rows[i][1] for i in group)
+    if not held:  # every group is larger than what is wanted
+        smallest = min(filter(spared, map(groups.__getitem__, order)), key=len, default=[])
+        held.update(smallest)
+    if len(rows) < 2:
+        raise ValueError("One row cannot be parted into training and held-out rows. Give at least two.")
+    if not held:
+        raise ValueError(
+            f"No row can be held out: of {len(rows)} rows {len(groups)} differ, and without any of these training would lose "
+            "an answer. Name a split for the evaluation with `--dataset_test_split`, or give more, and different, rows."
+        )
+    return held
 
 
 def as_conversation(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:

@@ -14,14 +14,14 @@ from accelerate.utils import DynamoBackend, is_peft_model
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, IterableDataset
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .checkpoints import STATE_KEY, CheckpointMixin, changed
 from .config import MeanTeacherConfig
-from .data import check_columns
+from .data import check_columns, check_dataset, check_rows, trained_columns
 from .files import OutputError, check_output_dir
 from .forward import add_mean_teacher_forward, check_head, divergence_mask, sequence_numbers
 from .losses import IGNORE_INDEX
@@ -371,10 +371,13 @@ def _as_mean_teacher_config(args, model) -> MeanTeacherConfig:
         return MeanTeacherConfig(f"{name.split('/')[-1]}-EMA-SFT")
     if isinstance(args, MeanTeacherConfig):
         return args
-    if isinstance(args, SFTConfig):
+    if isinstance(args, TrainingArguments):  # as `SFTTrainer` takes them, with its own defaults for what they lack
         known = {f.name for f in fields(MeanTeacherConfig) if f.init}
         return MeanTeacherConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.name in known})
-    raise TypeError(f"`args` must be a `MeanTeacherConfig`, got `{type(args).__name__}`.")
+    raise TypeError(
+        f"`args` must be a `MeanTeacherConfig`, got `{type(args).__name__}`. Pass `MeanTeacherConfig(output_dir, ...)`; an "
+        "`SFTConfig` or `TrainingArguments` is read as one with the default teacher."
+    )
 
 
 def _refuse_what_cannot_work(args, compute_loss_func, train_dataset) -> None:
@@ -449,18 +452,26 @@ def _refuse_sharding(state) -> None:
 
 
 def _columns(dataset) -> set[str]:
-    return set(next(iter(dataset), {})) if dataset is not None else set()
+    return set(next(iter(dataset), {})) if isinstance(dataset, (Dataset, IterableDataset)) else set()
 
 
 def _check_datasets(train_dataset, eval_dataset, args, formatting_func, data_collator) -> None:
-    """Before anything is loaded or tokenized: a format that TRL knows."""
-    skipped = (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
-    if train_dataset is None or formatting_func is not None or data_collator is not None or skipped:
+    """Before anything is loaded or tokenized: data sets, in a format that TRL knows, with a text in every row."""
+    if train_dataset is not None:  # TRL says that it is required
+        check_dataset(train_dataset, "train_dataset")
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset", False):
         return
-    evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    several = isinstance(eval_dataset, dict)
+    evals = eval_dataset if several else {"eval": eval_dataset}
+    evals = {name: dataset for name, dataset in evals.items() if dataset is not None}
+    for name, dataset in evals.items():
+        check_dataset(dataset, f"eval_dataset[{name!r}]" if several else "eval_dataset")
+    if train_dataset is None or formatting_func is not None or data_collator is not None:
+        return
     for name, dataset in {"train": train_dataset, **evals}.items():
-        if dataset is not None:
-            check_columns(_columns(dataset), name, args.dataset_text_field)
+        columns = _columns(dataset)
+        check_columns(columns, name, args.dataset_text_field)
+        check_rows(dataset, trained_columns(columns, args.dataset_text_field), f"the {name} data set")
 
 
 def _check_labels(dataset) -> None:

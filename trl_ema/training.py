@@ -16,12 +16,13 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from . import data, offline
 from .checkpoints import last_checkpoint
-from .config import MeanTeacherConfig
+from .config import MeanTeacherConfig, plain_bool
 from .evaluation.drift import DriftCallback, general_rows, measure_drift, trainer_batches
 from .evaluation.generation import generate_answers
 from .evaluation.suite import text_of
 from .files import check_output_dir, write_json
 from .model_card import write_model_card
+from .noise import hide_noise
 from .provenance import provenance
 from .teacher import without_adapter
 from .trainer import EMARegularizedSFTTrainer
@@ -41,8 +42,15 @@ class TrainingScriptArguments(ScriptArguments):
         metadata={"help": "Hub name or path of a JSONL, CSV or Parquet file; default: the offline demo definitions."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many rows, seeded."})
+    drop_incomplete_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows in which a text is missing (a blank CSV cell), instead of refusing them."},
+    )
     eval_fraction: float = field(
-        default=0.02, metadata={"help": "Share of the rows held out, in (0, 1), if the data has no test split."}
+        default=0.02,
+        metadata={
+            "help": "Share of the rows held out, in (0, 1), if the data has no test split (of a stream: its first rows)."
+        },
     )
     eval_samples: int = field(default=128, metadata={"help": "Held-out rows used for the figures before and after."})
     generations: int = field(default=3, metadata={"help": "Sample generations shown before and after; 0 for none."})
@@ -62,6 +70,8 @@ class TrainingScriptArguments(ScriptArguments):
     )
 
     def __post_init__(self):
+        for name in ("dataset_streaming", "drop_incomplete_rows", "measure"):
+            setattr(self, name, plain_bool(name, getattr(self, name)))
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"`eval_fraction` must be in (0, 1), got {self.eval_fraction}. It is a share of the rows.")
         for name, least in (("eval_samples", 1), ("generations", 0), ("generation_tokens", 1), ("drift_steps", 0)):
@@ -87,12 +97,7 @@ def load_data(args: TrainingScriptArguments, tokenizer, text_field: str = "text"
         dataset = Dataset.from_list(offline.demo_rows())
     else:
         dataset = _load_split(args, args.dataset_train_split, text_field)
-        try:
-            held_out = _load_split(args, args.dataset_test_split, text_field)
-        except data.NoSplitError:
-            if args.dataset_test_split != TrainingScriptArguments.dataset_test_split:
-                raise  # the user named it
-            logger.info("There is no test split: some training rows are held out.")
+        held_out = _load_held_out(args, text_field)
     if args.dataset_streaming:
         if held_out is None:
             held_out, dataset = dataset.take(args.eval_samples), dataset.skip(args.eval_samples)
@@ -102,10 +107,8 @@ def load_data(args: TrainingScriptArguments, tokenizer, text_field: str = "text"
         empty = next(iter(dataset), None) is None
     else:
         if held_out is None:
-            # By text, so that no definition (or answer) is on both sides.
-            keys = ("completion", text_field, "messages", "conversations", "input_ids")
-            key = next(name for name in keys if name in dataset.column_names)
-            dataset, held_out = data.held_out_split(dataset, args.eval_fraction, key, args.split_seed)
+            key = "completion" if args.dataset_name is None else None  # no definition of the demo is on both sides
+            dataset, held_out = data.held_out_split(dataset, args.eval_fraction, key, args.split_seed, text_field)
         dataset = dataset.shuffle(seed=args.split_seed)
         if args.max_train_samples:
             dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
@@ -129,7 +132,28 @@ def load_data(args: TrainingScriptArguments, tokenizer, text_field: str = "text"
 
 def _load_split(args: TrainingScriptArguments, split: str, text_field: str):
     rows = data.load_rows(args.dataset_name, args.dataset_config, split, args.dataset_streaming)
-    return data.to_prompt_completion(rows, text_field)
+    name = args.dataset_name if os.path.isfile(args.dataset_name) else f"{args.dataset_name} ({split})"
+    rows = data.to_prompt_completion(rows, text_field, args.drop_incomplete_rows, name)
+    if next(iter(rows), None) is None:
+        raise ValueError(f"{name} has no row{' left' * args.drop_incomplete_rows}. Give at least 2 rows to train on.")
+    return rows
+
+
+def _load_held_out(args: TrainingScriptArguments, text_field: str):
+    """The split for the figures, or `None` if there is none. Unless it was named, one without answers does not count."""
+    if args.dataset_test_split != TrainingScriptArguments.dataset_test_split:
+        return _load_split(args, args.dataset_test_split, text_field)
+    for split in (args.dataset_test_split, "validation"):
+        try:
+            rows = _load_split(args, split, text_field)
+        except (data.NoSplitError, data.NoAnswersError) as error:
+            if isinstance(error, data.NoAnswersError):
+                logger.info("The split %r has no answers: it is not used.", split)
+            continue
+        logger.info("Figures are measured on the split %r.", split)
+        return rows
+    logger.info("There is no test split: some training rows are held out.")
+    return None
 
 
 def quantization(model_args: ModelConfig, training_args: MeanTeacherConfig) -> BitsAndBytesConfig | None:
@@ -268,8 +292,7 @@ def resume_from(training_args: MeanTeacherConfig) -> str | None:
 def train(arguments: list[str]) -> None:
     """Run the main job with command-line `arguments`: `trl-ema train`, and `recipes/medical_ema.py`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "httpx2", "datasets", "bitsandbytes"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    hide_noise()
     start = time.perf_counter()
     args, training_args, model_args = parse(arguments)
     say = print if training_args.process_index == 0 else lambda *_: None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import psutil
 from peft import PeftModel
@@ -138,7 +139,9 @@ def _run(model, tokenizer, name, path: Path, key, manager, settings, batch_size,
     path.parent.mkdir(parents=True, exist_ok=True)
     answers = path.with_name(f".{name}.{key}")
     samples = sample_questions(name, settings.sample, settings.seed, manager) if settings.sample else None
-    with quiet(*_LM_EVAL_LOGGERS):
+    # lm-eval asks git for the commit of the folder that it runs in, and git complains on the screen where there is none.
+    no_git = mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None)
+    with quiet(*_LM_EVAL_LOGGERS), no_git:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or automatic_batch_size(model))
         output = simple_evaluate(
             lm,
