@@ -1,10 +1,16 @@
 import dataclasses
+import json
 import re
 import warnings
 from dataclasses import fields
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
-from trl import TrlParser
+import torch
+from transformers import TrainingArguments
+from trl import SFTTrainer, TrlParser
 
 from trl_ema import MeanTeacherConfig
 from trl_ema.config import DEFAULT_HALF_LIFE
@@ -105,6 +111,59 @@ def test_default_half_life_is_in_force_only_without_a_decay(make_config):
     assert dataclasses.replace(make_config(), ema_decay=0.9).half_life is None
 
 
+@pytest.mark.parametrize(
+    "number", [np.float32, np.float64, np.int64, np.array, torch.tensor, Decimal, Fraction, float, int], ids=str
+)
+def test_numbers_of_any_kind_become_pythons(make_config, number):
+    for f in OWN_FIELDS:
+        if f.name in ("ema_half_life", "jsd_mixture") or not isinstance(CHANGED.get(f.name), (int, float)):
+            continue
+        if isinstance(CHANGED[f.name], bool):
+            continue
+        value = getattr(make_config(**{f.name: number(1)}), f.name)
+        assert value == 1 and type(value) in (int, float), f.name
+    json.dumps(make_config(kl_weight=number(1)).to_dict())
+    value = make_config(kl_weight=np.float32(0.25)).kl_weight
+    assert value == 0.25 and type(value) is float
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, float])
+def test_counts_may_be_written_with_a_point(make_config, kind):
+    steps = make_config(ema_update_steps=kind(2.0)).ema_update_steps
+    assert steps == 2 and type(steps) is int
+    with pytest.raises(ValueError, match="a whole number of at least 1"):
+        make_config(ema_update_steps=kind(2.5))
+
+
+@pytest.mark.parametrize("value", [float("nan"), np.float32("nan"), float("inf"), np.float64("inf"), -1, np.int64(-1)])
+@pytest.mark.parametrize("name", [n for n, v in CHANGED.items() if type(v) in (int, float)] + ["ema_half_life"])
+@pytest.mark.filterwarnings("ignore:Ignored with")
+def test_every_number_has_a_range(make_config, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        make_config(**{name: value})
+
+
+BOOLEANS = [name for name, value in CHANGED.items() if isinstance(value, bool)]
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+def test_booleans_are_read_from_text_and_numbers(make_config, name):
+    for value in (False, "false", "False", "no", "0", 0, 0.0, np.bool_(False), np.array(False), torch.tensor(False)):
+        assert getattr(make_config(**{name: value}), name) is False, value
+    for value in (True, "true", "yes", "1", 1, np.bool_(True), np.int64(1)):
+        assert getattr(make_config(**{name: value}), name) is True, value
+    for value in ("maybe", "", "none", None, 2, 0.5, float("nan"), [], [True], np.array([True, False])):
+        with pytest.raises(TypeError, match=f"`{name}` must be a boolean, got "):
+            make_config(**{name: value})
+
+
+@pytest.mark.parametrize("name", [n for n, v in CHANGED.items() if type(v) in (int, float)] + ["ema_half_life"])
+@pytest.mark.parametrize("value", [True, np.bool_(False), "1", [1.0], np.array([1.0]), 1j])
+def test_no_number_takes_what_is_none(make_config, name, value):
+    with pytest.raises(TypeError, match=f"`{name}` must be a number, got "):
+        make_config(**{name: value})
+
+
 @pytest.mark.parametrize(("name", "value"), [("ema_decay", "0.9"), ("kl_weight", None), ("teacher_anchor", True)])
 def test_what_is_no_number_is_refused(make_config, name, value):
     with pytest.raises(TypeError, match=rf"`{name}` must be a number, got {value!r}"):
@@ -195,6 +254,44 @@ def test_config_survives_conversion_from_its_own_fields(make_config, changes):
         again = MeanTeacherConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.init})
     assert again.to_dict() == config.to_dict()
     assert not ignored_settings(record)
+
+
+# Of the libraries below
+
+
+def test_checkpointing_under_its_old_name_is_no_reason_to_warn(make_config):
+    options = [{}, dict(gradient_checkpointing=False), dict(gradient_checkpointing_kwargs={"use_reentrant": False})]
+    for changes in options:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            config = make_config(**changes)
+        assert {name: getattr(config, name) for name in changes} == changes
+        if hasattr(config, "activation_checkpointing"):
+            assert config.activation_checkpointing == config.gradient_checkpointing
+            assert config.activation_checkpointing_kwargs == config.gradient_checkpointing_kwargs
+
+
+def test_training_arguments_are_read_as_by_the_host(make_trainer, tmp_path):
+    args = TrainingArguments(
+        str(tmp_path / "plain"), use_cpu=True, max_steps=2, report_to="none", hub_token="secret", learning_rate=3e-3,
+        logging_steps=1, seed=3, warmup_steps=0.1, optim="adamw_torch", lr_scheduler_type="cosine", save_strategy="no",
+    )  # fmt: skip
+    ours = make_trainer(args=args)
+    theirs = make_trainer(args=args, trainer_class=SFTTrainer)
+    for f in fields(theirs.args):
+        one, other = getattr(ours.args, f.name), getattr(theirs.args, f.name)
+        assert str(one) == str(other), f.name
+    assert ours.args.hub_token == "secret" and ours.args.teacher == "ema"
+    ours.train()
+    assert ours.teacher.num_updates == 2
+
+
+@pytest.mark.parametrize("args", [{"output_dir": "out"}, "out"])
+def test_other_arguments_are_refused_with_what_to_pass(make_trainer, args):
+    with pytest.raises(
+        TypeError, match=r"`args` must be a `MeanTeacherConfig`, got `(dict|str)`. Pass `MeanTeacherConfig\("
+    ):
+        make_trainer(args=args)
 
 
 def test_every_field_has_one_help_text_that_the_docstring_does_not_repeat():

@@ -1,8 +1,23 @@
+import json
+from collections import Counter
+
+import pandas as pd
 import pytest
 from conftest import rows
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from trl_ema.data import FORMATS, as_conversation, check_columns, held_out_split, load_rows, to_prompt_completion
+from trl_ema import data as data_module
+from trl_ema.data import (
+    FORMATS,
+    IncompleteRowsError,
+    NoAnswersError,
+    as_conversation,
+    check_columns,
+    held_out_split,
+    load_rows,
+    to_prompt_completion,
+)
+from trl_ema.training import TrainingScriptArguments, load_data
 
 
 # One row each, in the columns of the hub.
@@ -150,6 +165,288 @@ def test_conversation_has_a_user_and_an_assistant_message():
     assert row == {"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:]}
 
 
+# What is no data set
+
+
+NO_DATA_SETS = {
+    "DatasetDict": (lambda r: DatasetDict(train=r, test=r), "a `DatasetDict` of ['train', 'test']", "dataset['train']"),
+    "IterableDatasetDict": (lambda r: IterableDatasetDict(a=r.to_iterable_dataset()), "of ['a']", "dataset['a']"),
+    "dict of data sets": (lambda r: {"train": r}, "a `dict` of ['train']", "dataset['train']"),
+    "dict of columns": (Dataset.to_dict, "a `dict` of ['prompt', 'completion']", "Dataset.from_dict"),
+    "DataFrame": (Dataset.to_pandas, "`DataFrame`", "Dataset.from_pandas"),
+    "Table": (lambda r: r.data.table, "`Table`", "Dataset(table)"),
+    "list": (list, "`list`", "Dataset.from_list(rows)"),
+    "generator": (lambda r: (row for row in r), "`generator`", "Dataset.from_generator"),
+    "name": (lambda r: "data.jsonl", "`str`", "load_rows(path)"),
+    "number": (lambda r: 3, "`int`", "Dataset.from_list"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_DATA_SETS)
+def test_what_is_no_data_set_is_refused_with_what_makes_one(make_trainer, kind):
+    make, got, mend = NO_DATA_SETS[kind]
+    with pytest.raises(TypeError) as error:
+        make_trainer(data=make(rows(4)))
+    for part in ("`train_dataset` must be a `Dataset` or `IterableDataset`", got, mend):
+        assert part in str(error.value)
+    if "dict" in kind.lower() and "columns" not in kind:
+        return  # for the evaluation several are allowed
+    with pytest.raises(TypeError, match="`eval_dataset"):
+        make_trainer(eval_dataset=make(rows(4)))
+
+
+@pytest.mark.parametrize("no_data_set", [lambda r: r.to_pandas(), lambda r: DatasetDict(train=r), lambda r: list(r)])
+def test_each_of_several_evaluation_sets_must_be_a_data_set(make_trainer, no_data_set):
+    with pytest.raises(TypeError, match=r"`eval_dataset\['mine'\]` must be"):
+        make_trainer(eval_dataset={"good": rows(4), "mine": no_data_set(rows(4))})
+
+
+EMPTY = {
+    "filtered": lambda: rows(4).select([]),
+    "without columns": lambda: Dataset.from_dict({}),
+    "stream": lambda: rows(4).to_iterable_dataset().take(0),
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_an_empty_data_set_is_refused_as_such(make_trainer, kind):
+    for name, sets in {
+        "`train_dataset`": dict(data=EMPTY[kind]()),
+        "`eval_dataset`": dict(eval_dataset=EMPTY[kind]()),
+        "`eval_dataset['mine']`": dict(eval_dataset={"good": rows(4), "mine": EMPTY[kind]()}),
+    }.items():
+        with pytest.raises(ValueError) as error:
+            make_trainer(**sets)
+        assert f"{name} has no row" in str(error.value) and "Rename" not in str(error.value)
+
+
+@pytest.mark.parametrize("several", [lambda r: {"a": r}, lambda r: DatasetDict(a=r), lambda r: {}])
+def test_several_evaluation_sets_are_allowed(make_trainer, several):
+    make_trainer(eval_dataset=several(rows(4)))
+
+
+# Rows without text, and numbers
+
+
+def csv_file(tmp_path, lines):
+    (tmp_path / "data.csv").write_text("\n".join(lines) + "\n")
+    return str(tmp_path / "data.csv")
+
+
+def jsonl_file(tmp_path, found, name="data.jsonl"):
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in found))
+    return str(tmp_path / name)
+
+
+def load(path, tokenizer, **options):
+    return load_data(TrainingScriptArguments(path, eval_fraction=0.2, **options), tokenizer)
+
+
+def test_a_blank_csv_cell_is_named_by_row_and_line_and_can_be_dropped(tmp_path, tokenizer):
+    # A cell of two lines, and an empty line: rows and lines part.
+    lines = ["question,answer", '"what\nis a",b', "", "what is c,d", "what is e,", 'what is g,"  "', "what is i,j"]
+    path = csv_file(tmp_path, lines)
+    with pytest.raises(IncompleteRowsError) as error:
+        load(path, tokenizer)
+    for part in (
+        f"Row 3 of {path} (line 6)", "column `answer` is blank", "one of 2 such rows of 5: 3, 4", "--drop_incomplete_rows true",
+    ):  # fmt: skip
+        assert part in str(error.value)
+    train, held_out = load(path, tokenizer, drop_incomplete_rows=True)
+    prompts = {row["prompt"][0]["content"] for row in [*train, *held_out]}
+    assert prompts == {"what\nis a", "what is c", "what is i"}
+
+
+def texts(prompt="a", completion="b"):
+    return {"prompt": prompt, "completion": completion}
+
+
+def answered(content):
+    return texts(CONVERSATION[:1], [{"role": "assistant", "content": content}])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "column", "fault"),
+    [
+        (texts(), texts(completion=None), "completion", "is blank"),
+        (texts(), texts(completion=""), "completion", "is blank"),
+        (texts(), texts(prompt=None), "prompt", "is blank"),
+        (texts(completion="b"), texts(completion=0.5), "completion", "is no text but 0.5 .float."),
+        (texts(completion="b"), texts(completion=True), "completion", "is no text but True .bool."),
+        ({"text": "a"}, {"text": None}, "text", "is blank"),
+        ({"messages": CONVERSATION}, {"messages": [CONVERSATION[0], {"role": "assistant"}]}, "messages", "no content in message 2"),
+        ({"messages": CONVERSATION}, {"messages": []}, "messages", "has no message"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, {"conversations": [{"from": "human"}]}, "conversations", "message 1"),
+        (answered("a"), answered(" "), "completion", "has a blank content in message 1"),
+        (answered("a"), answered(3), "completion", "has no text in message 1 but 3 .int."),
+        (FLASHCARD, FLASHCARD | {"instruction": None}, "instruction", "is blank"),
+        (FLASHCARD, FLASHCARD | {"output": " "}, "output", "is blank"),
+        (MEDICAL_O1, MEDICAL_O1 | {"Response": None}, "Response", "is blank"),
+        (MEDMCQA, MEDMCQA | {"opb": None}, "opb", "is blank"),
+        (MEDQA, MEDQA | {"options": MEDQA["options"] | {"B": None}}, "options", "is blank in part"),
+        (PUBMEDQA, PUBMEDQA | {"final_decision": None}, "final_decision", "is blank"),
+    ],
+)  # fmt: skip
+def test_a_missing_text_is_refused_by_row_and_column(tmp_path, first, second, column, fault):
+    dataset = load_rows(jsonl_file(tmp_path, [first, second]))
+    with pytest.raises(IncompleteRowsError, match=f"Row 2 of .* column `{column}` .*{fault}"):
+        to_prompt_completion(dataset)
+    assert len(to_prompt_completion(dataset, drop_incomplete=True)) == 1
+
+
+def test_a_stream_is_refused_at_the_row_when_it_is_read():
+    stream = Dataset.from_list([FLASHCARD, FLASHCARD, FLASHCARD | {"output": None}]).to_iterable_dataset()
+    read = iter(to_prompt_completion(stream))
+    next(read), next(read)
+    with pytest.raises(IncompleteRowsError, match="Row 3 of .* column `output` is blank"):
+        next(read)
+    assert len(list(to_prompt_completion(stream, drop_incomplete=True))) == 2
+
+
+def test_the_trainer_refuses_missing_texts_before_it_tokenizes(make_trainer):
+    blank = Dataset.from_list([*rows(3), {"prompt": "a", "completion": None}])
+    for sets, name in ((dict(data=blank), "train"), (dict(eval_dataset=blank), "eval")):
+        for as_given in (Dataset.to_iterable_dataset, lambda d: d):
+            given = {key: as_given(value) for key, value in sets.items()}
+            with pytest.raises(IncompleteRowsError, match=f"Row 4 of the {name} data set .*`completion` is blank"):
+                make_trainer(**given)
+    numbers = Dataset.from_list([{"prompt": "a", "completion": 3}])
+    with pytest.raises(IncompleteRowsError, match=r"`completion` is no text but 3 \(int\)"):
+        make_trainer(data=numbers)
+
+
+def test_content_may_be_missing_beside_a_tool_call_or_a_thought():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "a", "arguments": {"b": 1}}}]}
+    thought = {"role": "assistant", "content": "", "thinking": "hm"}
+    parts = [{"role": role, "content": [{"type": "text", "text": "a"}]} for role in ("user", "assistant")]
+    for row in (
+        {"messages": [CONVERSATION[0], call]},
+        {"prompt": CONVERSATION[:1], "completion": [call]},
+        {"prompt": CONVERSATION[:1], "completion": [thought]},
+        {"messages": parts},
+        {"text": ""},  # as between the paragraphs of many a corpus
+    ):
+        dataset = Dataset.from_list([row])
+        assert to_prompt_completion(dataset) is dataset
+
+
+def test_numbers_and_words_of_a_csv_file_are_the_text_that_they_are(tmp_path):
+    answers = ["3", "007", "3.10", "1e5", "None", "NA", "null", "nan", "true", "2024-01-01"]
+    path = csv_file(tmp_path, ["prompt,completion", *(f"{i},{answer}" for i, answer in enumerate(answers))])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.csv").write_text((tmp_path / "data.csv").read_text())
+    for name in (path, str(tmp_path / "folder")):
+        for streaming in (False, True):
+            read = list(to_prompt_completion(load_rows(name, streaming=streaming)))
+            assert [row["completion"] for row in read] == answers
+            assert [row["prompt"] for row in read] == [str(i) for i in range(len(answers))]
+
+
+def test_whole_numbers_in_json_are_text_and_others_are_refused(tmp_path):
+    def read(*answers, streaming=False):
+        path = jsonl_file(tmp_path, [{"prompt": f"q{i}", "completion": a} for i, a in enumerate(answers)])
+        return [row["completion"] for row in to_prompt_completion(load_rows(path, streaming=streaming))]
+
+    for streaming in (False, True):
+        assert read(3, -40, streaming=streaming) == ["3", "-40"]
+        assert read("yes", 3, streaming=streaming) == ["yes", "3"]
+        with pytest.raises(
+            IncompleteRowsError, match=r"column `completion` is no text but 3.0 \(float\); write it as text"
+        ):
+            read(3, 0.5, streaming=streaming)
+    with pytest.raises(IncompleteRowsError, match="Row 2 of .*`completion` is blank"):  # and 3 does not become 3.0
+        read(3, None)
+    with pytest.raises(ValueError, match="is no text but the date 2024-01-01"):
+        read("2024-01-01", "2024-02-01")
+
+
+def test_numbers_of_a_known_format_are_text_too(tmp_path):
+    path = jsonl_file(
+        tmp_path, [{"question": "what is 1 + 1", "answer": 2}, {"question": "what is 1 + 2", "answer": 3}]
+    )
+    assert list(to_prompt_completion(load_rows(path))["completion"]) == ["2", "3"]
+
+
+def test_multiple_choice_in_a_csv_file_keeps_its_answer(tmp_path):
+    pd.DataFrame([MEDMCQA]).to_csv(tmp_path / "data.csv", index=False)
+    (row,) = to_prompt_completion(load_rows(str(tmp_path / "data.csv")))
+    assert (row["prompt"], row["completion"]) == MAPPED["medmcqa"][1:]
+
+
+# Named sets
+
+
+NAMED = {
+    # Name: a row, the configurations it must be asked for by, the splits that have answers, and those that do not.
+    "FreedomIntelligence/medical-o1-reasoning-SFT": (MEDICAL_O1, ("en", "zh", "en_mix"), ("train",), ()),
+    "openlifescienceai/medmcqa": (MEDMCQA, (), ("train", "validation"), ("test",)),
+    "GBaker/MedQA-USMLE-4-options": (MEDQA, (), ("train", "test"), ()),
+    "qiaojin/PubMedQA": (PUBMEDQA, ("pqa_artificial", "pqa_labeled", "pqa_unlabeled"), ("train",), ()),
+    "medalpaca/medical_meadow_medical_flashcards": (FLASHCARD, (), ("train",), ()),
+    "lavita/ChatDoctor-HealthCareMagic-100k": (FLASHCARD, (), ("train",), ()),
+}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for the hub: these sets in the splits and configurations that it has, each row with its own question."""
+
+    def splits(name):
+        row, configs, labelled, unlabelled = NAMED[name]
+        key = next(key for key in ("Question", "question", "input") if key in row)
+        numbered = {
+            split: [
+                row | {key: f"{split} {i}"} | ({"cop": -1, "exp": None} if split in unlabelled else {})
+                for i in range(20)
+            ]
+            for split in (*labelled, *unlabelled)
+        }
+        return configs, DatasetDict({split: Dataset.from_list(found) for split, found in numbered.items()})
+
+    def load_dataset(name, config=None, streaming=False, **options):
+        configs, found = splits(name)
+        if configs and config not in configs:
+            raise ValueError(f"Config name is missing. Please pick one among the available configs: {list(configs)}")
+        return IterableDatasetDict({s: d.to_iterable_dataset() for s, d in found.items()}) if streaming else found
+
+    monkeypatch.setattr(data_module, "load_dataset", load_dataset)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", NAMED)
+def test_each_named_set_works_with_its_name_alone(hub, tokenizer, name, streaming):
+    train, held_out = load_data(TrainingScriptArguments(name, eval_samples=5, dataset_streaming=streaming), tokenizer)
+    questions = [{row["prompt"][0]["content"] for row in rows} for rows in (train, held_out)]
+    assert all(questions) and not set.intersection(*questions)
+    split = {"openlifescienceai/medmcqa": "validation", "GBaker/MedQA-USMLE-4-options": "test"}.get(name, "train")
+    assert all(f"{split} " in question for question in questions[1])
+    assert len(questions[0]) == 20 or split == "train"
+
+
+def test_the_named_sets_are_those_that_the_formats_name():
+    hub_names = {name.split(" (")[0] for names in FORMATS for name in names.split(", ") if "/" in name}
+    assert hub_names == set(NAMED)
+
+
+def test_a_split_without_answers_that_was_named_is_refused(hub, tokenizer):
+    args = TrainingScriptArguments("openlifescienceai/medmcqa", dataset_train_split="test")
+    with pytest.raises(NoAnswersError, match="use `train` or `validation`"):
+        load_data(args, tokenizer)
+    args = TrainingScriptArguments("openlifescienceai/medmcqa", dataset_test_split="train")
+    assert len(load_data(args, tokenizer)[1]) == 20
+
+
+def test_a_test_split_whose_answers_are_hidden_is_not_used(tmp_path, tokenizer):
+    questions = [{"question": f"what is {i}", "answer": f"a {i}"} for i in range(10)]
+    jsonl_file(tmp_path, questions, "train.jsonl")
+    jsonl_file(tmp_path, [row | {"answer": ""} for row in questions[:4]], "test.jsonl")
+    train, held_out = load(str(tmp_path), tokenizer)
+    assert len(train) == 8 and len(held_out) == 2  # of the training rows
+    jsonl_file(tmp_path, questions[:3], "validation.jsonl")
+    train, held_out = load(str(tmp_path), tokenizer)
+    assert len(train) == 10 and len(held_out) == 3
+
+
 # Files and names
 
 
@@ -173,6 +470,16 @@ def test_file_with_another_suffix_is_refused(tmp_path):
     path.touch()
     with pytest.raises(ValueError, match=r"has the suffix '.xlsx'; expected one of .json, .jsonl, .csv, .parquet"):
         load_rows(str(path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_without_rows_is_named_as_such(tmp_path, streaming):
+    rows(2).select([]).to_parquet(tmp_path / "a.parquet")
+    for name, content in {"a.csv": "", "b.csv": "prompt,completion\n", "a.jsonl": "\n", "a.json": "[]\n"}.items():
+        (tmp_path / name).write_text(content)
+    for path in tmp_path.iterdir():
+        with pytest.raises(ValueError, match=f"{path.name} has no row"):
+            load_rows(str(path), streaming=streaming)
 
 
 @pytest.mark.parametrize("name", ["no/such.jsonl", "no-such.PARQUET", "/no/such/folder", "./no-such", "~/no-such"])
@@ -258,3 +565,118 @@ def test_equal_texts_are_held_out_together(text):
     train, held_out = split(data)
     assert held_out
     assert not [row for row in train if row["prompt"] in [out["prompt"] for out in held_out]]
+
+
+# Held-out rows of any answers
+
+
+ANSWERS = {
+    "letters": lambda i: "ABCD"[i % 4],
+    "yes and no": lambda i: "yes" if i % 10 else "no",
+    "labels": lambda i: ["benign", "malignant", "uncertain"][i % 3],
+    "codes": lambda i: f"I{i % 40}.{i % 7}",
+    "numbers": lambda i: str(i % 12),
+    "texts": lambda i: f"This is answer {i}.",
+    "tool calls": lambda i: [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": f"tool_{i % 4}", "arguments": "{}"}}],
+        }
+    ],
+}
+
+
+def question(i, answer):
+    return f"question {i}" if isinstance(answer, str) else [{"role": "user", "content": f"question {i}"}]
+
+
+def answered_rows(answer_of, n, question_of=lambda i: i):
+    return Dataset.from_list(
+        [{"prompt": question(question_of(i), answer_of(i)), "completion": answer_of(i)} for i in range(n)]
+    )
+
+
+def parted(dataset, fraction, seed=0):
+    train, held_out = held_out_split(dataset, fraction, seed=seed)
+    assert len(train) + len(held_out) == len(dataset)
+    return train, held_out
+
+
+def counted(dataset, column):
+    return Counter(map(str, dataset[column]))
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.05, 0.2])
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_the_share_is_as_asked_and_no_frequent_answer_is_lost(kind, fraction):
+    data = answered_rows(ANSWERS[kind], 1000)
+    for seed in range(3):
+        train, held_out = parted(data, fraction, seed)
+        assert len(held_out) == 1000 * fraction
+        answers = counted(data, "completion")
+        assert all(answers[lost] == 1 for lost in answers.keys() - counted(train, "completion").keys())
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_a_small_file_holds_out_a_row_by_default(kind, n):
+    _, held_out = parted(answered_rows(ANSWERS[kind], n), 0.02)
+    assert len(held_out) == 1
+
+
+def test_one_row_is_not_parted():
+    with pytest.raises(ValueError, match="One row cannot be parted.* Give at least two"):
+        held_out_split(rows(1), 0.5)
+
+
+@pytest.mark.parametrize("kind", ["prompt_completion", "messages"])
+def test_rows_that_share_a_prompt_stay_on_one_side(kind):
+    data = answered_rows(lambda i: f"answer {i}", 1000, lambda i: i // 5)
+    if kind == "messages":
+        data = as_conversation(data)
+        data = data.map(lambda r: {"messages": r["prompt"] + r["completion"]}, remove_columns=data.column_names)
+    train, held_out = parted(data, 0.05)
+    assert len(held_out) == 50
+    prompts = [{str(row.get("prompt") or row["messages"][:-1]) for row in side} for side in (train, held_out)]
+    assert not set.intersection(*prompts)
+
+
+@pytest.mark.parametrize("kind", ["prompt_completion", "text", "messages"])
+def test_equal_rows_stay_on_one_side(kind):
+    some = list(rows(100, kind=kind))
+    train, held_out = parted(Dataset.from_list(some * 3), 0.1)
+    assert len(held_out) == 30
+    assert not {str(row) for row in train} & {str(row) for row in held_out}
+
+
+def test_tokenized_rows_are_parted():
+    _, held_out = parted(Dataset.from_list([{"prompt": "a", "input_ids": [i, i + 1]} for i in range(50)]), 0.1)
+    assert len(held_out) == 5
+
+
+def test_a_prompt_of_all_rows_is_no_question():
+    train, held_out = parted(answered_rows(lambda i: f"answer {i % 500}", 1000, lambda i: 0), 0.05)
+    assert len(held_out) == 50
+    assert not set(train["completion"]) & set(held_out["completion"])  # equal rows
+
+
+def test_a_class_that_has_one_prompt_is_not_held_out():
+    """The rare texts beside it are."""
+    classes = [{"prompt": f"say {letter}", "completion": letter} for letter in "ABCD"] * 200
+    texts = list(answered_rows(ANSWERS["texts"], 200))
+    _, held_out = parted(Dataset.from_list(classes + texts), 0.1)
+    assert len(held_out) == 100 and not set(held_out["completion"]) & set("ABCD")
+    for fraction in (0.02, 0.25, 0.5):  # and no share leads to it
+        with pytest.raises(ValueError, match="of 800 rows 4 differ.*`--dataset_test_split`"):
+            parted(Dataset.from_list(classes), fraction)
+
+
+def test_what_is_held_out_depends_neither_on_order_nor_much_on_new_rows():
+    data = answered_rows(ANSWERS["letters"], 500)
+    _, held_out = parted(data, 0.1)
+    _, reversed_ = parted(data.select(range(499, -1, -1)), 0.1)
+    assert set(held_out["prompt"]) == set(reversed_["prompt"])
+    _, later = parted(answered_rows(ANSWERS["letters"], 550), 0.1)
+    assert len(set(held_out["prompt"]) & set(later["prompt"])) > 40
+    assert set(held_out["prompt"]) != set(parted(data, 0.1, seed=1)[1]["prompt"])

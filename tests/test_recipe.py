@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,10 +152,60 @@ def test_resume_true_is_the_newest_checkpoint_if_there_is_one(tmp_path, word):
     assert resume_from(args) == str(tmp_path / "out" / "checkpoint-10")
 
 
-def test_holding_out_no_row_is_refused(workplace):
-    arguments = ["--model_name_or_path", "model", "--dataset_name", "data.jsonl", "--eval_fraction", "0.0001", *QUICK]
-    done = launch(*arguments, "--output_dir", "none", cwd=workplace, check=False)
-    assert "No row is held out: `eval_fraction=0.0001` of 80 rows. Raise `--eval_fraction`" in done.stderr
+def test_a_share_of_less_than_a_row_holds_one_out(workplace, tokenizer):
+    args = TrainingScriptArguments(str(workplace / "data.jsonl"), eval_fraction=0.0001)
+    train, held_out = load_data(args, tokenizer)
+    assert len(held_out) == 1 and len(train) == 79
+
+
+def test_a_file_of_classes_trains_on_all_of_them(tmp_path, tokenizer):
+    datasets.Dataset.from_list([{"prompt": f"question {i}", "completion": "ABCD"[i % 4]} for i in range(1000)]).to_json(
+        tmp_path / "data.jsonl"
+    )
+    for fraction, held in ((0.02, 20), (0.05, 50)):
+        train, held_out = load_data(
+            TrainingScriptArguments(str(tmp_path / "data.jsonl"), eval_fraction=fraction), tokenizer
+        )
+        assert len(held_out) == held
+        assert {row["completion"][0]["content"] for row in train} == set("ABCD")
+
+
+def test_a_booleans_text_is_read_as_on_the_command_line():
+    args = TrainingScriptArguments(measure="false", drop_incomplete_rows="true")
+    assert args.measure is False and args.drop_incomplete_rows is True
+    with pytest.raises(TypeError, match="`measure` must be a boolean, got 'perhaps'"):
+        TrainingScriptArguments(measure="perhaps")
+
+
+# What a newcomer sees first
+
+
+def said(stderr):
+    """Lines that are no progress bar."""
+    lines = [line.rstrip() for line in stderr.replace("\r", "\n").splitlines()]
+    return [line for line in lines if line.strip() and not re.search(r"it/s\]|s/it\]|examples/s\]|\?, \?|/s$", line)]
+
+
+def quietly(workplace, *command):
+    environment = os.environ | {"TRL_EMA_CACHE": str(workplace / "cache"), "HF_HOME": str(workplace / "hf")}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=workplace, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_a_start_says_nothing_but_what_its_user_needs(workplace):
+    options = ["--model_name_or_path", "model", "--dataset_name", "data.jsonl", "--output_dir", "quiet", *QUICK]
+    options += ["--max_steps", "1", "--measure", "false", "--gradient_checkpointing", "true"]
+    done = quietly(workplace, str(ROOT / "recipes" / "medical_ema.py"), *options)
+    assert said(done.stderr) == ["There is no test split: some training rows are held out."]
+    assert done.stdout.startswith("78 training rows, 2 held out.")
+
+
+def test_a_help_page_is_all_that_is_shown(workplace):
+    done = quietly(workplace, "-m", "trl_ema", "evaluate", "--help")
+    assert done.stderr == "" and done.stdout.startswith("usage: trl-ema evaluate")
 
 
 def test_a_stream_gives_at_most_max_train_samples_rows_and_holds_others_out(workplace, tokenizer):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset
+from pyarrow import parquet
 
 from .files import OutputError
 
@@ -158,9 +159,8 @@ def _numbers_as_text(dataset: Dataset | IterableDataset, columns: set[str]) -> D
     """Whole numbers in `columns` as text: they have one spelling. Others have several (3, 3.0): they stay, to be refused."""
     features = dataset.features
     if features is not None:
-        whole = {c for c in columns if isinstance(features[c], Value) and "int" in features[c].dtype}
-        # Columns of values of several kinds, too.
-        if not whole and not any("Json" in type(features[c]).__name__ for c in columns):
+        whole = {c for c in columns if c != "cop" and _holds_whole_numbers(dataset, c)}
+        if not whole:
             return dataset
         features = Features({**features, **{c: Value("string") for c in whole}})
 
@@ -168,6 +168,14 @@ def _numbers_as_text(dataset: Dataset | IterableDataset, columns: set[str]) -> D
         return {c: str(row[c]) if type(row[c]) is int and c != "cop" else row[c] for c in columns}
 
     return dataset.map(texts, features=features)
+
+
+def _holds_whole_numbers(dataset: Dataset | IterableDataset, column: str) -> bool:
+    feature = dataset.features[column]
+    if isinstance(feature, Value):
+        return "int" in feature.dtype
+    # Of a JSON file whose rows differ: "yes" in one, 3 in the other.
+    return type(feature).__name__ == "Json" and {type(row[column]) for row in dataset} <= {str, int, type(None)}
 
 
 # Complete rows
@@ -208,8 +216,8 @@ def complete_rows(
     faults = _faults(dataset, columns)
     if not faults:
         return dataset
-    if len(faults) == len(dataset) and all(column in _ANSWERS for column, _ in faults.values()):
-        raise NoAnswersError(f"No row of {name} has an answer: column `{faults[0][0]}` {faults[0][1]} in all of them.")
+    if len(faults) == len(dataset) and all(c in _ANSWERS and fault == "is blank" for c, fault in faults.values()):
+        raise NoAnswersError(f"No row of {name} has an answer: column `{faults[0][0]}` is blank in all of them.")
     if not drop:
         raise IncompleteRowsError(_incomplete(name, faults, len(dataset)))
     logger.info("%d of %d rows of %s are incomplete and left out.", len(faults), len(dataset), name)
@@ -389,7 +397,7 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
         FileNotFoundError: `name` looks like a path and nothing is there, or it is a folder without data files.
         ConnectionError: The hub cannot be reached; says what works without it.
         NoSplitError: There is no such split.
-        ValueError: The file has no known suffix.
+        ValueError: The file has no known suffix, or no row.
     """
     suffix = os.path.splitext(name)[1].lower()
     if os.path.isfile(name):
@@ -399,6 +407,8 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
             raise NoSplitError(
                 f"{name} is one file and has no split {split!r}, only 'train'. Give a folder for several."
             )
+        if _is_empty(name, suffix):  # which `datasets` says in six ways, none of them so
+            raise ValueError(f"{name} has no row. Give a file with some.")
         options = _as_written([name]) if suffix == ".csv" else {}
         return load_dataset(_FILE_FORMATS[suffix], data_files=name, split="train", streaming=streaming, **options)
     if not os.path.isdir(name) and (suffix in _FILE_FORMATS or name.startswith((".", "/", "~"))):
@@ -415,6 +425,14 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
     if split not in dataset:
         raise NoSplitError(f"{name} has no split {split!r}, only {sorted(dataset)}. Choose one with the split option.")
     return dataset[split]
+
+
+def _is_empty(path: str, suffix: str) -> bool:
+    if suffix == ".parquet":
+        return not parquet.read_metadata(path).num_rows
+    with open(path, "rb") as file:
+        start = file.read(2**16).strip()
+    return start in (b"", b"[]") or (suffix == ".csv" and pd.read_csv(path, nrows=1).empty)
 
 
 def _as_written(paths: Iterable[str | Path]) -> dict:

@@ -19,3 +19,4 @@ def hide_noise() -> None:
     # PEFT and TRL still read what transformers 5.23 has renamed.
     old_names = r"`(is_)?gradient_checkpointing\w*` is deprecated"
     warnings.filterwarnings("ignore", old_names, FutureWarning)
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator", UserWarning)
