@@ -136,9 +136,10 @@ def to_prompt_completion(
         dataset, columns = dataset.remove_columns("prompt"), columns - {"prompt"}
     needed, convert = set(trained_columns(columns, text_field)), None
     if not trl_format(columns, text_field):
-        needed, convert = next((known for known in FORMATS.values() if known[0] <= columns), (None, None))
-        if convert is None:
+        known = [one for one in FORMATS.values() if one[0] <= columns]
+        if not known:
             raise ValueError(_unknown_columns(columns))
+        needed, convert = known[0]
     dataset = complete_rows(_numbers_as_text(dataset, needed), needed, drop_incomplete, name)
     if convert is None:
         return dataset
@@ -157,25 +158,22 @@ def _unknown_columns(columns: set[str]) -> str:
 
 def _numbers_as_text(dataset: Dataset | IterableDataset, columns: set[str]) -> Dataset | IterableDataset:
     """Whole numbers in `columns` as text: they have one spelling. Others have several (3, 3.0): they stay, to be refused."""
+    columns = columns - {"cop"}
     features = dataset.features
     if features is not None:
-        whole = {c for c in columns if c != "cop" and _holds_whole_numbers(dataset, c)}
-        if not whole:
+        # Of a JSON file whose rows differ: "yes" in one, 3 in the other.
+        mixed = {c for c in columns if type(features[c]).__name__ == "Json"}
+        if isinstance(dataset, Dataset):
+            mixed = {c for c in mixed if {type(value) for value in dataset[c]} <= {str, int, type(None)}}
+        whole = {c for c in columns if isinstance(features[c], Value) and "int" in features[c].dtype}
+        if not whole | mixed:
             return dataset
-        features = Features({**features, **{c: Value("string") for c in whole}})
-
-    def texts(row: dict) -> dict:
-        return {c: str(row[c]) if type(row[c]) is int and c != "cop" else row[c] for c in columns}
-
-    return dataset.map(texts, features=features)
-
-
-def _holds_whole_numbers(dataset: Dataset | IterableDataset, column: str) -> bool:
-    feature = dataset.features[column]
-    if isinstance(feature, Value):
-        return "int" in feature.dtype
-    # Of a JSON file whose rows differ: "yes" in one, 3 in the other.
-    return type(feature).__name__ == "Json" and {type(row[column]) for row in dataset} <= {str, int, type(None)}
+        texts = {c: Value("string") for c in whole | mixed}
+        # Of a stream nobody knows yet what else is in such a column.
+        features = Features({**features, **texts}) if isinstance(dataset, Dataset) or not mixed else None
+    return dataset.map(
+        lambda row: {c: str(row[c]) if type(row[c]) is int else row[c] for c in columns}, features=features
+    )
 
 
 # Complete rows
