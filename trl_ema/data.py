@@ -493,7 +493,7 @@ def held_out_split(
         held = {i for i, text in enumerate(texts) if _position(text, seed) < fraction}
     else:
         columns = trained_columns(set(dataset.column_names), text_field) or ["input_ids"]
-        held = _chosen([_question_and_answer(row, columns) for row in dataset.select_columns(columns)], fraction, seed)
+        held = _chosen([_question_and_answer(row, columns) for row in _rows_of(dataset, columns)], fraction, seed)
     return (
         dataset.select([i for i in range(len(dataset)) if i not in held]),
         dataset.select(sorted(held)),
