@@ -19,7 +19,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, sort_checkpoints
 
 from . import portable
-from .files import finish_replacing, remove_folder, replace_folder
+from .files import finish_replacing, follow_umask, remove_folder, replace_folder
 from .model_card import write_model_card
 from .sharding import any_sharded, gather_whole, local_shard, reshard, write_whole
 from .teacher import TEACHER_NAME, MeanTeacher, check_adapter_file, read_student, trained_names
@@ -99,6 +99,9 @@ class CheckpointMixin(Trainer):
                 self._save_sharded_student(folder, _internal_call)
             else:
                 super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            for name in ("", *getattr(self.model, "peft_config", ())):  # further adapters have folders of their own
+                follow_umask(os.path.join(folder, name))
         if not _internal_call and self.is_world_process_zero():
             write_model_card(self, folder)
 

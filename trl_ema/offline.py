@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .extras import require
+from .files import follow_umask
 
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ def demo_model() -> str:
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, quantization_config=config)
         converted = os.path.join(scratch, "converted")
         model.save_pretrained(converted)
+        follow_umask(converted)
         AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(converted)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(converted, folder)
