@@ -54,7 +54,7 @@ def local(folder):
 def run(code, folder, capsys):
     """The quick start as it stands, away from the folder of the run."""
     scope = {}
-    exec(code, scope)  # noqa: S102
+    exec(code, scope)
     assert capsys.readouterr().out.strip()
     return scope["model"]
 

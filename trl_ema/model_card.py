@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass, fields
+from typing import Any
 
 from huggingface_hub import ModelCard
 
@@ -118,7 +119,7 @@ def _mended(text: str, base: _Base) -> str:
     text = re.sub(r"^## Quick start\n.*?(?=^## |\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
     if not text.startswith("---"):  # no metadata
         return text.rstrip()
-    card = ModelCard(text)
+    card: Any = ModelCard(text)
     named = getattr(card.data, "base_model", None)
     if named and named != base.hub:
         kept = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")]

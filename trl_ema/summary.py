@@ -279,9 +279,11 @@ def _shares_of_reference(point: _Point, base: _Base, reference: _Point | None) -
     """
     if reference is None:
         return {"gain_kept": None, "forgetting_avoided": None}
-    gains = ({seed: _gain(base.losses, losses) for seed, losses in p.losses.items()} for p in (point, reference))
+    gain, reference_gain = (
+        {seed: _gain(base.losses, losses) for seed, losses in p.losses.items()} for p in (point, reference)
+    )
     return {
-        "gain_kept": ratio_interval(*gains),
+        "gain_kept": ratio_interval(gain, reference_gain),
         "forgetting_avoided": _avoided(point, base, reference) if base.retention_tasks else None,
     }
 
