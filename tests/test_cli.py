@@ -157,6 +157,20 @@ def test_evaluate_refuses_bad_input_in_a_line(tiny_folder, tmp_path, arguments, 
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_scores_and_changes_that_no_resample_varies_are_printed_without_an_interval(tmp_path, capsys):
+    from trl_ema.cli import print_changes, print_scores
+    from trl_ema.files import write_jsonl
+
+    asked = {"task": "arc_easy", "doc_hash": "x", "prompt_hash": "y"}
+    for folder in ("before", "after"):
+        answers = [asked | {"doc_id": i, "score": 1.0} for i in range(4)]
+        write_jsonl(tmp_path / folder / "arc_easy.jsonl", answers)
+    print_scores({"arc_easy": {"score": 1.0, "chance": 0.25, "n": 4}}, str(tmp_path / "after"))
+    print_changes(str(tmp_path / "before"), str(tmp_path / "after"), ["arc_easy"])
+    printed = capsys.readouterr().out
+    assert "nan" not in printed and " to " not in printed and printed.count("–") == 2
+
+
 def test_each_model_has_a_folder_of_its_own_and_a_share_of_the_questions_is_a_limit(tiny_folder, tmp_path):
     evaluate("--model", tiny_folder / "model", "--limit", 0.002, cwd=tmp_path)
     (folder,) = (tmp_path / "runs" / "evaluation").iterdir()

@@ -13,6 +13,7 @@ from trl_ema.forgetting import (
     mean_interval,
     paired_interval,
     pareto_front,
+    ratio_interval,
     resampling_weights,
     retention,
     scores_by_resample,
@@ -74,8 +75,27 @@ def test_paired_interval_agrees_with_scipys_bootstrap():
     assert found["high"] - found["low"] < 0.75 * 2 * 1.96 * apart
 
 
-def test_a_single_question_has_an_interval_of_no_width():
-    assert paired_interval([1.0], [0.0])["low"] == paired_interval([1.0], [0.0])["high"] == -1
+@pytest.mark.parametrize(
+    "found",
+    [
+        paired_interval([1.0], [0.0]),  # one question
+        paired_interval([1.0, 0.0, 1.0], [0.0, -1.0, 0.0]),  # all alike: no resample differs
+        mean_interval([0.1] * 50),
+        interval(np.subtract, {0: np.full(2, 0.7)}, {0: np.full(2, 0.4), 1: np.full(2, 0.1)}),  # one common seed
+        interval(lambda x: x, {0: np.full(11, 0.5), 1: np.full(11, 0.5)}),
+        interval(lambda x: x / x, np.random.default_rng(0).random(11)),  # constant by construction
+    ],
+    ids=["one question", "equal changes", "equal scores", "one common seed", "equal seeds", "constant"],
+)
+def test_where_nothing_varies_there_is_no_interval(found):
+    assert math.isfinite(found["mean"])
+    assert math.isnan(found["low"]) and math.isnan(found["high"])
+
+
+def test_resamples_without_a_value_are_not_left_out():
+    scores = np.array([0.5, 0.0, 1.0, 2.0, 3.0])
+    found = interval(lambda x: share(1.0, x), scores)
+    assert found["mean"] == 2.0 and math.isnan(found["low"]) and math.isnan(found["high"])
 
 
 def test_resampling_is_seeded():
@@ -102,9 +122,9 @@ def test_interval_without_question_noise_is_students():
 
 def test_interval_uses_the_seeds_that_all_have_and_pairs_them():
     noisy = {seed: np.full(11, 0.1 * seed) for seed in range(4)}
-    shifted = {seed: noisy[seed] + 0.5 for seed in (1, 2, 3)}
+    shifted = {seed: noisy[seed] + 0.5 + 1e-3 * (seed - 2) for seed in (1, 2, 3)}
     found = interval(np.subtract, shifted, noisy)
-    assert (found["mean"], found["low"], found["high"]) == pytest.approx((0.5, 0.5, 0.5))
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((0.5, 0.5, 0.5), abs=0.003)
     assert found["seeds"] == [1, 2, 3]
     assert math.isnan(interval(np.subtract, {0: noisy[0]}, {1: noisy[1]})["mean"])
 
@@ -122,6 +142,71 @@ def test_interval_covers_over_questions_and_seeds():
         found = interval(lambda x: x, {s: scores_by_resample(x, weights) for s, x in scores.items()})
         covered += found["low"] <= 0.4512 <= found["high"]  # E max(u - 0.05 + e, 0) for uniform u
     assert covered >= 0.93 * 200
+
+
+# Ratios
+
+
+def simulated(g, over, under, spread=0.3, n=300, seeds=3, noise=0.02):
+    """Resampled quantities by seed, of rows whose means are about `over` and `under`."""
+    rows = g.normal(0, spread, (2, n))
+    weights = resampling_weights(n, resamples=200, seed=int(g.integers(10**6)))
+    shift = g.normal(0, noise, (seeds, 2))
+    return tuple(
+        {s: scores_by_resample(rows[i] + mean + shift[s, i], weights) for s in range(seeds)}
+        for i, mean in enumerate((over, under))
+    )
+
+
+def test_ratio_is_given_only_where_the_denominator_is_clearly_above_zero():
+    g = np.random.default_rng(2)
+    for under in (0.5, 0.05, 0.0, -0.3):
+        numerator, denominator = simulated(g, 0.3, under)
+        found = ratio_interval(numerator, denominator)
+        own = interval(lambda x: x, denominator)
+        above = own["low"] > 0 and own["low"] > own["mean"] / 4
+        assert (found is not None) == above
+        if above:
+            assert found["mean"] == pytest.approx(
+                np.mean([numerator[s][0] for s in range(3)]) / np.mean([denominator[s][0] for s in range(3)])
+            )
+            assert found["low"] < found["mean"] < found["high"]
+    # Over the seeds that both have: one of which, negative, has no ratio of its own.
+    seed = {0: np.linspace(0.9, 1.1, 101), 1: np.linspace(-0.3, -0.1, 101)}
+    assert ratio_interval({1: seed[1]}, seed) is None
+    assert ratio_interval({0: seed[0]}, seed)["seeds"] == [0]
+    assert ratio_interval({2: seed[0]}, seed) is None
+
+
+def test_ratio_of_a_quantity_to_itself_has_no_interval():
+    _, denominator = simulated(np.random.default_rng(3), 0.3, 0.5)
+    found = ratio_interval(denominator, denominator)
+    assert found["mean"] == 1.0 and math.isnan(found["low"]) and math.isnan(found["high"])
+
+
+def test_ratio_of_normal_quantities_is_fiellers():
+    """Without question noise, and so few degrees of freedom that the interval is far from symmetric."""
+    over, under = np.array([0.50, 0.62, 0.41, 0.58]), np.array([0.9, 1.3, 0.7, 1.2])
+    found = ratio_interval(
+        {s: np.full(2, x) for s, x in enumerate(over)}, {s: np.full(2, x) for s, x in enumerate(under)}
+    )
+    t = stats.t.ppf(0.975, 3)
+    (v11, v12), (_, v22) = np.cov(over, under) / 4
+    a, b = over.mean(), under.mean()
+    g = t**2 * v22 / b**2
+    root = t / b * math.sqrt(v11 - 2 * a / b * v12 + (a / b) ** 2 * v22 - g * (v11 - v12**2 / v22))
+    middle = a / b - g * v12 / v22
+    assert (found["low"], found["high"]) == pytest.approx(
+        ((middle - root) / (1 - g), (middle + root) / (1 - g)), abs=1e-4
+    )
+
+
+def test_ratio_interval_covers_also_where_the_denominator_is_near_zero():
+    g = np.random.default_rng(4)
+    found = [ratio_interval(*simulated(g, 0.1, 0.08, seeds=1, noise=0.0)) for _ in range(150)]
+    shown = [x for x in found if x is not None]
+    assert len(shown) > 100
+    assert sum(x["low"] <= 0.1 / 0.08 <= x["high"] for x in shown) >= 0.92 * len(shown)
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=8))

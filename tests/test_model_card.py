@@ -1,11 +1,14 @@
+import json
 import os
+import re
 from dataclasses import fields
 
 import pytest
-from conftest import logged, rows
+from conftest import logged, lora, rows, tiny_model
 from huggingface_hub import ModelCard
 
-from trl_ema import MeanTeacherConfig, __version__
+from trl_ema import MeanTeacherConfig, __version__, offline
+from trl_ema.evaluation.models import adapter_base
 
 
 TEACHERS = ("ema", "frozen", "none")
@@ -35,6 +38,142 @@ def table(text):
     """The cells of all two-column tables."""
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
     return {name.strip("`"): value for name, value in lines}
+
+
+# Base model and quick start
+
+
+def local(folder):
+    """A model in `folder`, loaded from there."""
+    from transformers import AutoModelForCausalLM
+
+    tiny_model().save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def run(code, folder, capsys):
+    """The quick start as it stands, away from the folder of the run."""
+    scope = {}
+    exec(code, scope)
+    assert capsys.readouterr().out.strip()
+    return scope["model"]
+
+
+def quick_starts(card):
+    section = card.text.split("## Quick start")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("card_of", [saved_card, created_card])
+@pytest.mark.parametrize("chat", [True, False])
+def test_quick_starts_of_a_run_on_a_local_model_run_as_written(
+    make_trained, tmp_path, monkeypatch, capsys, tokenizer, card_of, chat
+):
+    if not chat:
+        tokenizer.chat_template = None
+    trainer = make_trained(model=local(tmp_path / "the-base"), peft_config=lora(task_type="CAUSAL_LM"))
+    trainer.save_model()
+    card = card_of(trainer)
+    assert "None]" not in card.text and '"None"' not in card.text
+    assert "made from the local model `the-base`" in card.text
+    assert card.text.count("## Quick start") == 1
+    student, teacher = quick_starts(card)
+    if card_of is saved_card:
+        # Nothing but the quick start, and what is to be edited elsewhere, may know this machine.
+        assert str(tmp_path) not in re.sub(r"```python\n.*?```", "", str(card), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path.parent)
+    for code, name in ((student, "default"), (teacher, "teacher")):
+        loaded = run(code, tmp_path, capsys).state_dict()
+        trained = {key: value for key, value in trainer.model.state_dict().items() if f".{name}." in key}
+        assert trained and all(loaded[key.replace(f".{name}.", ".default.")].equal(x) for key, x in trained.items())
+
+
+@pytest.mark.parametrize(("teacher", "blocks"), [("frozen", 1), ("none", 1)])
+def test_quick_start_of_a_run_without_a_teacher_folder_has_the_student_alone(make_trained, tmp_path, teacher, blocks):
+    trainer = make_trained(model=local(tmp_path / "base"), teacher=teacher)
+    assert len(quick_starts(saved_card(trainer))) == blocks
+
+
+def test_quick_start_of_a_whole_model_runs_as_written(make_trained, tmp_path, capsys):
+    trainer = make_trained(model=local(tmp_path / "base"), teacher="none", peft_config=None)
+    (code,) = quick_starts(saved_card(trainer))
+    loaded = run(code, tmp_path, capsys).state_dict()
+    assert all(loaded[name].equal(value) for name, value in trainer.model.state_dict().items())
+
+
+def test_card_of_a_run_on_the_demo_model_names_it_and_runs_on_any_machine(make_trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path / "here"))
+    trainer = make_trained(model=local(offline._demo_folder()))
+    card = saved_card(trainer)
+    text = str(card)
+    assert "[HuggingFaceTB/SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)" in text
+    assert "quantized to Q4_1 and back" in text
+    assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "base_model:adapter:HuggingFaceTB/SmolLM2-135M-Instruct" in card.data.tags
+    assert str(tmp_path / "here") not in text
+    # Another machine, whose cache is elsewhere.
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path / "there"))
+    for code in quick_starts(card):
+        run(code, tmp_path, capsys)
+    assert adapter_base(trainer.args.output_dir) == offline.demo_model()
+    assert adapter_base(trainer.args.output_dir, offline.demo_model()) == offline.demo_model()
+
+
+def test_adapter_config_names_a_base_that_loads_here(make_trained, tmp_path):
+    trainer = make_trained(model=local(tmp_path / "base"))
+    text = saved_card(trainer).text
+    for folder in ("", "teacher"):
+        with open(os.path.join(trainer.args.output_dir, folder, "adapter_config.json"), encoding="utf-8") as file:
+            assert json.load(file)["base_model_name_or_path"] == str(tmp_path / "base")
+    assert "On another machine put the place of your copy there, as `base_model_name_or_path`" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "link"),
+    [
+        ("some-org/some-model", "some-org/some-model"),
+        ("/cache/hub/models--some-org--some-model/snapshots/0123abcd", "some-org/some-model"),
+    ],
+)
+def test_card_of_a_run_on_a_hub_model_links_to_it(make_trained, path, link):
+    model = tiny_model()
+    model.config._name_or_path = model.name_or_path = path
+    trainer = make_trained(model=model)
+    for card in (saved_card(trainer), created_card(trainer)):
+        assert f"made from [{link}](https://huggingface.co/{link})" in card.text
+        assert "[None]" not in card.text and len(quick_starts(card)) == 2
+        assert card.data.base_model in (link, None)
+        assert "/cache/hub" not in str(card)
+    assert ("`adapter_config.json` names the base by its path" in card.text) == (path != link)
+
+
+def test_card_of_a_base_that_is_gone_by_now_links_to_no_path(make_trained):
+    model = tiny_model()
+    model.config._name_or_path = "/scratch/gone"
+    text = created_card(make_trained(model=model)).text
+    assert "fine-tuned version of the local model `gone`" in text and "huggingface.co//" not in text
+
+
+def test_card_of_a_model_without_a_name_says_so(make_trained):
+    text = created_card(make_trained()).text
+    assert "fine-tuned version of a model that was given in memory, without a name" in text
+    assert "load that model, then `PeftModel.from_pretrained(base, folder)`" in text and "[None]" not in text
+
+
+def test_cards_know_no_path_of_the_machine(make_trained, tmp_path):
+    trainer = make_trained(model=local(tmp_path / "base"), save_strategy="steps", save_steps=1)
+    trainer.model_card_details = {"Sources": {"data": str(tmp_path / "base"), "model": "some-org/some-model"}}
+    trainer.create_model_card("tiny", dataset_name=str(tmp_path / "base"))
+    found = table((tmp_path / "out" / "README.md").read_text())
+    assert (found["data"], found["model"], found["base_model"]) == (
+        "base",
+        "some-org/some-model",
+        "the local model `base`",
+    )
+    for card in (tmp_path / "out").rglob("README.md"):
+        assert str(tmp_path) not in re.sub(r"```python\n.*?```", "", card.read_text(), flags=re.DOTALL)
+    assert (tmp_path / "out" / "checkpoint-1" / "README.md").is_file()
 
 
 @pytest.mark.parametrize("card_of", [saved_card, created_card])

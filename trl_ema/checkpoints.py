@@ -19,8 +19,8 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, sort_checkpoints
 
 from . import portable
-from .files import finish_replacing, remove_folder, replace_folder
-from .model_card import write_model_card
+from .files import finish_replacing, follow_umask, remove_folder, replace_folder
+from .model_card import mend_model_card, without_folder, write_model_card
 from .sharding import any_sharded, gather_whole, local_shard, reshard, write_whole
 from .teacher import TEACHER_NAME, MeanTeacher, check_adapter_file, read_student, trained_names
 
@@ -99,8 +99,11 @@ class CheckpointMixin(Trainer):
                 self._save_sharded_student(folder, _internal_call)
             else:
                 super().save_model(output_dir, _internal_call)
-        if not _internal_call and self.is_world_process_zero():
-            write_model_card(self, folder)
+        if self.args.should_save:
+            for name in ("", *getattr(self.model, "peft_config", ())):  # further adapters have folders of their own
+                follow_umask(os.path.join(folder, name))
+        if self.is_world_process_zero():
+            (mend_model_card if _internal_call else write_model_card)(self, folder)
 
     def _save_sharded_student(self, folder, _internal_call):
         """To write an adapter Transformers gathers the whole base, or under FSDP writes none where checkpoints are sharded."""
@@ -116,7 +119,7 @@ class CheckpointMixin(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        super().create_model_card(model_name, dataset_name, tags)
+        super().create_model_card(model_name, dataset_name and without_folder(dataset_name), tags)
         if self.is_world_process_zero():
             write_model_card(self, self.args.output_dir)
 

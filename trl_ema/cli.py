@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import re
 import sys
@@ -203,8 +204,12 @@ def print_scores(results: dict[str, dict], folder: str) -> None:
     print(f"\n{'task':24}{'score':>9}{'95 % interval':>18}{'chance':>9}{'n':>8}")
     for task, result in results.items():
         found = mean_interval([row["score"] for row in read_jsonl(os.path.join(folder, f"{task}.jsonl"))])
-        span = f"{found['low']:.3f} to {found['high']:.3f}"
-        print(f"{task:24}{result['score']:9.4f}{span:>18}{result['chance']:9.3f}{result['n']:8d}")
+        print(f"{task:24}{result['score']:9.4f}{_span(found, '.3f'):>18}{result['chance']:9.3f}{result['n']:8d}")
+
+
+def _span(found: dict, form: str) -> str:
+    """An interval; a dash where there is none, as of a score that every question has."""
+    return "–" if math.isnan(found["low"]) else f"{found['low']:{form}} to {found['high']:{form}}"
 
 
 def print_changes(before: str, after: str, tasks: Iterable[str]) -> None:
@@ -225,9 +230,8 @@ def print_changes(before: str, after: str, tasks: Iterable[str]) -> None:
         one, other, _ = paired_scores(*(os.path.join(folder, f"{task}.jsonl") for folder in (before, after)))
         found, test = paired_interval(one, other), mcnemar(one, other)
         means.append((sum(one) / len(one), sum(other) / len(other)))
-        span = f"{found['low']:+.3f} to {found['high']:+.3f}"
         print(
-            f"{task:24}{means[-1][0]:9.4f}{means[-1][1]:9.4f}{found['mean']:+9.4f}{span:>20}{test['lost']:6d}"
+            f"{task:24}{means[-1][0]:9.4f}{means[-1][1]:9.4f}{found['mean']:+9.4f}{_span(found, '+.3f'):>20}{test['lost']:6d}"
             f"{test['gained']:8d}{test['p_value']:7.3f}"
         )
     scores = [pair for pair in means if pair[0]]
@@ -267,7 +271,10 @@ def report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="trl-ema report", description="Write report.md, report.html and the pictures."
     )
-    parser.add_argument("folder", help="`output_dir` of a comparison")
+    parser.add_argument(
+        "folder",
+        help="`output_dir` of a comparison, or a folder with its `comparison.json` alone, which gives the same report",
+    )
     args = parser.parse_args(arguments)
     print(f"Report: {write_report(args.folder)}")
 

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = str(files(__package__) / "configs" / "compare_smollm2.yaml")
 BASE = "base"
 PLAN = "plan.json"
-_KEYS = {"output_dir": str, "training": dict, "arms": dict, "seeds": list, "evaluation": dict}
+_KEYS = {"output_dir": str, "training": dict, "arms": dict, "reference": str, "seeds": list, "evaluation": dict}
 # Of a run; the comparison sets them.
 _RESERVED = ("seed", "output_dir", "measure", "resume_from_checkpoint", "eval_samples")
 
@@ -98,6 +98,8 @@ class Comparison:
         arms (`dict`): Name to [`Arm`].
         seeds (`tuple`): Each arm is trained once with each.
         suite ([`Suite`]): What is measured.
+        reference (`str`, *optional*): The arm that the others' gain and forgetting are given as shares of; by default the
+            first that is plain SFT.
     """
 
     output_dir: str
@@ -105,6 +107,7 @@ class Comparison:
     arms: dict[str, Arm]
     seeds: tuple[int, ...]
     suite: Suite
+    reference: str | None = None
 
     def folder(self, arm: str, seed: int) -> str:
         """Where an arm's run with this seed lies."""
@@ -186,7 +189,7 @@ def _comparison(plan: dict, path: str, output_dir: str | None) -> Comparison:
         raise ValueError(f"{path} has unknown keys {unknown}; expected some of {list(_KEYS)}.")
     for key, kind in _KEYS.items():
         if plan.get(key) is not None and not isinstance(plan[key], kind):
-            what = {str: "a path", dict: "a mapping `name: value`", list: "a list such as [0, 1, 2]"}[kind]
+            what = {str: "a text", dict: "a mapping `name: value`", list: "a list such as [0, 1, 2]"}[kind]
             raise ValueError(f"`{key}` in {path} is {plan[key]!r}; expected {what}.")
     arms = {name: Arm.from_dict(name, options) for name, options in (plan.get("arms") or {}).items()}
     if not arms:
@@ -197,6 +200,7 @@ def _comparison(plan: dict, path: str, output_dir: str | None) -> Comparison:
         arms=arms,
         seeds=tuple(plan.get("seeds") or (0,)),
         suite=Suite.from_dict(plan.get("evaluation") or {}),
+        reference=plan.get("reference"),
     )
     reserved = [key for key in _RESERVED if key in comparison.training]
     if reserved:
@@ -204,10 +208,15 @@ def _comparison(plan: dict, path: str, output_dir: str | None) -> Comparison:
             f"`training` in {path} sets {reserved}, which the comparison itself sets: `seeds`, `output_dir`, and "
             "`domain_samples` under `evaluation`. Leave them out."
         )
+    trained = [arm.name for arm in comparison.trained()]
+    if comparison.reference is not None and comparison.reference not in trained:
+        raise ValueError(
+            f"`reference` in {path} is {comparison.reference!r}; expected an arm that is trained: one of {trained}."
+        )
     for arm in arms.values():
         if "learning_rate_scale" in arm.options and "learning_rate" not in comparison.training:
             raise ValueError(f"Arm {arm.name!r} scales the learning rate; give the common one under `training`.")
-        if arm.interpolate is not None and arm.interpolate not in [trained.name for trained in comparison.trained()]:
+        if arm.interpolate is not None and arm.interpolate not in trained:
             raise ValueError(f"Arm {arm.name!r} interpolates {arm.interpolate!r}, which is no trained arm of this run.")
     return comparison
 
@@ -240,7 +249,7 @@ def run_comparison(
     parsed = _write_configs(comparison)
     manager = _checked_tasks(comparison.suite)
     first = next(iter(parsed.values()))
-    write_json(Path(comparison.output_dir, PLAN), _plan(comparison, first))
+    write_json(Path(comparison.output_dir, PLAN), _plan(comparison, parsed))
     evaluator = _Evaluator(comparison, first, manager)
     evaluator.base()
     for seed in seeds:
@@ -284,10 +293,13 @@ def _checked_tasks(suite: Suite):
 
 
 def _plan(comparison: Comparison, parsed) -> dict:
-    args, _, model_args = parsed
+    args, _, model_args = next(iter(parsed.values()))
     return {
         "training": comparison.training,
         "arms": {arm.name: _as_dict(arm) for arm in comparison.arms.values()},
+        "reference": comparison.reference,
+        # As the options were understood here: a report needs no TRL.
+        "plain_sft": list(dict.fromkeys(arm for (arm, _), (_, config, _) in parsed.items() if config.is_plain_sft)),
         "seeds": list(comparison.seeds),
         "evaluation": asdict(comparison.suite),
         **sources(args, model_args),

@@ -198,6 +198,12 @@ class MeanTeacherConfig(SFTConfig):
         """The half-life in force, `None` where `ema_decay` is given."""
         return DEFAULT_HALF_LIFE if self.ema_half_life is None and self.ema_decay is None else self.ema_half_life
 
+    @property
+    def is_plain_sft(self) -> bool:
+        """Whether the student is fitted to the labels alone: nothing holds it back, and the loss is the cross-entropy."""
+        others = (self.weight_decay, self.label_smoothing_factor, self.neftune_noise_alpha)
+        return self.teacher == "none" and self.loss_type == "nll" and not any(others)
+
     def _warn_about_ignored(self):
         default = {f.name: f.default for f in fields(MeanTeacherConfig)}
         ignored = []

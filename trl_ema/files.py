@@ -1,10 +1,11 @@
-"""JSON files that are whole or not there: written under a temporary name, then renamed."""
+"""Files and folders that are whole or not there: written under a temporary name, then renamed."""
 
 import contextlib
 import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -55,6 +56,24 @@ def _without_nan(value: Any) -> Any:
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     """Write one JSON object a line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def follow_umask(folder: str | Path) -> None:
+    """
+    Give the weights in `folder` the permissions that any other new file has there: safetensors writes for the owner alone,
+    and on a shared machine nobody else could load them.
+    """
+    weights = list(Path(folder).glob("*.safetensors"))
+    if not weights:
+        return
+    # Ask by example: a process cannot read its umask without changing it for a moment, for all of its threads.
+    example = Path(folder, f".permissions.{os.getpid()}")
+    example.touch()
+    mode = stat.S_IMODE(example.stat().st_mode)
+    example.unlink()
+    for path in weights:
+        with contextlib.suppress(PermissionError):  # some mounts know no permissions
+            path.chmod(mode)
 
 
 def replace_folder(source: str, target: str) -> None:

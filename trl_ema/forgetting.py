@@ -8,6 +8,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
+# Of sums over many questions, relative: no spread at all.
+_ROUNDING = 1e-9
+# Share of a denominator at which the lower end of its interval must lie: its own noise stretches no ratio more than fourfold.
+CLEARLY = 0.25
+# A ratio that no reader would take for one.
+_FAR = 1e6
+
+
 def forgetting(before: ArrayLike, after: ArrayLike) -> Any:
     r"""
     Mean relative drop over tasks, in percent; positive is forgetting.
@@ -53,9 +61,7 @@ def retention(before: ArrayLike, after: ArrayLike, chance: ArrayLike = 0.0) -> A
 
 def share(value: ArrayLike, reference: ArrayLike) -> Any:
     """
-    `value / reference`: a method's gain as a share of plain SFT's. NaN if SFT has none.
-
-    The share of SFT's forgetting that a method avoids is `1 - share(method's, SFT's)`.
+    `value / reference`: a method's gain as a share of plain SFT's. NaN if SFT has none. With its interval: [`ratio_interval`].
     """
     value, reference = np.asarray(value, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     # `+ 0.0` makes a number of a 0-dimensional array.
@@ -102,16 +108,19 @@ def interval(
         high = estimate + √((q_high − estimate)² + h²)       h = t_{n−1} · s / √n over the statistics of n seeds
 
     A few seeds are too few to resample (three of them would cover 95 % but 80 % of the time); Student's t is exact for
-    normal ones. With one seed the interval is over questions alone.
+    normal ones. With one seed the interval is over questions alone. Where neither varies there is no interval: of one seed
+    and no resampled questions, of a statistic that is constant by construction, of a score that every question has.
 
     Args:
-        statistic (callable): Of the quantities, elementwise over resamples.
+        statistic (callable): Of the quantities, elementwise over resamples; finite in each, or there is no interval. For the
+            ratio of two quantities see [`ratio_interval`].
         quantities: Arrays `(1 + resamples,)`, the first element of the sample itself, such as a score by
             [`resampling_weights`]; or a mapping of those by seed. The seeds that all mappings have are used, and averaged
             before the statistic.
 
     Returns:
-        `dict`: `mean` (the estimate), `low`, `high`, `seeds` and `by_seed` (the statistic of each); NaN without a common seed.
+        `dict`: `mean` (the estimate), `low`, `high`, `seeds` and `by_seed` (the statistic of each). `low` and `high` are NaN
+        where there is no interval, and `mean` too without a common seed.
 
     Sources: Efron & Tibshirani 1993, *An Introduction to the Bootstrap*, chapter 13; Student 1908.
     """
@@ -135,17 +144,55 @@ def interval(
     by_seed = [float(of([seed])[0]) for seed in seeds]
     n, estimate = len(seeds), float(draws[0])
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    low, high = (
-        np.quantile(draws[1:][np.isfinite(draws[1:])], tails) if np.isfinite(draws[1:]).any() else (math.nan,) * 2
-    )
+    # NaN if one draw is: what is left without it would be another distribution.
+    low, high = np.quantile(draws[1:], tails)
     half = t.ppf(tails[1], n - 1) * np.std(by_seed, ddof=1) / math.sqrt(n) if n > 1 else 0.0
-    return {
-        "mean": estimate,
-        "low": estimate - math.hypot(estimate - low, half),
-        "high": estimate + math.hypot(high - estimate, half),
-        "seeds": seeds,
-        "by_seed": by_seed,
-    }
+    low, high = estimate - math.hypot(estimate - low, half), estimate + math.hypot(high - estimate, half)
+    if high - low <= _ROUNDING * max(1.0, abs(estimate)):
+        low = high = math.nan
+    return {"mean": estimate, "low": low, "high": high, "seeds": seeds, "by_seed": by_seed}
+
+
+def ratio_interval(
+    numerator: ArrayLike | Mapping[int, ArrayLike],
+    denominator: ArrayLike | Mapping[int, ArrayLike],
+    confidence: float = 0.95,
+) -> dict[str, Any] | None:
+    """
+    A ratio with its interval: every ratio r for which the interval of `numerator − r · denominator` holds zero.
+
+    Unlike the quantiles of resampled ratios it needs no resample to be left out, and one seed whose denominator happens to
+    be near zero does not stretch it.
+
+    Args:
+        numerator, denominator: As the quantities of [`interval`].
+
+    Returns:
+        `dict` as of [`interval`], or `None` unless the denominator, over the seeds that both have, is clearly above zero: the
+        lower end of its own interval at least a quarter of it. At zero no finite interval exists, and the ratio means nothing.
+
+    Source: Fieller 1954, *Some problems in interval estimation*.
+    """
+    from scipy.optimize import brentq
+
+    def gap(ratio: float) -> dict:
+        return interval(lambda over, under: over - ratio * under, numerator, denominator, confidence=confidence)
+
+    def bound(side: str, direction: int) -> float:
+        step = 1.0
+        while direction * gap(found["mean"] + direction * step)[side] >= 0:
+            step *= 2
+            if step > _FAR:
+                return direction * math.inf
+        return brentq(lambda ratio: gap(ratio)[side], found["mean"], found["mean"] + direction * step, xtol=1e-5)
+
+    own = interval(lambda over, under: under, numerator, denominator, confidence=confidence)
+    if not (own["low"] > 0 and own["low"] >= CLEARLY * own["mean"]):  # NaN too
+        return None
+    found = interval(share, numerator, denominator, confidence=confidence)
+    none = math.isnan(gap(found["mean"])["low"])  # such as of a quantity to itself
+    low, high = (math.nan, math.nan) if none else (bound("low", -1), bound("high", 1))
+    return found | {"low": low, "high": high}
 
 
 def scores_by_resample(scores: ArrayLike, weights: np.ndarray) -> np.ndarray:

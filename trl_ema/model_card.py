@@ -1,9 +1,14 @@
 """The model card of a run: TRL's, with the method, its settings, its figures and whom to cite."""
 
 import os
-from dataclasses import fields
+import re
+from dataclasses import dataclass, fields
+from typing import Any
 
 from huggingface_hub import ModelCard
+
+from .offline import DEMO_MODEL_HUB, is_demo_model
+from .teacher import TEACHER_NAME
 
 
 _MARK = "<!-- trl_ema -->"
@@ -42,19 +47,140 @@ _TRAINING = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_step
 
 
 def write_model_card(trainer, folder: str) -> None:
-    """Adds our part to the `README.md` in `folder` (TRL's or PEFT's), replacing an older one of ours."""
+    """
+    Adds our part to the `README.md` in `folder` (TRL's or PEFT's), replacing an older one of ours, and mends theirs: of a
+    model that was loaded from a path TRL says that its name is None, and PEFT the path.
+    """
     path = os.path.join(folder, "README.md")
     text = ""
     if os.path.isfile(path):
         with open(path, encoding="utf-8") as file:
             text = file.read().split(_MARK)[0].rstrip()
+    base = _base_of(trainer.model)
     with open(path, "w", encoding="utf-8") as file:
-        file.write(f"{text}\n\n{_MARK}\n{_section(trainer)}")
+        file.write(f"{_mended(text, base)}\n\n{_MARK}\n{_section(trainer, base, folder)}")
     # Fails here, not at a push to the hub, if the metadata block is broken.
     ModelCard.load(path)
 
 
-def _section(trainer) -> str:
+def mend_model_card(trainer, folder: str) -> None:
+    """Mends PEFT's `README.md` in `folder`, if there is one, as [`write_model_card`] does."""
+    path = os.path.join(folder, "README.md")
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(_mended(text, _base_of(trainer.model)) + "\n")
+
+
+def without_folder(name: str) -> str:
+    """The name of a local file or folder; anything else, such as a hub name, as it is."""
+    return os.path.basename(os.path.abspath(name)) if os.sep in name and os.path.exists(name) else name
+
+
+@dataclass(frozen=True)
+class _Base:
+    """
+    The model that was trained, or that the adapter lies over.
+
+    Args:
+        label (`str`): What a reader is told it is, in Markdown.
+        hub (`str`, *optional*): The model on the hub that it is, or was made from.
+        path (`str`, *optional*): Where it was loaded from, on this machine.
+        code (`str`, *optional*): Expression that gives its name or path on any machine.
+    """
+
+    label: str
+    hub: str | None = None
+    path: str | None = None
+    code: str | None = None
+
+
+def _base_of(model) -> _Base:
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if not name:
+        return _Base("a model that was given in memory, without a name")
+    cached = re.search(
+        r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]", name
+    )  # of the hub, by its folder in the cache
+    hub = f"{cached[1]}/{cached[2]}" if cached else name
+    if is_demo_model(name):
+        label = f"[{DEMO_MODEL_HUB}](https://huggingface.co/{DEMO_MODEL_HUB}), quantized to Q4_1 and back (the offline demo's)"
+        return _Base(label, DEMO_MODEL_HUB, name, "demo_model()")
+    if (os.path.isdir(name) or os.path.isabs(name)) and not cached:
+        return _Base(f"the local model `{os.path.basename(os.path.abspath(name))}`", path=name)
+    return _Base(f"[{hub}](https://huggingface.co/{hub})", hub, name if cached else None)
+
+
+def _mended(text: str, base: _Base) -> str:
+    """What TRL and PEFT wrote, with the base's name, and without the quick start of a model named None."""
+    for name in ("None", base.path):
+        text = text.replace(f"[{name}](https://huggingface.co/{name})", base.label)
+    text = re.sub(r"^## Quick start\n.*?(?=^## |\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
+    if not text.startswith("---"):  # no metadata
+        return text.rstrip()
+    card: Any = ModelCard(text)
+    named = getattr(card.data, "base_model", None)
+    if named and named != base.hub:
+        kept = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")]
+        adapted = [f"base_model:adapter:{base.hub}"] if base.hub and len(kept) < len(card.data.tags or []) else []
+        card.data.base_model, card.data.tags = base.hub, sorted([*kept, *adapted])
+    return str(card).rstrip()
+
+
+def _quick_start(trainer, base: _Base, folder: str) -> list[str]:
+    """Code that runs as it stands: for the student, and for its teacher where it has a folder."""
+    adapter = bool(getattr(trainer.model, "peft_config", None))
+    if adapter and base == _Base(base.label):
+        return [
+            "The adapter does not know the name of its base: load that model, then `PeftModel.from_pretrained(base, folder)`."
+        ]
+    hub = trainer.hub_model_id if trainer.args.push_to_hub else None
+    folders = {"": "folder"}
+    if adapter and trainer.teacher is not None and not trainer.teacher.is_base:
+        folders["Its teacher:"] = f'f"{{folder}}/{TEACHER_NAME}"'
+    question = "What is hypertension?"
+    chat = getattr(trainer.processing_class, "chat_template", None)
+    lines = []
+    for title, where in folders.items():
+        lines += [title, ""] if title else []
+        lines += ["```python", *_loading(base, adapter, where, hub or folder, hub is not None)]
+        lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
+        if chat:
+            lines += [f'messages = [{{"role": "user", "content": "{question}"}}]',
+                      "text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)",
+                      'inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")']  # fmt: skip
+        else:
+            lines += [f'inputs = tokenizer("{question}", return_tensors="pt")']
+        lines += ['output = model.generate(input_ids=inputs["input_ids"], max_new_tokens=64)',
+                  'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+                  "```", ""]  # fmt: skip
+    if adapter and base.path and not base.code:
+        elsewhere = f"`{base.hub}`" if base.hub else "the place of your copy"
+        lines += ["`adapter_config.json` names the base by its path on the machine of the training. On another machine put "
+                  f"{elsewhere} there, as `base_model_name_or_path`."]  # fmt: skip
+    return lines
+
+
+def _loading(base: _Base, adapter: bool, where: str, folder: str, from_hub: bool) -> list[str]:
+    """Imports, and the lines that give `folder` and `model`."""
+    source = f'folder = snapshot_download("{folder}")' if from_hub else f"folder = {folder!r}"
+    imports = ["from huggingface_hub import snapshot_download"] if from_hub else []
+    if not adapter:
+        imports += ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+        model = [f"model = AutoModelForCausalLM.from_pretrained({where})"]
+    elif base.code:
+        imports += ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer",
+                    "from trl_ema.offline import demo_model"]  # fmt: skip
+        model = [f"base = AutoModelForCausalLM.from_pretrained({base.code})",
+                 f"model = PeftModel.from_pretrained(base, {where})"]  # fmt: skip
+    else:
+        imports += ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
+        model = [f"model = AutoPeftModelForCausalLM.from_pretrained({where})"]
+    return [*imports, "", source, *model]
+
+
+def _section(trainer, base: _Base, folder: str) -> str:
     from . import __version__
     from .config import MeanTeacherConfig
 
@@ -62,7 +188,15 @@ def _section(trainer) -> str:
     own = [f.name for f in fields(MeanTeacherConfig) if f.name in MeanTeacherConfig.__annotations__]
     values = args.to_dict() | {"ema_half_life": args.half_life}  # with plain strings for enums
     settings = {name: str(values[name]) for name in (*own, *_TRAINING)} | _adapter(trainer.model)
+    if "base_model" in settings:
+        settings["base_model"] = base.label
     lines = [
+        "## Quick start",
+        "",
+        f"This model is made from {base.label}.",
+        "",
+        *_quick_start(trainer, base, folder),
+        "",
         "## Method (trl_ema)",
         "",
         _METHODS[args.teacher],
@@ -115,4 +249,4 @@ def _last_metrics(log_history: list[dict]) -> dict[str, float]:
 
 
 def _text(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else without_folder(str(value))

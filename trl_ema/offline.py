@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .extras import require
+from .files import follow_umask
 
 
 logger = logging.getLogger(__name__)
 
 DEMO_MODEL_NAME = "SmolLM2-135M-Instruct"
+DEMO_MODEL_HUB = f"HuggingFaceTB/{DEMO_MODEL_NAME}"
 _ATTEMPTS = 3
 _RETRY_SECONDS = 2.0
 _QUESTIONS = (
@@ -111,7 +113,7 @@ def demo_model() -> str:
         ImportError: `gguf` is not installed; it is part of the extra `demo`.
         ConnectionError: See [`fetch`].
     """
-    folder = cache_dir() / f"{DEMO_MODEL_NAME}-{SMOLLM2.sha256[:12]}"
+    folder = _demo_folder()
     if folder.is_dir():
         return str(folder)
     require("demo", "gguf")
@@ -128,10 +130,20 @@ def demo_model() -> str:
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, quantization_config=config)
         converted = os.path.join(scratch, "converted")
         model.save_pretrained(converted)
+        follow_umask(converted)
         AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(converted)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(converted, folder)
     return str(folder)
+
+
+def _demo_folder() -> Path:
+    return cache_dir() / f"{DEMO_MODEL_NAME}-{SMOLLM2.sha256[:12]}"
+
+
+def is_demo_model(path: str) -> bool:
+    """Whether `path` is where [`demo_model`] puts its model, on this machine or on another: the name has the file's hash."""
+    return Path(path).name == _demo_folder().name
 
 
 def embedding_model() -> str:

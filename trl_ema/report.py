@@ -1,4 +1,4 @@
-"""Markdown, one self-contained HTML page and pictures from a comparison's folder."""
+"""Markdown, one self-contained HTML page and pictures from a comparison's folder, or from its figures alone."""
 
 import io
 import logging
@@ -12,13 +12,16 @@ from typing import Any
 
 import yaml
 
+from .comparison import BASE
 from .extras import require
-from .files import write_json, write_text
-from .summary import summarize_comparison
+from .files import read_json, write_json, write_text
+from .summary import sample_answers, summarize_comparison
 
 
 logger = logging.getLogger(__name__)
 
+FIGURES = "comparison.json"
+_SAMPLES = "samples.html"
 _CURVES = {
     "ce_loss": "cross-entropy, nats per token",
     "kl_loss": "KL to the teacher, nats per token",
@@ -37,25 +40,29 @@ def _as_yaml(plan: dict) -> str:
             name: {key: value for key, value in options.items() if value is not None}
             for name, options in suite[group].items()
         }
-    parts = {key: plan[key] for key in ("training", "arms", "seeds")} | {"evaluation": suite}
-    return yaml.safe_dump(parts, sort_keys=False)
+    keys = [key for key in ("training", "arms", "reference", "seeds") if plan.get(key) is not None]
+    return yaml.safe_dump({key: plan[key] for key in keys} | {"evaluation": suite}, sort_keys=False)
 
 
 def write_report(folder: str) -> str:
     """
-    Write `report.html`, `report.md`, `comparison.json` and the pictures into `folder`.
+    Write `report.html`, `report.md`, the pictures and all their figures, `comparison.json`, into `folder`. Those are fit to be
+    passed on: they hold no question and no text. Sample answers are on a page of their own, `samples.html`.
 
-    Missing parts of an unfinished comparison are named in the report and in the log.
+    In a folder without the comparison's evaluations the report is the same, from `comparison.json` alone. Missing parts of an
+    unfinished comparison are named in the report and in the log.
 
     Returns:
         `str`: path of `report.html`.
     """
     require("report", "jinja2", "matplotlib", "scipy")
-    environment = _templates()
-    summary = summarize_comparison(folder)
+    environment, path = _templates(), Path(folder, FIGURES)
+    if Path(folder, BASE).is_dir() or not path.is_file():
+        write_json(path, _rounded(summarize_comparison(folder)))
+        _write_samples(folder, read_json(path), environment)
+    summary = read_json(path)
     for part in summary["missing"]:
         logger.warning("Missing: %s", part)
-    write_json(Path(folder, "comparison.json"), summary)
     pictures = _pictures(summary)
     for name in _CAPTIONS:
         path = Path(folder, f"{name}.png")
@@ -70,7 +77,6 @@ def write_report(folder: str) -> str:
         "captions": _CAPTIONS,
         "quality": [("base", summary["base"]["generation"])]
         + [(p["label"], p["generation"]) for p in summary["points"]],
-        "samples": _samples(summary["points"]),
     }
     write_text(Path(folder, "report.md"), environment.get_template("report.md.j2").render(**values))
     path = Path(folder, "report.html")
@@ -78,16 +84,21 @@ def write_report(folder: str) -> str:
     return str(path)
 
 
-def _samples(points: list[dict]) -> list[dict]:
-    """Held-out prompts with the reference and each arm's answer, side by side."""
-    shown = [point for point in points if point["generations"] and not point["role"].startswith("scale_")]
-    if not shown:
-        return []
-    return [
-        {"prompt": row["prompt"], "reference": row["reference"]}
-        | {"answers": [(point["label"], point["generations"][i]["answer"]) for point in shown]}
-        for i, row in enumerate(shown[0]["generations"])
-    ]
+def _rounded(value: Any) -> Any:
+    """More digits than any figure has a meaning for make the file a half larger."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def _write_samples(folder: str, summary: dict, environment) -> None:
+    path, samples = Path(folder, _SAMPLES), sample_answers(folder, summary)
+    if samples:
+        write_text(path, environment.get_template("samples.html.j2").render(samples=samples))
+    else:
+        path.unlink(missing_ok=True)  # of an earlier report
 
 
 def _templates():
@@ -99,7 +110,8 @@ def _templates():
     )
     environment.filters["fixed"] = lambda value, digits=3: "–" if _absent(value) else f"{value:.{digits}f}"
     environment.filters["figure"] = _figure
-    environment.filters["points"] = lambda found: _figure(found and {key: _times_100(found[key]) for key in _BOUNDS}, 1)
+    environment.filters["points"] = lambda found: _figure(found and found | _times_100(found), 1)
+    environment.filters["share"] = lambda found: _figure(found, signed=False, percent=True) if found else "not shown"
     environment.filters["mcnemar"] = lambda tests: "; ".join(
         f"−{test['lost']} +{test['gained']}, p {_p_value(test['p_value'])}" for test in tests
     )
@@ -109,18 +121,23 @@ def _templates():
 _BOUNDS = ("mean", "low", "high")
 
 
-def _times_100(value: float | None) -> float | None:
-    return None if value is None else 100 * value
+# One seed: the interval is over questions alone.
+_ONE_SEED = "†"
+
+
+def _times_100(found: dict) -> dict:
+    return {key: None if found[key] is None else 100 * found[key] for key in _BOUNDS}
 
 
 def _figure(found: dict | None, digits: int = 3, signed: bool = True, percent: bool = False) -> str:
-    """A figure with its interval: `+0.100 (+0.050 to +0.150)`."""
+    """A figure with its interval, where it has one: `+0.100 (+0.050 to +0.150)`."""
     if found is None or _absent(found["mean"]):
         return "–"
     sign, factor, unit = ("+" if signed else ""), (100 if percent else 1), (" %" if percent else "")
     digits = 0 if percent else digits
-    mean, low, high = (f"{factor * found[key]:{sign}.{digits}f}" for key in _BOUNDS)
-    return f"{mean}{unit}" if _absent(found["low"]) else f"{mean}{unit} ({low} to {high})"
+    mean, low, high = (_absent(found[key]) or f"{factor * found[key]:{sign}.{digits}f}" for key in _BOUNDS)
+    mark = f" {_ONE_SEED}" if len(found.get("seeds", ())) == 1 else ""
+    return f"{mean}{unit}" if _absent(found["low"]) else f"{mean}{unit} ({low} to {high}{mark})"
 
 
 def _p_value(p: float) -> str:
@@ -135,14 +152,16 @@ def _absent(value) -> bool:
 
 _CAPTIONS = {
     "tradeoff": "Domain gain against forgetting. Up and left is better; the base model is the origin. Bars: 95 % intervals, "
-    "over questions and seeds. The line is the Pareto front.",
-    "tasks": "Change of each task's score against the base on the same questions, with 95 % intervals over questions and seeds.",
+    "over questions and seeds (of one seed: over questions alone). The line is the Pareto front.",
+    "tasks": "Change of each task's score against the base on the same questions, with 95 % intervals over questions and seeds (of one "
+    "seed: over questions alone).",
     "subjects": "Change of the score by subject. Few questions each where the task was sampled.",
     "curves": "Training, mean over seeds.",
 }
 _COLORS = ("#d1495b", "#3b82c4", "#2a9d6f", "#8b6fc0", "#e08a1e", "#8a8f98", "#2aa5a0", "#d46a9f", "#a07855", "#6b8e23")
 # Replaced by the page's own text colour, so that one picture serves light and dark.
 _INK = "#010203"
+_LONG = re.compile(r"-?\d+\.\d{3,}")
 
 
 @dataclass(frozen=True)
@@ -187,13 +206,24 @@ def _title(text: str) -> str:
 
 def _render(name: str, figure) -> _Picture:
     png, svg = io.BytesIO(), io.StringIO()
-    figure.savefig(png, format="png", dpi=150, facecolor="white")
+    figure.savefig(png, format="png", dpi=120, facecolor="white")
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     text = svg.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    # A page is passed on: hundredths of a point are more than a screen shows.
+    text = re.sub(r'="[^"<>]*"', lambda found: _LONG.sub(lambda x: f"{float(x[0]):.2f}", found[0]), text)
     # Several pictures share a page: no name may occur twice.
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    return _Picture(text, png.getvalue())
+    return _Picture(text, _with_few_colors(png.getvalue()))
+
+
+def _with_few_colors(png: bytes) -> bytes:
+    """A third of the size, for flat colours."""
+    from PIL import Image
+
+    small = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def _tradeoff(summary: dict, colors: dict[str, str]):
@@ -212,9 +242,7 @@ def _tradeoff(summary: dict, colors: dict[str, str]):
         x, y = 100 * point["forgetting"]["mean"], point["domain_gain"]["mean"]
         color, role = colors[point["arm"]], point["role"]
         marker = {"student": "o", "teacher": "D"}.get(role, "s")
-        x_error = [[x - 100 * point["forgetting"]["low"]], [100 * point["forgetting"]["high"] - x]]
-        gain = point["domain_gain"]
-        y_error = None if _absent(gain["low"]) else [[y - gain["low"]], [gain["high"] - y]]
+        x_error, y_error = _bars(_times_100(point["forgetting"])), _bars(point["domain_gain"])
         ax.errorbar(x, y, xerr=x_error, yerr=y_error, color=color, alpha=0.35, linewidth=1, capsize=0)
         shade = float(role.removeprefix("scale_")) if role.startswith("scale_") else 1.0
         ax.plot(
@@ -233,6 +261,11 @@ def _tradeoff(summary: dict, colors: dict[str, str]):
     return figure
 
 
+def _bars(found: dict) -> list[list[float]] | None:
+    """An interval as matplotlib takes it."""
+    return None if _absent(found["low"]) else [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
+
+
 def _task_bars(summary: dict, colors: dict[str, str]):
     points = summary["points"]
     names = list(summary["base"]["tasks"])
@@ -245,13 +278,16 @@ def _task_bars(summary: dict, colors: dict[str, str]):
         ax.set_visible(False)
     for ax, name in zip(axes.flat, names, strict=False):
         for i, point in enumerate(points):
-            entry = point["tasks"][name]["change"]
-            ax.barh(i, 100 * entry["mean"], color=colors[point["arm"]], alpha=0.85)
-            ax.plot([100 * entry["low"], 100 * entry["high"]], [i, i], color=_INK, linewidth=1)
+            change = _times_100(point["tasks"][name]["change"])
+            ax.barh(i, change["mean"], color=colors[point["arm"]], alpha=0.85)
+            if not _absent(change["low"]):
+                ax.plot([change["low"], change["high"]], [i, i], color=_INK, linewidth=1)
         ax.axvline(0, color=_INK, linewidth=0.8)
         base = summary["base"]["tasks"][name]
         ax.set_title(f"{name}\nbase {100 * base['score']:.1f} %\nchance {100 * base['chance']:.1f} %", fontsize=7.5)
-    axes[0, 0].set_yticks(range(len(points)), [point["label"] for point in points], fontsize=8)
+    axes[0, 0].set_yticks(range(len(points)), [point["label"] for point in points])
+    for ax in axes[:, 0]:
+        ax.tick_params(axis="y", labelsize=8)
     axes[0, 0].invert_yaxis()
     figure.supxlabel("change, points of accuracy", color=_INK, fontsize=9)
     return figure
@@ -275,6 +311,8 @@ def _subject_bars(summary: dict, colors: dict[str, str]):
         ax.axvline(0, color=_INK, linewidth=0.8)
         ax.set_title(_title(point["label"]), fontsize=8)
         ax.tick_params(axis="x", labelsize=7)
+    for ax in axes[0, 1:]:
+        ax.tick_params(axis="y", length=0)
     labels = [subject.removeprefix("mmlu_").replace("_", " ") for _, subject in subjects]
     axes[0, 0].set_yticks(range(len(subjects)), labels, fontsize=7)
     axes[0, 0].invert_yaxis()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .comparison import BASE, PLAN, Arm, Comparison, kept_comparison
+from .comparison import BASE, PLAN, Comparison, kept_comparison
 from .evaluation.runner import paired_scores
 from .evaluation.suite import GENERATIONS, TEXT, Suite
 from .files import read_json, read_jsonl
@@ -19,14 +19,18 @@ from .forgetting import (
     mcnemar,
     mean_interval,
     pareto_front,
+    ratio_interval,
     resampling_weights,
     retention,
     scores_by_resample,
-    share,
 )
 
 
 CURVES = ("ce_loss", "kl_loss", "kl_weight", "teacher_distance", "drift_domain", "drift_general")
+# More points of a curve than a picture shows.
+_CURVE_POINTS = 200
+# The chance of a base that guesses to be taken for one that does not: the half outside a 95 % interval that lies above it.
+_GUESSING = 0.025
 
 
 @dataclass
@@ -39,7 +43,7 @@ class _Point:
 
     arm: str
     role: str
-    is_control: bool  # without a teacher: plain SFT, whatever its learning rate or its scale
+    is_control: bool  # plain SFT, whatever its learning rate or its scale, or the arm that is named as the reference
     folders: dict[int, Path] = field(default_factory=dict)
     scores: dict[str, dict[int, np.ndarray]] = field(default_factory=lambda: defaultdict(dict))
     pairs: dict[str, dict[int, tuple]] = field(default_factory=lambda: defaultdict(dict))
@@ -68,8 +72,9 @@ def summarize_comparison(folder: str) -> dict:
         folder (`str`): `output_dir` of [`run_comparison`].
 
     Returns:
-        `dict`: `plan`, `base`, `points` (an entry per arm and role), `against` (their differences from the controls),
-        `curves`, `provenance` and `missing`. A figure is a dict of `mean`, `low` and `high` (95 %, see [`interval`]).
+        `dict`: `plan`, `reference`, `base`, `points` (an entry per arm and role), `against` (their differences from the
+        controls), `curves`, `provenance` and `missing`: figures alone, no question and no text. A figure is a dict of `mean`,
+        `low` and `high` (95 %, see [`interval`]).
 
     Raises:
         FileNotFoundError: There is no comparison in `folder`, or its base is not evaluated whole.
@@ -83,12 +88,15 @@ def summarize_comparison(folder: str) -> dict:
             "on where it stopped."
         )
     base = _Base(root / BASE, comparison.suite)
-    points, missing = _read_points(comparison, base)
-    reference = next((point for point in points if point.is_control and point.role == "student"), None)
+    plan = read_json(root / PLAN)
+    plain = _plain_sft(plan, root / PLAN)
+    named = comparison.reference or next(iter(plain), None)
+    points, missing = _read_points(comparison, base, {*plain, named})
+    reference = next((point for point in points if (point.arm, point.role) == (named, "student")), None)
     entries = [_entry(point, base, reference) for point in points]
     front = _front(entries)
     return {
-        "plan": read_json(root / PLAN),
+        "plan": plan,
         "reference": None if reference is None else reference.label,
         "base": base.entry | {"on_front": len(entries) in front},
         "points": [entry | {"on_front": i in front} for i, entry in enumerate(entries)],
@@ -97,6 +105,34 @@ def summarize_comparison(folder: str) -> dict:
         "curves": _curves(root, comparison),
         "provenance": _provenance(root),
     }
+
+
+def sample_answers(folder: str, summary: dict, rows: int = 5) -> list[dict]:
+    """
+    Held-out prompts with the reference and each arm's answer, side by side, of the first seed. They are texts of the data's
+    owner, or imitate them, and no part of the summary.
+    """
+    comparison = kept_comparison(folder)
+    answers = {}
+    for point in summary["points"]:
+        if point["generation"] and not point["role"].startswith("scale_"):
+            evaluations = comparison.evaluations(comparison.arms[point["arm"]], point["seeds"][0])
+            answers[point["label"]] = read_jsonl(Path(evaluations[point["role"]][1], GENERATIONS))[:rows]
+    return [
+        {"prompt": row["prompt"], "reference": row["reference"]}
+        | {"answers": [(label, found[i]["answer"]) for label, found in answers.items()]}
+        for i, row in enumerate(next(iter(answers.values()), []))
+    ]
+
+
+def _plain_sft(plan: dict, path: Path) -> list[str]:
+    """Names of the arms that are plain SFT."""
+    if "plain_sft" not in plan:
+        raise ValueError(
+            f"{path} does not say which arms are plain SFT (`plain_sft`): it was written by an earlier trl_ema. Run `trl-ema "
+            "compare` once more with the same configuration, which does nothing that is done again, or add the list of names."
+        )
+    return plan["plain_sft"]
 
 
 class _Base:
@@ -116,7 +152,9 @@ class _Base:
         intervals = {name: mean_interval([row["score"] for row in found]) for name, found in rows.items()}
         # On a task on which it may be guessing the base has nothing to retain.
         self.above_chance = [
-            name for name in self.retention_tasks if intervals[name]["low"] > self.tasks[name]["chance"]
+            name
+            for name in self.retention_tasks
+            if _guessing([row["score"] for row in rows[name]], self.tasks[name]["chance"]) < _GUESSING
         ]
         kept = ("metric", "score", "chance", "n", "subtasks", "settings")
         self.entry = {
@@ -134,28 +172,33 @@ class _Base:
         return (weights @ sums) / (weights @ tokens)
 
 
-def _read_points(comparison: Comparison, base: _Base) -> tuple[list[_Point], list[str]]:
+def _guessing(scores: list[float], chance: float) -> float:
+    """Probability that guessing alone gives as many hits; exact also where every question is hit."""
+    from scipy.stats import binomtest
+
+    hits = sum(score > 0.5 for score in scores)
+    return float(binomtest(hits, len(scores), chance, alternative="greater").pvalue)
+
+
+def _read_points(comparison: Comparison, base: _Base, controls: set[str | None]) -> tuple[list[_Point], list[str]]:
     points: dict[tuple[str, str], _Point] = {}
     missing = []
     for arm, seed in product(comparison.arms.values(), comparison.seeds):
         if arm.interpolate is None and not comparison.is_trained(arm.name, seed):
-            missing.append(f"{arm.name}, seed {seed}: not trained ({comparison.folder(arm.name, seed)})")
+            missing.append(f"{arm.name}, seed {seed}: not trained ({arm.name}/seed_{seed})")
             continue
         for role, (_, folder, _) in comparison.evaluations(arm, seed).items():
             lacking = comparison.suite.missing_files(folder)
             if lacking:
                 names = ", ".join(path.name for path in lacking)
-                what = f"not evaluated whole ({folder}: no {names})" if os.path.isdir(folder) else "not evaluated"
+                # Where in the comparison: a report may be read elsewhere.
+                where = os.path.relpath(folder, comparison.output_dir)
+                what = f"not evaluated whole ({where}: no {names})" if os.path.isdir(folder) else "not evaluated"
                 missing.append(f"{arm.name}, seed {seed}: {role} {what}")
                 continue
-            new = _Point(arm.name, role, _is_control(comparison, arm, seed))
+            new = _Point(arm.name, role, (arm.interpolate or arm.name) in controls)
             _read_evaluation(points.setdefault((arm.name, role), new), seed, Path(folder), base)
     return list(points.values()), missing
-
-
-def _is_control(comparison: Comparison, arm: Arm, seed: int) -> bool:
-    source = comparison.arms[arm.interpolate or arm.name]
-    return comparison.options(source, seed).get("teacher", "ema") == "none"
 
 
 def _read_evaluation(point: _Point, seed: int, folder: Path, base: _Base) -> None:
@@ -177,8 +220,10 @@ def _mean_drop(*scores):
     return (np.array(scores[:half]) - np.array(scores[half:])).mean(0)
 
 
-def _retained(base: _Base, point: _Point, names: list[str]) -> list:
-    return [base.scores[name] for name in names] + [point.scores[name] for name in names]
+def _retained(base: _Base, point: _Point, names: list[str], seed: int | None = None) -> list:
+    """Scores before, then scores after: by seed, or of one."""
+    after = [point.scores[name] for name in names]
+    return [base.scores[name] for name in names] + [scores if seed is None else scores[seed] for scores in after]
 
 
 def _entry(point: _Point, base: _Base, reference: _Point | None) -> dict:
@@ -204,7 +249,6 @@ def _entry(point: _Point, base: _Base, reference: _Point | None) -> dict:
         "generation": {key: float(np.mean([found[key] for found in generation])) for key in generation[0]}
         if generation
         else None,
-        "generations": read_jsonl(next(iter(point.folders.values())) / GENERATIONS)[:5] if generation else [],
         "tasks": {name: _task_entry(name, point, base) for name in base.tasks},
         **_forgetting_entry(point, base),
         **_shares_of_reference(point, base, reference),
@@ -229,23 +273,28 @@ def _forgetting_entry(point: _Point, base: _Base) -> dict:
 
 
 def _shares_of_reference(point: _Point, base: _Base, reference: _Point | None) -> dict:
-    """Share of plain SFT's gain that is kept, and of its forgetting that is avoided."""
+    """
+    Share of the reference's gain that is kept, and of its forgetting that is avoided; `None` where the reference did not
+    clearly gain or forget.
+    """
     if reference is None:
         return {"gain_kept": None, "forgetting_avoided": None}
-    names = base.retention_tasks
-    half = len(names)
+    gain, reference_gain = (
+        {seed: _gain(base.losses, losses) for seed, losses in p.losses.items()} for p in (point, reference)
+    )
     return {
-        "gain_kept": interval(
-            lambda b, ours, theirs: share(b - ours, b - theirs), base.losses, point.losses, reference.losses
-        ),
-        "forgetting_avoided": interval(
-            lambda *x: 1 - share(_mean_drop(*x[: 2 * half]), _mean_drop(*x[:half], *x[2 * half :])),
-            *_retained(base, point, names),
-            *(reference.scores[name] for name in names),
-        )
-        if names
-        else None,
+        "gain_kept": ratio_interval(gain, reference_gain),
+        "forgetting_avoided": _avoided(point, base, reference) if base.retention_tasks else None,
     }
+
+
+def _avoided(point: _Point, base: _Base, reference: _Point) -> dict | None:
+    """(drop of the reference − drop of ours) / drop of the reference."""
+    ours, theirs = (
+        {seed: _mean_drop(*_retained(base, p, base.retention_tasks, seed)) for seed in p.folders}
+        for p in (point, reference)
+    )
+    return ratio_interval({seed: theirs[seed] - ours[seed] for seed in set(ours) & set(theirs)}, theirs)
 
 
 def _task_entry(name: str, point: _Point, base: _Base) -> dict:
@@ -274,12 +323,13 @@ def _front(entries: list[dict]) -> list[int]:
 
 
 def _against_controls(points: list[_Point], base: _Base) -> list[dict]:
-    """Each point with a teacher against each without: the same questions, rows and seeds, so their noise cancels."""
+    """Each other point against each control: the same questions, rows and seeds, so their noise cancels."""
     names = base.retention_tasks
     return [
         {
             "label": ours.label,
             "control": theirs.label,
+            "seeds": sorted(set(ours.folders) & set(theirs.folders)),
             "domain_gain": interval(_gain, theirs.losses, ours.losses),
             "forgetting": interval(_mean_drop, *(p.scores[name] for p in (theirs, ours) for name in names))
             if names
@@ -294,7 +344,7 @@ def _against_controls(points: list[_Point], base: _Base) -> list[dict]:
 
 
 def _curves(root: Path, comparison: Comparison) -> dict[str, dict[str, list[list[float]]]]:
-    """For each logged quantity and arm: `[step, mean over seeds]` points."""
+    """For each logged quantity and arm: `[step, mean over seeds]` points, thinned where there are many."""
     curves: dict[str, dict[str, list[list[float]]]] = {}
     for arm in comparison.arms:
         values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -306,7 +356,9 @@ def _curves(root: Path, comparison: Comparison) -> dict[str, dict[str, list[list
                     if name in entry:
                         values[name][entry["step"]].append(float(entry[name]))
         for name, steps in values.items():
-            curves.setdefault(name, {})[arm] = [[step, float(np.mean(found))] for step, found in sorted(steps.items())]
+            points = [[step, float(np.mean(found))] for step, found in sorted(steps.items())]
+            kept = np.unique(np.linspace(0, len(points) - 1, min(len(points), _CURVE_POINTS)).round().astype(int))
+            curves.setdefault(name, {})[arm] = [points[i] for i in kept]
     return curves
 
 

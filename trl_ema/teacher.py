@@ -18,7 +18,7 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper, Mo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from .files import read_json, write_json
+from .files import follow_umask, read_json, write_json
 from .sharding import (
     any_sharded,
     drop_stale_copy,
@@ -241,6 +241,7 @@ class MeanTeacher:
         tensors = {key: tensor.contiguous().clone() for key, tensor in self._peft_state(tensors).items()}
         save_file(tensors, f"{path}.part", metadata={"format": "pt"})
         os.replace(f"{path}.part", path)
+        follow_umask(folder)
         state = {"num_updates": self.num_updates, **state}
         write_json(os.path.join(folder, STATE_NAME), {"sha256": _sha256(folder, state), **state})
 

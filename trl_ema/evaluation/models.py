@@ -9,6 +9,7 @@ from peft.utils import CONFIG_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import hub_errors
+from ..offline import demo_model, is_demo_model
 
 
 def is_adapter(path: str) -> bool:
@@ -27,6 +28,8 @@ def adapter_base(folder: str, base: str | None = None) -> str:
         ValueError: `base` is another model than the one the adapter was trained on, or neither names one.
     """
     trained_on = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if trained_on is not None and not os.path.exists(trained_on) and is_demo_model(trained_on):
+        trained_on = demo_model()  # the adapter comes from another machine
     if trained_on is None and base is None:
         raise ValueError(
             f"The adapter in {folder} does not say what its base model is. Give it: `--base NAME_OR_PATH`."
