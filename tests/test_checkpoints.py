@@ -70,7 +70,11 @@ DAMAGES = {
     ),
     "config missing": (CONFIG, lambda path: path.unlink(), "is missing"),
     "config truncated": (CONFIG, lambda path: path.write_text(path.read_text()[:20]), "is damaged"),
-    "other config": (CONFIG, lambda path: path.write_text(path.read_text() + " "), "do not have their checksum"),
+    "other config": (
+        CONFIG,
+        lambda path: path.write_text(path.read_text().replace('"fan_in_fan_out": false', '"fan_in_fan_out": true')),
+        "do not have their checksum",
+    ),
     "state without a checksum": (STATE, lambda path: path.write_text("{}"), "is damaged .*sha256"),
 }
 
