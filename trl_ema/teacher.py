@@ -41,16 +41,20 @@ _ABOUT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_ver
 _HALF = (torch.float16, torch.bfloat16)
 # They compute the same in both modes, and are most of an adapter's modules.
 _WITHOUT_MODE = {torch.nn.Identity, torch.nn.Linear, torch.nn.Embedding, torch.nn.ModuleDict, torch.nn.ParameterDict}
-_ONE_BANK = "shares its trained tensors between all layers and writes them in another form than it trains them in"
-# Kinds of which no second adapter can be an average of the first, and why.
+_PLAIN = "Use a `LoraConfig`, or `teacher='none'`."
+_LORA = "Use a `LoraConfig`."  # plain fine-tuning does not train them either
+_ONE_BANK = (
+    f"shares its trained tensors between all layers and writes them in another form than it trains them in. {_PLAIN}"
+)
+# Kinds of which no second adapter can be an average of the first: why, and what to do.
 _UNAVERAGED = {
-    "ADALORA": "changes its rank while it trains, so no average fits",
-    "POLY": "mixes its tensors by the task of each row, which fine-tuning here does not name",
-    "SHADOW": "adds a second model of its own, whose states an average of the adapter does not have",
+    "ADALORA": f"changes its rank while it trains, so no average fits. {_PLAIN}",
+    "POLY": f"mixes its tensors by the task of each row, which fine-tuning does not name. {_LORA}",
+    "SHADOW": f"carries a second model through the layers, which an average of the adapter does not have. {_LORA}",
     "TINYLORA": _ONE_BANK,
     "UNILORA": _ONE_BANK,
     "VBLORA": _ONE_BANK,
-    "XLORA": "mixes several finished adapters, so there is not one to average",
+    "XLORA": f"mixes several finished adapters, so there is not one to average. {_LORA}",
 }
 _ANOTHER = "Resume from another checkpoint, or start anew from this adapter with `PeftModel.from_pretrained`"
 NO_ADAPTER = (
@@ -122,7 +126,9 @@ class MeanTeacher:
         config: Any = _teacher_config(self.model.peft_config[self._student], anchor)
         # What PEFT does to the base for an adapter (PiSSA, OLoRA, replicated layers, ...) it has done for the student. The
         # initial weights are overwritten below: leave the random state, and so the run, as without a teacher.
-        done = {name: getattr(config, name) for name in ("init_lora_weights", "layer_replication") if hasattr(config, name)}
+        done = {
+            name: getattr(config, name) for name in ("init_lora_weights", "layer_replication") if hasattr(config, name)
+        }
         neutral = {"init_lora_weights": True, "layer_replication": None}
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices=devices), _base_kept(self.model):
@@ -583,7 +589,7 @@ def check_adapter(config, anchor: float) -> None:
             "(or another adapter in the weights), or `teacher='none'`."
         )
     if kind in _UNAVERAGED:
-        raise ValueError(f"{kind} {_UNAVERAGED[kind]}. Use a `LoraConfig`, or `teacher='none'`.")
+        raise ValueError(f"{kind} {_UNAVERAGED[kind]}")
     if getattr(config, "ensure_weight_tying", False) and _targets_embeddings(config):
         raise ValueError(
             "`ensure_weight_tying=True` puts the adapter of the embeddings on `lm_head` too, whose weight the loss multiplies by "
