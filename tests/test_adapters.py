@@ -169,6 +169,20 @@ def test_each_kind_of_adapter_is_averaged_or_refused(kind, make_trainer, tmp_pat
         pytest.fail(f"PEFT has a new kind, {kind}: say in TRAINED or REFUSED what becomes of it.")
 
 
+@pytest.mark.parametrize("kind", ["ADALORA", "PREFIX_TUNING", "VBLORA"])
+def test_a_kind_that_is_refused_trains_and_resumes_without_a_teacher(kind, make_trainer, tmp_path):
+    def run(**options):
+        peft_config = adapter_config(kind, REFUSED[kind][0])
+        return make_trainer(peft_config=peft_config, data=rows(8), max_steps=2, teacher="none", **options)
+
+    whole = run(save_strategy="steps", save_steps=1)
+    whole.train()
+    resumed = run()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    expected = dict(whole.model.named_parameters())
+    assert all(torch.equal(expected[name], weight) for name, weight in resumed.model.named_parameters())
+
+
 @pytest.mark.parametrize("name", ["activated", "mica", "replicated layers"])
 def test_a_run_with_an_option_of_an_adapter(name, make_trainer, tmp_path):
     check_run(name, OPTIONS[name][0], make_trainer, tmp_path)

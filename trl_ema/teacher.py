@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -436,7 +437,7 @@ def _check_state(folder: str) -> None:
         expected = state.pop("sha256")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"Teacher checkpoint {path} is damaged ({error!r}). {_ANOTHER}.") from error
-    if expected not in (_digest(folder, state), _sha256(folder, state)):
+    if _digest(folder, state) != expected and _sha256(folder, state) != expected:
         files = f"{SAFETENSORS_WEIGHTS_NAME}, {CONFIG_NAME} and {STATE_NAME}"
         raise ValueError(
             f"Teacher checkpoint {folder} is damaged ({files} do not have their checksum together). {_ANOTHER}."
@@ -466,9 +467,11 @@ def gather_file(model: PeftModel, adapter_name: str, keep: bool) -> dict[str, to
     `keep` them. Called on all ranks.
     """
     state = dict(model.named_buffers()) if keep else {}
-    written = file_keys(model, adapter_name, embeddings="auto")
+    # The first rank decides: whether embeddings were resized PEFT may look up on the hub, which not every rank may reach.
+    written = [file_keys(model, adapter_name, embeddings="auto") if dist.get_rank() == 0 else {}]
+    dist.broadcast_object_list(written)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in written:
+        if name in written[0]:
             whole = gather_whole(local_shard(parameter), parameter)
             if keep:
                 state[name] = whole.cpu()
