@@ -1,5 +1,6 @@
 """What a checkpoint holds, that it is whole or not there, and that a damaged one is refused."""
 
+import copy
 import json
 import os
 import re
@@ -11,13 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import adapter_weights, logged, rows
+from conftest import adapter_weights, logged, lora, make_tokenizer, rows, tiny_model
 from huggingface_hub.utils import filter_repo_objects
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from trl_ema.files import finish_replacing, read_json, remove_folder, replace_folder
+from trl_ema.files import finish_replacing, read_json, remove_folder, replace_folder, write_json
+from trl_ema.teacher import _sha256
 
 
 SAVING = dict(save_strategy="steps", save_steps=1)
@@ -70,7 +72,11 @@ DAMAGES = {
     ),
     "config missing": (CONFIG, lambda path: path.unlink(), "is missing"),
     "config truncated": (CONFIG, lambda path: path.write_text(path.read_text()[:20]), "is damaged"),
-    "other config": (CONFIG, lambda path: path.write_text(path.read_text() + " "), "do not have their checksum"),
+    "other config": (
+        CONFIG,
+        lambda path: path.write_text(path.read_text().replace('"fan_in_fan_out": false', '"fan_in_fan_out": true')),
+        "do not have their checksum",
+    ),
     "state without a checksum": (STATE, lambda path: path.write_text("{}"), "is damaged .*sha256"),
 }
 
@@ -84,6 +90,115 @@ def test_a_damaged_teacher_is_refused_before_anything_is_loaded(make_trainer, tm
     with pytest.raises(ValueError, match=f"Teacher checkpoint .*{name}.*{words}.*Resume from another"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert all(torch.equal(before[n], w) for n, w in adapter_weights(trainer).items())
+
+
+def test_a_teacher_of_the_first_checksum_and_one_formatted_anew_are_read(make_trainer, tmp_path, checkpoint):
+    state = read_json(checkpoint / "teacher" / STATE)
+    del state["sha256"]
+    write_json(checkpoint / "teacher" / STATE, {"sha256": _sha256(checkpoint / "teacher", state), **state})
+    resumed = make_trainer(output_dir=str(tmp_path / "other"))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    earlier = checkpoint.with_name("checkpoint-3")
+    config = read_json(earlier / "teacher" / CONFIG)
+    config["target_modules"].reverse()
+    (earlier / "teacher" / CONFIG).write_text(json.dumps(config | {"peft_version": "another"}))
+    resumed.train(resume_from_checkpoint=str(earlier))
+    assert resumed.teacher.num_updates == 4
+
+
+class SaveWithPeft(TrainerCallback):
+    """What many projects have a callback for."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_save(self, args, state, control, **kwargs):
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        kwargs["model"].save_pretrained(checkpoint / self.folder)
+
+
+@pytest.mark.parametrize("folder", ["", "adapter_model"])
+def test_a_callback_that_saves_the_model_leaves_checkpoints_whole(make_trainer, tmp_path, folder):
+    make_trainer(callbacks=[SaveWithPeft(folder)], **SAVING).train()
+    resumed, whole = make_trainer(), make_trainer(output_dir=str(tmp_path / "whole"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    whole.train()
+    for name in ("default", "teacher"):
+        expected = adapter_weights(whole, name)
+        assert all(torch.equal(expected[n], w) for n, w in adapter_weights(resumed, name).items())
+
+
+# What PEFT writes of the base beside an adapter: (adapter, tokens added, model).
+TIED = dict(tie_word_embeddings=True)
+GPT2 = dict(model_type="gpt2", n_embd=32, n_head=4, n_layer=2, n_positions=128)
+LINEAR = ["q_proj", "v_proj"]
+BESIDE = {
+    "embeddings": (lora(target_modules=["q_proj", "embed_tokens"]), 0, {}),
+    "tied embeddings": (lora(target_modules=["q_proj", "embed_tokens"]), 0, TIED),
+    "wte": (lora(target_modules=["c_attn", "wte"], fan_in_fan_out=True), 0, GPT2),
+    "new tokens": (lora(target_modules=LINEAR), 2, {}),
+    "new tokens, trained": (lora(target_modules=LINEAR, trainable_token_indices=[44, 45]), 2, {}),
+    "new tokens, whole": (lora(target_modules=LINEAR, modules_to_save=["embed_tokens", "lm_head"]), 2, {}),
+    "new tokens, tied": (
+        lora(target_modules=LINEAR, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        2,
+        TIED,
+    ),
+}
+
+
+@pytest.fixture
+def make_beside(make_trainer, tokenizer, tmp_path):
+    """A run of an adapter of `BESIDE` on a base that lies in a folder, whose vocabulary was enlarged after it was loaded."""
+
+    def make(name, **options):
+        peft_config, added, changes = BESIDE[name]
+        if not (tmp_path / "base").exists():
+            tiny_model(**dict(vocab_size=len(tokenizer)) | changes).save_pretrained(tmp_path / "base")
+            tokenizer.add_tokens(["<x>", "<y>"][:added])
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(1)
+        model.resize_token_embeddings(len(tokenizer))
+        return make_trainer(model=model, peft_config=copy.deepcopy(peft_config), data=rows(8), max_steps=2, **options)
+
+    return make
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([[1, 7, 25, len(make_tokenizer()) - 1, 12]])).logits
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher"),
+    [*((name, "ema") for name in BESIDE), ("embeddings", "none"), ("new tokens, trained", "frozen"), ("wte", "none")],
+)
+def test_a_run_resumes_and_loads_its_best_where_peft_writes_more_than_the_adapter(make_beside, tmp_path, name, teacher):
+    whole = make_beside(name, teacher=teacher, **BEST | dict(save_total_limit=None, learning_rate=1e-2))
+    whole.train()
+    assert whole.state.best_model_checkpoint  # came back in the end
+    resumed = make_beside(name, teacher=teacher, output_dir=str(tmp_path / "other"), **SAVING)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    for folder in ("", "teacher") if teacher == "ema" else ("",):
+        again, first = (load_file(tmp_path / run / "checkpoint-2" / folder / WEIGHTS) for run in ("other", "out"))
+        assert again.keys() == first.keys() and all(torch.equal(again[key], first[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ["embeddings", "new tokens", "new tokens, trained", "new tokens, whole"])
+def test_teachers_load_by_their_folder_alone(make_beside, tmp_path, name):
+    """Without a `task_type`, with new tokens: in a checkpoint, and where the model is saved."""
+    trainer = make_beside(name, ema_decay=0.5, **SAVING)
+    trainer.train()
+    trainer.save_model()
+    for run in ("out", "out/checkpoint-2"):
+        student = AutoPeftModelForCausalLM.from_pretrained(tmp_path / run)
+        torch.testing.assert_close(logits(student), logits(trainer.model), rtol=0, atol=1e-5)
+        teacher = AutoPeftModelForCausalLM.from_pretrained(tmp_path / run / "teacher")
+        with trainer.teacher.activate():
+            expected = logits(trainer.model)
+        torch.testing.assert_close(logits(teacher), expected, rtol=0, atol=1e-5)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / run / "teacher")
+        assert len(tokenizer) == len(trainer.processing_class) and tokenizer.chat_template
 
 
 @pytest.mark.parametrize("source", ["another step", "another run"])

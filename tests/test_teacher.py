@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import (
     IA3Config,
+    LilyConfig,
     LoHaConfig,
     LoKrConfig,
     OFTConfig,
@@ -15,6 +16,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from safetensors.torch import load_file
 
 from trl_ema.teacher import MeanTeacher
 
@@ -278,6 +280,36 @@ def test_state_survives_a_round_trip_exactly(tmp_path, dtype, name):
     other.load(tmp_path)
     pairs = zip(other._average_shards(), teacher._average_shards(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_whoever_saves_a_half_precision_model_saves_the_averages_exactly(tmp_path):
+    model = peft_model("modules_to_save").to(torch.bfloat16)
+    teacher = MeanTeacher(model)
+    shake(model, size=0.01)
+    teacher.update(0.999)
+    averages = [average.clone() for average in teacher._average_shards()]
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    teacher.save(tmp_path)
+    model.save_pretrained(tmp_path)
+    other = MeanTeacher(peft_model("modules_to_save").to(torch.bfloat16))
+    other.check_checkpoint(tmp_path)
+    other.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(other._average_shards(), averages, strict=True))
+
+
+def test_a_tensor_of_several_layers_is_averaged_under_each_of_its_names(tmp_path):
+    """LILY shares a factor: under the second name a file must not hold the model's own, rounded copy."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), LilyConfig(target_modules=LINEAR, r=4)).to(torch.bfloat16)
+    teacher = MeanTeacher(model)
+    shake(model)
+    teacher.update(0.9)
+    teacher.save(tmp_path)
+    tensors = load_file(tmp_path / "teacher" / "adapter_model.safetensors")
+    first, second = (tensors[f"base_model.model.model.layers.{i}.self_attn.q_proj.lily_B.weight"] for i in range(2))
+    assert first.dtype == torch.float32 and torch.equal(first, second)
+    layers = model.get_base_model().model.layers
+    assert layers[0].self_attn.q_proj.lily_B["teacher"].weight is layers[1].self_attn.q_proj.lily_B["teacher"].weight
 
 
 def saved(tmp_path, name="lora"):

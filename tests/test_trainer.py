@@ -308,6 +308,14 @@ def test_half_life_sets_the_decay_from_the_length_of_the_run(make_trainer):
     assert all(d > 0 for d in logged(trainer, "teacher_distance"))
 
 
+def test_an_update_before_training_needs_a_decay_that_is_known(make_trainer):
+    trainer = make_trainer(ema_decay=0.5)
+    trainer.update_teacher()
+    assert trainer.teacher.num_updates == 1
+    with pytest.raises(ValueError, match="half-life is a fraction of the run.*Set `ema_decay`, or leave"):
+        make_trainer().update_teacher()
+
+
 def test_updates_are_as_rare_as_asked(make_trainer):
     trainer = make_trainer(ema_decay=0.5, ema_update_steps=2)
     trainer.train()

@@ -21,8 +21,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_l
 from . import portable
 from .files import finish_replacing, follow_umask, remove_folder, replace_folder
 from .model_card import mend_model_card, without_folder, write_model_card
-from .sharding import any_sharded, gather_whole, local_shard, reshard, write_whole
-from .teacher import TEACHER_NAME, MeanTeacher, check_adapter_file, read_student, trained_names
+from .sharding import any_sharded, reshard, write_whole
+from .teacher import TEACHER_NAME, MeanTeacher, check_adapter_file, gather_file, read_student, trained_names
 
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,9 @@ class CheckpointMixin(Trainer):
                 # Before the student: that may push the folder to the hub.
                 origin = dict(run_id=self.run_id, step=self.state.global_step)
                 self.teacher.save(folder, writes=self.args.should_save, **origin)
+                if self.args.should_save and not self.teacher.is_base and self.processing_class is not None:
+                    # For whoever loads the teacher alone: new tokens are known by it.
+                    self.processing_class.save_pretrained(os.path.join(folder, TEACHER_NAME))
                 stack.enter_context(self.teacher.hidden())
             if is_peft_model(self.model) and any_sharded(self.model):
                 self._save_sharded_student(folder, _internal_call)
@@ -108,13 +111,7 @@ class CheckpointMixin(Trainer):
     def _save_sharded_student(self, folder, _internal_call):
         """To write an adapter Transformers gathers the whole base, or under FSDP writes none where checkpoints are sharded."""
         reshard(self.model)
-        student = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                whole = gather_whole(local_shard(parameter), parameter)
-                if self.args.should_save:
-                    student[name] = whole.cpu()
-        self._save(folder, student)
+        self._save(folder, gather_file(self.model, "default", self.args.should_save))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -327,7 +324,7 @@ class CheckpointMixin(Trainer):
         reshard(self.model)
         for name, whole in weights.items():
             write_whole(self.model.get_parameter(name), whole)
-        return weights
+        return {name: whole for name, whole in weights.items() if self.model.get_parameter(name).requires_grad}
 
     def _load_best_model(self):
         best = self.state.best_model_checkpoint

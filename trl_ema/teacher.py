@@ -10,19 +10,21 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .files import follow_umask, read_json, write_json
 from .sharding import (
     any_sharded,
     drop_stale_copy,
     gather_whole,
+    is_sharded,
     local_shard,
     reshard,
     sum_over_shards,
@@ -35,7 +37,26 @@ from .sharding import (
 TEACHER_NAME = "teacher"
 # Beside the teacher's weights: their checksum, and where in which run they were saved.
 STATE_NAME = "state.json"
+# In a config: about the adapter, without an effect on what it computes.
+_ABOUT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 _HALF = (torch.float16, torch.bfloat16)
+# They compute the same in both modes, and are most of an adapter's modules.
+_WITHOUT_MODE = {torch.nn.Identity, torch.nn.Linear, torch.nn.Embedding, torch.nn.ModuleDict, torch.nn.ParameterDict}
+_PLAIN = "Use a `LoraConfig`, or `teacher='none'`."
+_LORA = "Use a `LoraConfig`."  # plain fine-tuning does not train them either
+_ONE_BANK = (
+    f"shares its trained tensors between all layers and writes them in another form than it trains them in. {_PLAIN}"
+)
+# Kinds of which no second adapter can be an average of the first: why, and what to do.
+_UNAVERAGED = {
+    "ADALORA": f"changes its rank while it trains, so no average fits. {_PLAIN}",
+    "POLY": f"mixes its tensors by the task of each row, which fine-tuning does not name. {_LORA}",
+    "SHADOW": f"carries a second model through the layers, which an average of the adapter does not have. {_LORA}",
+    "TINYLORA": _ONE_BANK,
+    "UNILORA": _ONE_BANK,
+    "VBLORA": _ONE_BANK,
+    "XLORA": f"mixes several finished adapters, so there is not one to average. {_LORA}",
+}
 _ANOTHER = "Resume from another checkpoint, or start anew from this adapter with `PeftModel.from_pretrained`"
 NO_ADAPTER = (
     "The model has no PEFT adapter to average. Pass `peft_config=LoraConfig(...)` or a `PeftModel`, or use "
@@ -92,19 +113,66 @@ class MeanTeacher:
             if trainable != trained_names(model):
                 raise RuntimeError("Adding the teacher changed which parameters are trained: this needs peft>=0.21.")
         self._slots = [] if self.is_base else [self._slot(name) for name in trainable]
-        self._names = [] if self.is_base else [_twin(name, self._student) for name in trainable]
-        self._keys = adapter_keys(model, TEACHER_NAME, self._names)
+        # Each averaged tensor's names: more than one where layers share it (LILY).
+        self._names = [] if self.is_base else self._tie(trainable)
+        self._keys = self._file_keys()
         # Float32 averages of those teacher tensors that the model itself must keep in half precision.
         self._averages: list[torch.Tensor | None] = [None] * len(self._slots)
-        self._start_as_copy()
+        if not self.is_base:
+            self._start_as_copy()
+            model.register_state_dict_post_hook(functools.partial(self._put_averages))  # torch marks it
         self._switches = self._find_switches()
 
     def _add_adapter(self, anchor: float) -> None:
-        config = _teacher_config(self.model.peft_config[self._student], anchor)
-        # The initial weights are overwritten below: leave the random state, and so the run, as without a teacher.
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        config: Any = _teacher_config(self.model.peft_config[self._student], anchor)
+        # What PEFT does to the base for an adapter (PiSSA, OLoRA, replicated layers, ...) it has done for the student. The
+        # initial weights are overwritten below: leave the random state, and so the run, as without a teacher.
+        done = {
+            name: getattr(config, name) for name in ("init_lora_weights", "layer_replication") if hasattr(config, name)
+        }
+        neutral = {"init_lora_weights": True, "layer_replication": None}
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices=devices), _base_kept(self.model):
+            for name in done:
+                setattr(config, name, neutral[name])
             self.model.add_adapter(TEACHER_NAME, config)
+        # It must do so again for whoever loads the teacher alone, however it was saved.
+        for name, value in done.items():
+            setattr(self.model.peft_config[TEACHER_NAME], name, value)
         self.model.set_requires_grad(TEACHER_NAME, False)
+
+    def _tie(self, trainable: list[str]) -> list[list[str]]:
+        """
+        The names of each of the teacher's tensors. Where the student has one tensor under several names the teacher gets
+        one too: PEFT ties those of the first adapter alone.
+        """
+        shared = _names_of(self.model)
+        names = [[_twin(alias, self._student) for alias in shared[name]] for name in trainable]
+        for first, *others in names:
+            for other in others:
+                module, _, own = other.rpartition(".")
+                setattr(self.model.get_submodule(module), own, self.model.get_parameter(first))
+        return names
+
+    def _file_keys(self) -> list[str]:
+        """The name that each averaged tensor has in a PEFT file."""
+        if self.is_base:
+            return []
+        keys = file_keys(self.model, TEACHER_NAME)
+        lost = [first for first, *_ in self._names if first not in keys]
+        if lost:
+            kind = getattr(self.model.peft_config[self._student].peft_type, "value", None)
+            raise ValueError(
+                f"{kind} writes its trained tensor {lost[0]!r} in another form, so a teacher could not be read back. Use a "
+                "`LoraConfig`, or `teacher='none'`."
+            )
+        return [keys[first] for first, *_ in self._names]
+
+    def _put_averages(self, module, state: dict, prefix: str, metadata) -> None:
+        """Whoever saves the model has the averages in their own precision, not those it computes with."""
+        for names, average, teacher in zip(self._names, self._averages, self._teachers(), strict=True):
+            if average is not None and not is_sharded(teacher):
+                state.update({f"{prefix}{name}": average for name in names if f"{prefix}{name}" in state})
 
     def _slot(self, name: str) -> tuple[torch.nn.Module, str, torch.nn.Module, str]:
         """(module, attribute) of a student parameter and of its twin in the teacher.
@@ -126,12 +194,6 @@ class MeanTeacher:
             ) from None
         return slot
 
-    def _peft_state(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What PEFT puts into a file of the teacher whose parameters, by name, are `tensors`."""
-        # PEFT adds the base's embeddings where they were resized; a sharded model has none at hand.
-        embeddings = False if any_sharded(self.model) else "auto"
-        return _file_tensors(self.model, TEACHER_NAME, tensors, save_embedding_layers=embeddings)
-
     def _students(self) -> list[torch.Tensor]:
         return [getattr(module, name) for module, name, _, _ in self._slots]
 
@@ -140,8 +202,17 @@ class MeanTeacher:
 
     @torch.no_grad()
     def _start_as_copy(self) -> None:
-        for teacher, student in zip(self._teachers(), self._students(), strict=True):
-            teacher.copy_(student)
+        """All that is the student's own, trained or not: MICA has a frozen factor, others have masks and buffers."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        named |= dict(self.model.named_buffers(remove_duplicate=False))
+        for name, tensor in named.items():
+            twin = _twin(name, self._student)
+            if twin != name and twin in named:
+                named[twin].copy_(tensor)
+        for layer in _tuner_layers(self.model):
+            for value in vars(layer).values():  # SHIRA's indices
+                if isinstance(value, dict) and torch.is_tensor(value.get(self._student)):
+                    value[TEACHER_NAME] = value[self._student].clone()
 
     def _pairs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """This rank's shards of the averages and of the student, in the precision of the averages."""
@@ -169,7 +240,8 @@ class MeanTeacher:
                 switches.append((module, "gradient_checkpointing", False))
         # The teacher's pass is deterministic. `model.eval()` would also switch the 4-bit layers into a mode that
         # repacks their weights on some CPUs, and cost a walk over every module.
-        switches += [(module, "training", False) for module in _stochastic_modules(self.model)]
+        stochastic = [*_stochastic_modules(self.model), *_adapter_modules(self.model)]
+        switches += [(module, "training", False) for module in stochastic]
         return switches
 
     @contextmanager
@@ -228,32 +300,23 @@ class MeanTeacher:
         if self.is_base:
             return
         reshard(self.model)
-        tensors = {}
-        for name, average, teacher in zip(self._names, self._average_shards(), self._teachers(), strict=True):
-            whole = gather_whole(average, teacher)
-            if writes:
-                tensors[name] = whole.cpu()
+        state_dict = self._gathered(writes) if any_sharded(self.model) else None
         if not writes:
             return
+        self.model.save_pretrained(directory, selected_adapters=[TEACHER_NAME], state_dict=state_dict)
         folder = os.path.join(directory, TEACHER_NAME)
-        self._write_config(folder)
-        path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-        tensors = {key: tensor.contiguous().clone() for key, tensor in self._peft_state(tensors).items()}
-        save_file(tensors, f"{path}.part", metadata={"format": "pt"})
-        os.replace(f"{path}.part", path)
         follow_umask(folder)
         state = {"num_updates": self.num_updates, **state}
-        write_json(os.path.join(folder, STATE_NAME), {"sha256": _sha256(folder, state), **state})
+        write_json(os.path.join(folder, STATE_NAME), {"sha256": _digest(folder, state), **state})
 
-    def _write_config(self, folder: str) -> None:
-        """As PEFT writes it, but for the student's initialization: PEFT repeats PiSSA's change of the base at load."""
-        path = os.path.join(folder, CONFIG_NAME)
-        self.model.peft_config[TEACHER_NAME].save_pretrained(folder)
-        config = read_json(path)
-        if "init_lora_weights" in config:
-            student: Any = self.model.peft_config[self._student]
-            config["init_lora_weights"] = student.init_lora_weights
-            write_json(path, config)
+    def _gathered(self, keep: bool) -> dict[str, torch.Tensor]:
+        """What PEFT writes of the teacher, whole, on the ranks that `keep` it. Called on all ranks."""
+        state = gather_file(self.model, TEACHER_NAME, keep)
+        for names, average, teacher in zip(self._names, self._average_shards(), self._teachers(), strict=True):
+            whole = gather_whole(average, teacher)
+            if keep:
+                state.update(dict.fromkeys(names, whole.cpu()))
+        return state
 
     @torch.no_grad()
     def load(self, directory: str) -> None:
@@ -335,12 +398,31 @@ def _twin(name: str, student: str) -> str:
     return ".".join(TEACHER_NAME if part == student else part for part in name.split("."))
 
 
+def _digest(folder: str, state: dict) -> str:
+    """
+    SHA-256 of what a teacher computes, not of bytes: its tensors, the fields of its config that change the function, and
+    what is said about it. PEFT may write the same teacher again, as callbacks do that save the model.
+    """
+    digest = hashlib.sha256()
+    with safe_open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    config = {name: value for name, value in read_json(os.path.join(folder, CONFIG_NAME)).items() if name not in _ABOUT}
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(config.get(name), list):  # a set in memory
+            config[name] = sorted(config[name])
+    digest.update(json.dumps([config, state], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def _sha256(folder: str, state: dict) -> str:
-    """Of a teacher's weights, of its config and of what is said about it."""
-    with open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    with open(os.path.join(folder, CONFIG_NAME), "rb") as file:
-        digest.update(file.read())
+    """The checksum that checkpoints had first: of the files' bytes."""
+    digest = hashlib.sha256()
+    for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+        with open(os.path.join(folder, name), "rb") as file:
+            digest.update(file.read())
     digest.update(json.dumps(state, sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -356,7 +438,7 @@ def _check_state(folder: str) -> None:
         expected = state.pop("sha256")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"Teacher checkpoint {path} is damaged ({error!r}). {_ANOTHER}.") from error
-    if _sha256(folder, state) != expected:
+    if _digest(folder, state) != expected and _sha256(folder, state) != expected:
         files = f"{SAFETENSORS_WEIGHTS_NAME}, {CONFIG_NAME} and {STATE_NAME}"
         raise ValueError(
             f"Teacher checkpoint {folder} is damaged ({files} do not have their checksum together). {_ANOTHER}."
@@ -368,21 +450,41 @@ def _state_at_hand(model) -> dict[str, torch.Tensor]:
     return dict(model.named_buffers()) if any_sharded(model) else model.state_dict()
 
 
-def _file_tensors(
-    model: PeftModel, adapter_name: str, given: dict[str, torch.Tensor], save_embedding_layers: bool | str = False
-) -> dict[str, torch.Tensor]:
-    """An adapter as PEFT writes it to a file, with the tensors of `given`, by parameter name, in place of the model's."""
-    state = _state_at_hand(model) | given
-    return get_peft_model_state_dict(model, state, adapter_name, save_embedding_layers=save_embedding_layers)
-
-
-def adapter_keys(model: PeftModel, adapter_name: str, names: list[str]) -> list[str]:
-    """The name that each of an adapter's parameters, given by `names`, has in a PEFT file."""
-    if not names:
-        return []
+def file_keys(model: PeftModel, adapter_name: str, embeddings: bool | str = False) -> dict[str, str]:
+    """
+    The key in a PEFT file of each tensor that PEFT writes of an adapter unchanged, by its name in the model; with
+    `embeddings` also of the base's, which it writes beside an adapter that wraps them, or where they were resized ("auto").
+    """
+    names = {*_state_at_hand(model), *(name for name, _ in model.named_parameters(remove_duplicate=False))}
     numbered = {name: torch.tensor(i) for i, name in enumerate(names)}
-    key_of = {id(tensor): key for key, tensor in _file_tensors(model, adapter_name, numbered).items()}
-    return [key_of[id(number)] for number in numbered.values()]
+    written = get_peft_model_state_dict(model, numbered, adapter_name, save_embedding_layers=embeddings)
+    key_of = {id(tensor): key for key, tensor in written.items()}
+    return {name: key_of[id(number)] for name, number in numbered.items() if id(number) in key_of}
+
+
+def gather_file(model: PeftModel, adapter_name: str, keep: bool) -> dict[str, torch.Tensor]:
+    """
+    Of a sharded model, the parameters that PEFT writes of an adapter, whole and by name, and its buffers; on the ranks that
+    `keep` them. Called on all ranks.
+    """
+    state = dict(model.named_buffers()) if keep else {}
+    # The first rank decides: whether embeddings were resized PEFT may look up on the hub, which not every rank may reach.
+    written = [file_keys(model, adapter_name, embeddings="auto") if dist.get_rank() == 0 else {}]
+    dist.broadcast_object_list(written)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in written[0]:
+            whole = gather_whole(local_shard(parameter), parameter)
+            if keep:
+                state[name] = whole.cpu()
+    return state
+
+
+def _names_of(model) -> dict[str, list[str]]:
+    """By the first name of each parameter: all names it has."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {aliases[0]: aliases for aliases in names.values()}
 
 
 def trained_names(model) -> list[str]:
@@ -391,10 +493,10 @@ def trained_names(model) -> list[str]:
 
 
 def read_student(model: PeftModel, folder: str) -> dict[str, torch.Tensor]:
-    """The trained tensors in the adapter file of `folder`, by the names of the parameters they belong to."""
-    names = trained_names(model)
+    """The parameters in the adapter file of `folder`, trained or not, by their names in the model."""
     tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
-    return {name: tensors[key] for name, key in zip(names, adapter_keys(model, "default", names), strict=True)}
+    keys = file_keys(model, "default")
+    return {name: tensors[keys[name]] for name, _ in model.named_parameters() if name in keys}
 
 
 def check_adapter_file(model: PeftModel, adapter_name: str, folder: str, who: str) -> None:
@@ -402,22 +504,28 @@ def check_adapter_file(model: PeftModel, adapter_name: str, folder: str, who: st
     shapes = _read_shapes(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), who)
     parameters = model.named_parameters(remove_duplicate=False)
     whole = {name: torch.empty(whole_shape(parameter), device="meta") for name, parameter in parameters}
-    expected = {name: tuple(tensor.shape) for name, tensor in _file_tensors(model, adapter_name, whole).items()}
-    # PEFT adds the base's embeddings to the file of an adapter that targets them.
-    embeddings = tuple(f"{name}.weight" for name in EMBEDDING_LAYER_NAMES)
-    unexpected = [name for name in shapes if name not in expected and not name.endswith(embeddings)]
+    state = _state_at_hand(model) | whole
+    # Beside the adapter PEFT writes the base's embeddings where an adapter wraps them or they were resized.
+    expected, known = (
+        {key: tuple(tensor.shape) for key, tensor in written.items()}
+        for written in (
+            get_peft_model_state_dict(model, state, adapter_name, save_embedding_layers=embeddings)
+            for embeddings in (False, True)
+        )
+    )
     remedy = "Resume with the original `target_modules`, `r` and `modules_to_save`."
     _check_same_function(model.peft_config[adapter_name], folder, who)
     missing = [name for name in expected if name not in shapes]
+    unexpected = [name for name in shapes if name not in known]
     if missing or unexpected:
         first = f"first missing: {missing[0]!r}" if missing else f"first unexpected: {unexpected[0]!r}"
         raise ValueError(
             f"{who} checkpoint in {folder} has {len(shapes)} tensors, the model has {len(expected)}; {first}. {remedy}"
         )
-    for name, shape in expected.items():
-        if shapes[name] != shape:
+    for name, shape in shapes.items():
+        if known[name] != shape:
             raise ValueError(
-                f"{who} checkpoint in {folder} has shape {shapes[name]} for {name!r}, the model has {shape}. {remedy}"
+                f"{who} checkpoint in {folder} has shape {shape} for {name!r}, the model has {known[name]}. {remedy}"
             )
 
 
@@ -484,8 +592,13 @@ def check_adapter(config, anchor: float) -> None:
             f"{kind} is prompt learning: its virtual tokens cannot be averaged beside the student's. Use a `LoraConfig` "
             "(or another adapter in the weights), or `teacher='none'`."
         )
-    if kind == "ADALORA":
-        raise ValueError("ADALORA changes its rank while it trains, so no average fits. Use `LoraConfig`.")
+    if kind in _UNAVERAGED:
+        raise ValueError(f"{kind} {_UNAVERAGED[kind]}")
+    if getattr(config, "ensure_weight_tying", False) and _targets_embeddings(config):
+        raise ValueError(
+            "`ensure_weight_tying=True` puts the adapter of the embeddings on `lm_head` too, whose weight the loss multiplies by "
+            "directly. Leave it out, or train both whole with `modules_to_save`."
+        )
     if getattr(config, "bias", "none") not in ("none", None):
         raise ValueError(
             f"`bias={config.bias!r}` trains the base model's own biases, which a second adapter cannot have. Use "
@@ -506,20 +619,36 @@ def check_adapter(config, anchor: float) -> None:
         )
 
 
+def _targets_embeddings(config) -> bool:
+    targets = config.target_modules
+    return isinstance(targets, (list, set, tuple)) and any(
+        name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in targets
+    )
+
+
 def _teacher_config(student_config, anchor: float):
-    """A copy for the teacher: no dropout, neutral initialization, and the anchor as its scale."""
+    """A copy for the teacher: no dropout, no samples, and the anchor as its scale."""
     config = copy.deepcopy(student_config)
     config.inference_mode = True
     for f in fields(config) if is_dataclass(config) else ():
         if "dropout" in f.name and isinstance(getattr(config, f.name), (int, float)):
             setattr(config, f.name, 0.0)
-    if isinstance(config, LoraConfig):
-        # PiSSA, OLoRA and others would change the base's weights a second time.
-        config.init_lora_weights = True
-        if anchor > 0:
-            config.lora_alpha = config.lora_alpha * (1 - anchor)
-            config.alpha_pattern = {name: alpha * (1 - anchor) for name, alpha in config.alpha_pattern.items()}
+    if hasattr(config, "sample_at_inference"):  # PVeRA
+        config.sample_at_inference = False
+    if isinstance(config, LoraConfig) and anchor > 0:
+        config.lora_alpha = config.lora_alpha * (1 - anchor)
+        config.alpha_pattern = {name: alpha * (1 - anchor) for name, alpha in config.alpha_pattern.items()}
     return config
+
+
+@contextmanager
+def _base_kept(model):
+    """Within this context the model's parameters can be replaced (KaSA does so at each adapter) and are put back."""
+    before = [(parameter, parameter.data) for parameter in model.parameters() if not is_sharded(parameter)]
+    yield
+    for parameter, data in before:
+        if parameter.data_ptr() != data.data_ptr():
+            parameter.data = data
 
 
 def _adapter_changes_nothing(model: PeftModel, name: str) -> bool:
@@ -547,6 +676,26 @@ def _adapter_changes_nothing(model: PeftModel, name: str) -> bool:
             if any(t.any() for t in tensors):
                 return False
     return True
+
+
+def _tuner_layers(model) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _adapter_modules(model) -> list[torch.nn.Module]:
+    """
+    The layers of the adapters and what is in them, some of which sample in train mode (PVeRA, MonteCLoRA) or drop out; not the
+    layers of the base that they wrap.
+    """
+    found, todo = [], [(layer, True) for layer in _tuner_layers(model)]
+    while todo:
+        module, is_layer = todo.pop()
+        if type(module) not in _WITHOUT_MODE:
+            found.append(module)
+        for name, child in module.named_children():
+            if not isinstance(child, BaseTunerLayer) and not (is_layer and name == "base_layer"):
+                todo.append((child, False))
+    return found
 
 
 def _stochastic_modules(model: PeftModel) -> list[torch.nn.Module]:

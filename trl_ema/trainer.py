@@ -244,6 +244,11 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             return
         if self.state.global_step % args.ema_update_steps:
             return
+        if args.ema_decay is None and not self.state.max_steps:
+            raise ValueError(
+                "`update_teacher()` before `train()`: the half-life is a fraction of the run, whose number of steps is not known "
+                "yet. Set `ema_decay`, or leave the updates to `train()`."
+            )
         decay = self.schedule["ema_decay"]
         if args.ema_warmup:
             decay = warmed_up_decay(decay, self.teacher.num_updates)
