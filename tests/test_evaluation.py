@@ -485,7 +485,7 @@ def test_a_base_carries_one_adapter_after_another(tiny_folder, tmp_path):
         load_base(str(tiny_folder / "model"), dtype=torch.float32)[0], lora(init_lora_weights=False)
     )
     trained.save_pretrained(tmp_path / "adapter")
-    changed = with_adapter(model, str(tmp_path / "adapter"))
+    changed, _ = with_adapter(model, str(tmp_path / "adapter"))
     assert torch.equal(changed(ids).logits, trained.eval()(ids).logits) and not torch.equal(changed(ids).logits, before)
     assert torch.equal(changed.unload()(ids).logits, before)
 
