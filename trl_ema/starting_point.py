@@ -5,9 +5,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from peft import PeftConfig
 
 from .sharding import drop_stale_copy, is_sharded, local_shard, reshard, take_shard
 from .teacher import _adapter_changes_nothing, trained_names, without_adapter
+
+
+def keeps_base(config: PeftConfig) -> bool:
+    """Whether this kind of adapter leaves the base's weights as they were, so that without it the model is the base."""
+    return getattr(config, "init_lora_weights", True) in (True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
 class StartingPoint:
@@ -20,14 +26,17 @@ class StartingPoint:
 
     Args:
         model (`torch.nn.Module`): Before its training. Where ZeRO-3 or FSDP2 shards it, each rank keeps and swaps its own part.
+        is_base (`bool`, *optional*): Whether it is the model with its adapter switched off; found out by default.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, is_base: bool | None = None):
         self.model = model
-        self.is_base = is_peft_model(model) and all(
-            _adapter_changes_nothing(model, name) for name in model.active_adapters
-        )
+        if is_base is None:
+            is_base = is_peft_model(model) and all(
+                _adapter_changes_nothing(model, name) for name in model.active_adapters
+            )
+        self.is_base = is_base
         self._kept: dict[str, tuple[torch.Tensor, bool]] = {}
         if not self.is_base:
             self.keep()

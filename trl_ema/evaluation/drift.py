@@ -23,7 +23,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..forward import logit_transform
 from ..losses import IGNORE_INDEX, fused_linear_cross_entropy_kl
 from ..sharding import whole_weights
-from ..starting_point import StartingPoint
+from ..starting_point import StartingPoint, keeps_base
 from ..teacher import without_adapter
 from .models import evaluating
 
@@ -202,10 +202,9 @@ def _configs(model) -> list[PeftConfig]:
 def _check_off_is_before(model) -> None:
     """Raises `ValueError` if the adapter's initialization changed the base's weights, so that switching it off shows neither."""
     for config in _configs(model):
-        init = getattr(config, "init_lora_weights", True)
-        if init not in (True, False, "gaussian", "orthogonal", "eva"):
+        if not keeps_base(config):
             raise ValueError(
-                f"`init_lora_weights={init!r}` changes the base's weights, so with the adapter switched off the model is not what "
+                f"`init_lora_weights={getattr(config, 'init_lora_weights', None)!r}` changes the base's weights, so with the adapter switched off the model is not what "
                 "it was before its training. Give `reference`: `StartingPoint(model).activate`, made before the training, or "
                 "what `with_adapter` returns beside the model."
             )

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from ..data import hub_errors
-from ..starting_point import StartingPoint
+from ..starting_point import StartingPoint, keeps_base
 from ..teacher import TEACHER_NAME
 from ..workarounds import keep_4bit_layers_trainable
 
@@ -153,7 +154,8 @@ def with_adapter(
     with _fits(folder, base):
         # As `PeftModel.from_pretrained`, which leaves no moment between the adapter's initialization and its weights.
         model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)(base, config)
-    start = StartingPoint(model)
+    # An initialization that leaves the base alone may be a random one: then only the base can be told.
+    start = StartingPoint(model, is_base=keeps_base(config))
     if reference is not None:
         _check_same_adapter(config, reference, folder)
         with _fits(reference, base):
@@ -163,10 +165,22 @@ def with_adapter(
         found = model.load_adapter(
             folder, "default", is_trainable=True, key_mapping=getattr(base, "_checkpoint_conversion_mapping", {})
         )
-        strange = [*found.missing_keys, *found.unexpected_keys]
+        # PEFT also writes embeddings and heads under names of their own, which it does not read.
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
+        surplus = [name for name in found.unexpected_keys if prefix and prefix in name]
+        strange = [*_not_loaded(model, config, found.missing_keys), *surplus]
         if strange:
             raise RuntimeError(f"\nnot in both: {strange[0]}")
     return model.eval(), start
+
+
+def _not_loaded(model: PeftModel, config: PeftConfig, missing: list[str]) -> list[str]:
+    """Names that the adapter's file lacks; not those of a tensor that stands in it under another name."""
+    if config.is_prompt_learning:
+        return []
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(tensor) for name, tensor in tensors.items() if name not in missing}
+    return [name for name in missing if name not in tensors or id(tensors[name]) not in loaded]
 
 
 @contextmanager

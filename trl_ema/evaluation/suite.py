@@ -95,7 +95,8 @@ class HeldOutText:
     Rows for loss, drift and generations, made ready: what is wrong with them shows before anything is measured.
 
     Args:
-        domain, general (`Dataset`): Rows in any of TRL's formats; of `domain` the answers are generated too.
+        domain, general (`Dataset`): Rows in any of TRL's formats. A conversation of `domain` is measured by its last answer, and
+            the answers are generated too.
         settings (`SFTConfig`, *optional*): See [`tokenized_batches`].
 
     Raises:
@@ -105,14 +106,19 @@ class HeldOutText:
     def __init__(self, tokenizer, suite: Suite, domain: Dataset, general: Dataset, settings=None):
         self.tokenizer, self.suite = tokenizer, suite
         self.batch_size = suite.batch_size or 16
-        self.prompts, self.pairs = None, []
-        if suite.generation_tokens:
-            self.prompts = with_prompts(domain)
-            self.pairs = prompts_and_references(self.prompts, tokenizer)
+        try:
+            domain = with_prompts(domain)
+        except ValueError as error:
+            if suite.generation_tokens:
+                raise ValueError(
+                    f"{error} With `generation_tokens` 0 their loss and drift are measured, on every token that is trained."
+                ) from error
+        self.prompts = domain if suite.generation_tokens else None
         self.batches = {
             name: tokenized_batches(rows, tokenizer, suite.max_length, self.batch_size, settings)
             for name, rows in (("domain", domain), ("general", general))
         }
+        self.pairs = [] if self.prompts is None else prompts_and_references(self.prompts, tokenizer)
 
     def measure(self, model, folder: str, model_id: str, questions: str | None = None, reference=None) -> dict:
         """
