@@ -61,9 +61,11 @@ def tokenized_batches(
     try:
         examples = list(_tokenized(rows, tokenizer, max_length, settings).select_columns(["input_ids", "labels"]))
     except Exception as error:  # whatever a chat template or a tokenizer may raise
-        number, error = next(_failures(rows, tokenizer, max_length, settings), ("?", error))
+        number, cause = next(_failures(rows, tokenizer, max_length, settings), (None, error))
+        which = "The rows" if number is None else f"Row {number}"
+        shown = "" if number is None else f": {str(rows[number])[:200]}"
         raise ValueError(
-            f"Row {number} cannot be tokenized ({type(error).__name__}: {error}): {str(rows[number])[:200]}. Mend it, or drop it."
+            f"{which} cannot be tokenized ({type(cause).__name__}: {cause}){shown}. Mend it, or drop it."
         ) from error
     if not examples:
         raise ValueError(_no_label(len(rows)))
@@ -90,7 +92,7 @@ def _tokenized(rows: Dataset, tokenizer, max_length: int | None, settings: SFTCo
     return trainer._prepare_dataset(rows, tokenizer, args, packing=False, formatting_func=None, dataset_name="held-out")
 
 
-def _failures(rows: Dataset, *args) -> Iterator[tuple[Any, Exception]]:
+def _failures(rows: Dataset, *args) -> Iterator[tuple[int, Exception]]:
     for i in range(len(rows)):
         try:
             _tokenized(rows.select([i]), *args)
