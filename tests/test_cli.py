@@ -16,7 +16,7 @@ from peft import get_peft_model
 from trl_ema.cli import main
 from trl_ema.evaluation import tasks
 from trl_ema.evaluation.models import load_base
-from trl_ema.files import read_json, read_jsonl
+from trl_ema.files import read_json, read_jsonl, write_jsonl
 
 
 def trl_ema(*arguments, check=True, cwd=None):
@@ -141,12 +141,71 @@ def test_evaluate_compares_with_an_earlier_evaluation(adapter, tiny_folder, tmp_
     assert other.returncode == 1 and "are answers to different questions (12 and 11" in other.stderr
 
 
+def test_evaluate_measures_an_adapter_with_tokens_of_its_own_on_tool_calls(tiny_folder, tmp_path, monkeypatch):
+    model, tokenizer = load_base(str(tiny_folder / "model"), dtype=torch.float32)
+    tokenizer.add_tokens([f"<new {i}>" for i in range(len(model.get_input_embeddings().weight) - len(tokenizer) + 2)])
+    added = len(tokenizer) - 1
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}"
+        "{{ c['function'] | tojson }}{% endfor %}<new 0> {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    model.resize_token_embeddings(len(tokenizer))
+    peft = get_peft_model(model, lora(init_lora_weights=False, trainable_token_indices={"embed_tokens": [added]}))
+    peft.save_pretrained(tmp_path / "adapter")
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "dose", "arguments": {"of": "drug"}}}],
+    }
+    rows = [{"messages": [{"role": "user", "content": f"the drug {i}"}, call]} for i in range(3)]
+    write_jsonl(tmp_path / "calls.jsonl", rows)
+    arguments = [
+        "--model",
+        tmp_path / "adapter",
+        "--limit",
+        2,
+        "--dataset_name",
+        tmp_path / "calls.jsonl",
+        "--generation_tokens",
+        3,
+    ]
+    monkeypatch.setattr("trl_ema.evaluation.suite.generation_metrics", lambda answers, references: {"n": 3})
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    done = evaluate(*arguments, "--output_dir", tmp_path / "out")
+    text = read_json(tmp_path / "out" / "text.json")
+    assert text["domain"]["tokens"] > 3 and text["domain"]["kl_base_model"] > 0
+    references = {row["reference"] for row in read_jsonl(tmp_path / "out" / "generations.jsonl")}
+    assert len(references) == 1 and '{"name": "dose", "arguments": {"of": "drug"}}' in references.pop()
+    assert f"The base of the drift is {tiny_folder / 'model'}" in done.stdout
+
+
+def test_evaluate_measures_from_the_adapter_that_a_training_went_on_from(adapter, tiny_folder, tmp_path):
+    rows_file = tiny_folder / "data.jsonl"
+    options = ["--limit", 2, "--dataset_name", rows_file, "--dataset_samples", 3, "--generation_tokens", 0]
+    found = []
+    for name, more in (("base", []), ("same", ["--reference_adapter", adapter])):
+        evaluate("--model", adapter, *options, *more, "--output_dir", tmp_path / name)
+        found.append(read_json(tmp_path / name / "text.json"))
+    assert found[0]["domain"]["kl_base_model"] > 1e-3 and found[1]["domain"]["kl_base_model"] < 1e-6
+    assert found[0]["domain"]["loss"] == found[1]["domain"]["loss"] and found[0]["key"] != found[1]["key"]
+
+
+def test_evaluate_refuses_a_blank_cell_before_it_loads_a_model(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_ema.evaluation.models.load_base", lambda *_, **__: pytest.fail("loaded a model"))
+    (tmp_path / "rows.csv").write_text("prompt,completion\nthe drug,the skin\nthe fever,\n")
+    done = evaluate(
+        "--model", tiny_folder / "model", "--dataset_name", tmp_path / "rows.csv", "--output_dir", tmp_path / "out", check=False
+    )  # fmt: skip
+    assert done.returncode == 1 and "cannot be tokenized" in done.stderr and "'the fever'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--against", "nowhere"], "`against='nowhere'` has no answers to 'arc_easy' (arc_easy.jsonl)"),
         (["--output_dir", "/proc/none"], "Cannot write to `output_dir='/proc/none'`"),
         (["--base", "some/base"], "`base='some/base'` is for an adapter"),
+        (["--reference_adapter", "out"], "`reference_adapter='out'` is for an adapter"),
         (["--metric", "f1"], "`metric` must be one of"),
         (["--dtype", "float23"], "invalid choice: 'float23'"),
         (["--limit", "2.5"], "`limit` must be a number of questions, or a share of them below 1, got 2.5"),

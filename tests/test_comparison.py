@@ -8,13 +8,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from conftest import lora
+from peft import get_peft_model
 
 from trl_ema import MeanTeacherConfig
-from trl_ema.comparison import DEFAULT_CONFIG, Comparison, load_comparison, run_comparison
+from trl_ema.comparison import DEFAULT_CONFIG, Comparison, _Evaluator, load_comparison, run_comparison
+from trl_ema.evaluation.models import load_base
 from trl_ema.evaluation.tasks import check_tasks, mmlu_subjects, task_manager
 from trl_ema.report import _CAPTIONS, _COLORS, _curve_grid, _subject_bars, _task_bars, _tradeoff, write_report
 from trl_ema.summary import CURVES, summarize_comparison
+from trl_ema.training import parse
 
 
 PLAN = {
@@ -589,6 +594,33 @@ def test_conversations_are_measured_by_their_last_answer(tiny_folder, tmp_path):
     run_comparison(load_comparison(str(tmp_path / "plan.yaml"), str(tmp_path / "out")))
     text = json.loads((tmp_path / "out" / "sft" / "seed_0" / "evaluation" / "student" / "text.json").read_text())
     assert text["domain"]["kl_base_model"] > 0 and len(text["domain"]["rows"]) == 4
+
+
+def test_an_adapter_that_changes_the_base_leaves_a_whole_one_to_the_next(tiny_folder, tmp_path):
+    folder = str(tiny_folder / "model")
+    for name, init in (("pissa", "pissa"), ("lora", False)):
+        model = get_peft_model(load_base(folder, dtype=torch.float32)[0], lora(init_lora_weights=init))
+        model.save_pretrained(tmp_path / name)
+    evaluation = {"domain_samples": 4, "generation_tokens": 0}
+    training = json.loads(json.dumps(PLAN["training"])) | {
+        "model_name_or_path": folder, "dataset_name": str(tiny_folder / "data.jsonl"), "load_in_4bit": False,
+    }  # fmt: skip
+    plan = load_comparison(write_plan(tiny_folder, training=training, evaluation=evaluation), str(tmp_path / "out"))
+    evaluator = _Evaluator(plan, parse(_arguments(plan.training)), None)
+
+    def measured(name, adapter):
+        evaluator.adapter(str(tmp_path / adapter), str(tmp_path / name))
+        return json.loads((tmp_path / name / "text.json").read_text())["domain"]
+
+    first = measured("first", "lora")
+    assert measured("between", "pissa")["kl_base_model"] < 1e-5
+    assert measured("second", "lora") == first
+    with pytest.raises(ValueError, match="cannot be scaled to 0.5"):
+        evaluator.adapter(str(tmp_path / "pissa"), str(tmp_path / "scaled"), 0.5)
+
+
+def _arguments(options):
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))] + ["--output_dir", "out"]
 
 
 def test_rows_without_a_prompt_are_refused_before_the_base_is_evaluated(tiny_folder, tmp_path):

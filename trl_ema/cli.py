@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from . import __version__
 from .noise import hide_noise
@@ -44,6 +45,17 @@ class EvaluationArguments:
     )
     base: str | None = field(
         default=None, metadata={"help": "Base model of an adapter; default: the one named in its configuration."}
+    )
+    model_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of a base from the hub; default: an adapter's own, or `main`."},
+    )
+    reference_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the adapter that the training of `model` went on from: drift is then from the base with it. By "
+            "default drift is from the base."
+        },
     )
     tasks: list[str] = field(
         default_factory=lambda: ["mmlu_general", "hellaswag", "arc_easy"],
@@ -103,7 +115,16 @@ def evaluate(arguments: list[str]) -> None:
     """`trl-ema evaluate`: run tasks on one model and print their scores."""
     from trl import TrlParser
 
-    from .evaluation.models import adapter_base, fingerprint, is_adapter, load_base, with_adapter
+    from .evaluation.models import (
+        adapter_base,
+        adapter_revision,
+        check_reference,
+        fingerprint,
+        is_adapter,
+        load_base,
+        load_tokenizer,
+        with_adapter,
+    )
     from .evaluation.runner import TaskSettings, check_settings, evaluate_tasks
     from .evaluation.tasks import check_tasks, is_offline, task_manager
     from .files import check_output_dir
@@ -115,9 +136,14 @@ def evaluate(arguments: list[str]) -> None:
     settings = TaskSettings(args.num_fewshot, limit, args.sample, args.apply_chat_template, args.seed, args.metric)
     name = args.model or demo_model()
     adapter = name if is_adapter(name) else None
-    if adapter is None and args.base is not None:
-        raise ValueError(f"`base={args.base!r}` is for an adapter, and {name!r} is none. Leave it out.")
+    for option in ("base", "reference_adapter"):
+        if adapter is None and getattr(args, option) is not None:
+            raise ValueError(
+                f"`{option}={getattr(args, option)!r}` is for an adapter, and {name!r} is none. Leave it out."
+            )
     base = adapter_base(name, args.base) if adapter else name
+    revision = args.model_revision or adapter_revision(adapter) or "main"
+    check_reference(args.reference_adapter, adapter, base)
     folder = args.output_dir or os.path.join("runs", "evaluation", re.sub(r"[^\w.-]+", "-", name).strip("-."))
     check_output_dir(folder)
     manager = task_manager(args.offline)
@@ -129,18 +155,30 @@ def evaluate(arguments: list[str]) -> None:
                 f"`against={args.against!r}` has no answers to {task!r} ({task}.jsonl). Evaluate the model to compare with on it "
                 "first, or leave the task out."
             )
-    rows = _rows(args) if args.dataset_name else None
-    about = {"model": name, "base": base, "load_in_4bit": args.load_in_4bit, "dtype": args.dtype}
-    base_model, tokenizer = load_base(base, **_precision(args))
-    model = with_adapter(base_model, adapter) if adapter else base_model
-    model_id = fingerprint(base, adapter, offline=is_offline(manager), load_in_4bit=args.load_in_4bit, dtype=args.dtype)
+    tokenizer = load_tokenizer(base, adapter, revision)
+    text = _held_out_text(args, tokenizer, adapter) if args.dataset_name else None
+    about = {
+        "model": name, "base": base, "revision": revision, "reference_adapter": args.reference_adapter,
+        "load_in_4bit": args.load_in_4bit, "dtype": args.dtype,
+    }  # fmt: skip
+    base_model, _ = load_base(base, revision, **_precision(args))
+    commit = getattr(base_model.config, "_commit_hash", None)
+    model: Any = base_model
+    start = None
+    if adapter is not None:
+        model, start = with_adapter(base_model, adapter, tokenizer, args.reference_adapter)
+    known_by = {"offline": is_offline(manager), "load_in_4bit": args.load_in_4bit, "dtype": args.dtype}
+    model_id = fingerprint(base, adapter, revision=commit or revision, **known_by)
     results = evaluate_tasks(
         model, tokenizer, args.tasks, folder, model_id=model_id, manager=manager, settings=settings,
         batch_size=args.batch_size, about=about,
     )  # fmt: skip
     print_scores(results, folder)
-    if rows is not None:
-        _print_text(model, tokenizer, rows, args, folder, model_id)
+    if text is not None:
+        if args.reference_adapter is not None:
+            model_id += f" from {fingerprint(base, args.reference_adapter)}"
+        found = text.measure(model, folder, model_id, reference=start and start.activate)
+        _print_text(found, None if adapter is None else args.reference_adapter or base)
     if args.against is not None:
         print_changes(args.against, folder, results)
     print(f"\nResults and answers are in {folder}.")
@@ -166,32 +204,49 @@ def _precision(args: EvaluationArguments) -> dict:
     return options
 
 
-def _rows(args: EvaluationArguments):
-    from . import data
-
-    rows = data.to_prompt_completion(data.load_rows(str(args.dataset_name), split=args.dataset_split))
-    rows = data.with_prompts(rows)
-    return rows.shuffle(seed=args.seed).select(range(min(args.dataset_samples, len(rows))))
-
-
-def _print_text(model, tokenizer, rows, args: EvaluationArguments, folder: str, model_id: str) -> None:
+def _held_out_text(args: EvaluationArguments, tokenizer, adapter: str | None):
+    """The rows of `dataset_name` and the general ones, with what is needed to measure them."""
     from datasets import Dataset
+    from peft import PeftConfig
 
     from . import data
-    from .evaluation.drift import general_rows
-    from .evaluation.suite import Suite, evaluate_model
-    from .files import read_json
+    from .evaluation.drift import check_measurable, general_rows
+    from .evaluation.generation import PACKAGES
+    from .evaluation.suite import HeldOutText, Suite
+    from .extras import require
 
+    if adapter is not None:
+        check_measurable(PeftConfig.from_pretrained(adapter))
+    if args.generation_tokens:
+        require("eval", *PACKAGES)
+    rows = data.to_prompt_completion(data.load_rows(str(args.dataset_name), split=args.dataset_split))
+    rows = rows.shuffle(seed=args.seed).select(range(min(args.dataset_samples, len(rows))))
     general = Dataset.from_list(general_rows())
     if tokenizer.chat_template:
         general = data.as_conversation(general)
-        rows = data.as_conversation(rows) if isinstance(rows[0]["prompt"], str) else rows
+        # A blank cell stays what it is, and is refused.
+        if {"prompt", "completion"} <= set(rows.column_names) and all(
+            isinstance(row[name], str) for row in rows for name in ("prompt", "completion")
+        ):
+            rows = data.as_conversation(rows)
     suite = Suite(generation_tokens=args.generation_tokens, domain_samples=len(rows), batch_size=args.batch_size)
-    evaluate_model(model, tokenizer, suite, folder, model_id=model_id, manager=None, domain=rows, general=general)
-    text = read_json(os.path.join(folder, "text.json"))
+    return HeldOutText(tokenizer, suite, domain=rows, general=general)
+
+
+def _print_text(text: dict, before: str | None) -> None:
+    """
+    Loss, drift and the generations' figures.
+
+    Args:
+        before (`str`, *optional*): What drift is from; a model without an adapter has none to show.
+    """
     print(f"\n{'nats per token':24}{'your rows':>12}{'general':>12}")
-    for name in ("loss", "kl_base_model", "kl_model_base"):
+    for name in ("loss",) if before is None else ("loss", "kl_base_model", "kl_model_base"):
         print(f"{name:24}{text['domain'][name]:12.4f}{text['general'][name]:12.4f}")
+    if before is not None:
+        print(
+            f"(The base of the drift is {before}; of a training that went on from an adapter give it as `--reference_adapter`.)"
+        )
     for name, value in text.get("generation", {}).items():
         print(f"{name:24}{value:12.4f}")
 

@@ -16,13 +16,15 @@ import torch
 import yaml
 from datasets import Dataset
 from peft.helpers import rescale_adapter_scale
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from . import data
 from .evaluation.drift import general_rows
 from .evaluation.generation import PACKAGES as GENERATION_PACKAGES
-from .evaluation.models import fingerprint, is_adapter, load_base, with_adapter
+from .evaluation.models import fingerprint, is_adapter, load_base, vocabulary, with_adapter
+from .evaluation.models import load_tokenizer as load_adapter_tokenizer
 from .evaluation.runner import check_settings
-from .evaluation.suite import Suite, evaluate_model
+from .evaluation.suite import HeldOutText, Suite, evaluate_model
 from .evaluation.tasks import check_tasks, is_offline, task_manager
 from .extras import require
 from .files import read_json, write_json, write_text
@@ -368,15 +370,16 @@ class _Evaluator:
             device_map={"": training_args.device},
         )
         _, held_out = load_data(args, self.tokenizer, training_args.dataset_text_field)
-        self.domain = data.with_prompts(held_out)
         general = Dataset.from_list(general_rows())
-        self.general = data.as_conversation(general) if self.tokenizer.chat_template else general
+        general = data.as_conversation(general) if self.tokenizer.chat_template else general
+        self.rows = dict(domain=held_out, general=general, settings=training_args)
+        HeldOutText(self.tokenizer, comparison.suite, **self.rows)  # refuses what cannot be measured
         self._model: Any = None
 
     @property
     def model(self):
         if self._model is None:
-            self._model, self.tokenizer = load_base(self.name, **self.options)
+            self._model, _ = load_base(self.name, **self.options)
         return self._model
 
     def release(self) -> None:
@@ -385,30 +388,46 @@ class _Evaluator:
             self._model = None
             torch.cuda.empty_cache()
 
-    def _measure(self, model, folder: str, adapter: str | None = None, scale: float = 1.0) -> None:
+    def _measure(
+        self, model, tokenizer, folder: str, adapter: str | None = None, scale: float = 1.0, start=None
+    ) -> None:
         logger.info("Evaluating %s", folder)
-        settings = {key: repr(value) for key, value in self.options.items() if key != "device_map"} | {"scale": scale}
+        settings: dict[str, Any] = {key: repr(value) for key, value in self.options.items() if key != "device_map"} | {
+            "scale": scale
+        }
+        settings["commit"] = getattr(model.config, "_commit_hash", None)
         if self.manager is not None:
             settings["offline"] = is_offline(self.manager)
         evaluate_model(
             model,
-            self.tokenizer,
+            tokenizer,
             self.comparison.suite,
             folder,
             model_id=fingerprint(self.name, adapter, **settings),
             manager=self.manager,
-            domain=self.domain,
-            general=self.general,
+            reference=None if start is None else start.activate,
+            **self.rows,
         )
 
     def base(self) -> None:
-        self._measure(self.model, os.path.join(self.comparison.output_dir, BASE))
+        self._measure(self.model, self.tokenizer, os.path.join(self.comparison.output_dir, BASE))
 
     def adapter(self, adapter: str, folder: str, scale: float = 1.0) -> None:
         """The base with an adapter, scaled."""
-        model = with_adapter(self.model, adapter)
-        try:
-            with rescale_adapter_scale(model, scale) if scale != 1.0 else nullcontext():
-                self._measure(model, folder, adapter, scale)
-        finally:
+        tokenizer = load_adapter_tokenizer(
+            self.name, adapter, self.options["revision"], self.options["trust_remote_code"]
+        )
+        base, self._model = self.model, None
+        tokens = vocabulary(base)
+        model, start = with_adapter(base, adapter, tokenizer)
+        if scale != 1.0 and not start.is_base:
+            raise ValueError(
+                f"The adapter in {adapter} cannot be scaled to {scale:g}: without it the model is not what it was before its "
+                "training. Leave its scales out, or train a plain LoRA."
+            )
+        with rescale_adapter_scale(model, scale) if scale != 1.0 else nullcontext():
+            self._measure(model, tokenizer, folder, adapter, scale, start)
+        # One that took from the base's weights, or put modules of its own in their place, leaves no base for the next.
+        own = any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+        if start.is_base and not own and vocabulary(base) == tokens:
             self._model = model.unload()

@@ -339,9 +339,8 @@ def with_prompts(dataset: Dataset) -> Dataset:
             f"Held-out rows with columns {sorted(columns)} have no prompt and answer to measure by. Expected `prompt` and "
             "`completion`, or `messages` that end with the assistant's."
         )
-    return dataset.map(
-        lambda row: {"prompt": row[key][:-1], "completion": row[key][-1:]}, remove_columns=dataset.column_names
-    )
+    unused = [name for name in dataset.column_names if name not in ("tools", "chat_template_kwargs")]
+    return dataset.map(lambda row: {"prompt": row[key][:-1], "completion": row[key][-1:]}, remove_columns=unused)
 
 
 # Types that hold rows but are no data set, and what makes one of them.

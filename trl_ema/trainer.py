@@ -27,7 +27,9 @@ from .forward import add_mean_teacher_forward, check_head, divergence_mask, sequ
 from .losses import IGNORE_INDEX
 from .schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
 from .sharding import is_sharded, local_shard, whole_shape
+from .starting_point import StartingPoint
 from .teacher import NO_ADAPTER, MeanTeacher, check_adapter, student_name
+from .workarounds import keep_4bit_layers_trainable
 
 
 # Rows of a stream that are read, at most, in search of a label.
@@ -94,8 +96,10 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             peft_config, formatting_func,
         )  # fmt: skip
         _check_labels(self.train_dataset)
-        _keep_4bit_layers_trainable(self.model)
+        keep_4bit_layers_trainable(self.model)
         _keep_float32_adapter(self.model, args)
+        # What drift is measured from; of a full fine-tune it would be a copy of the whole model.
+        self.starting_point = StartingPoint(self.model) if is_peft_model(self.model) else None
         self.teacher = None
         if args.teacher == "none":  # for the model card
             self._name, self._paper = SFTTrainer._name, SFTTrainer._paper
@@ -335,17 +339,6 @@ class _MeanTeacherCallback(TrainerCallback):
             "num_tokens": self.trainer._total_train_tokens,
             "schedule": self.trainer.schedule if teacher is not None else None,
         }
-
-
-def _keep_4bit_layers_trainable(model) -> None:
-    """
-    bitsandbytes repacks 4-bit weights in an eval-mode forward on CPUs with AVX512-BF16, for a product that has no
-    backward: gradients after an evaluation would silently be wrong.
-    """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.state_dict()  # unpacks, in place
-            module.support_avx512bf16_for_cpu = False
 
 
 def _keep_float32_adapter(model, args) -> None:

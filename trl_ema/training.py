@@ -17,14 +17,12 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from . import data, offline
 from .checkpoints import last_checkpoint
 from .config import MeanTeacherConfig, plain_bool
-from .evaluation.drift import DriftCallback, general_rows, measure_drift, trainer_batches
-from .evaluation.generation import generate_answers
-from .evaluation.suite import text_of
+from .evaluation.drift import DriftCallback, general_rows, measure_drift, starting_point, trainer_batches
+from .evaluation.generation import generate_answers, prompts_and_references
 from .files import check_output_dir, write_json
 from .model_card import write_model_card
 from .noise import hide_noise
 from .provenance import provenance
-from .teacher import without_adapter
 from .trainer import EMARegularizedSFTTrainer
 
 
@@ -166,25 +164,31 @@ def quantization(model_args: ModelConfig, training_args: MeanTeacherConfig) -> B
 
 
 class Measurement:
-    """Everything that is measured before and after: loss and drift on both sets, and sample generations."""
+    """
+    Everything that is measured before and after: loss and drift on both sets, and sample generations.
+
+    Drift is from the model as it was when the trainer was made.
+    """
 
     def __init__(self, trainer: EMARegularizedSFTTrainer, samples: Dataset, tokens: int):
         self.trainer, self.samples, self.tokens = trainer, samples, tokens
+        self.start = starting_point(trainer)
+        self.pairs = prompts_and_references(samples, trainer.processing_class)
         self.batches = {name: trainer_batches(trainer, rows) for name, rows in trainer.eval_dataset.items()}
 
     def __call__(self, who: str, adapter=nullcontext) -> dict:
         result = {}
         for name, batches in self.batches.items():
             result[name] = measure_drift(
-                self.trainer.model, batches, adapter, f"{who}, {name} text", self.trainer.wrapper
+                self.trainer.model, batches, adapter, f"{who}, {name} text", self.trainer.wrapper, self.start.activate
             )
         return result
 
     def models(self) -> tuple[dict, dict[str, list[str]]]:
         """Figures, and answers, of the model `before`, the `student` and its `teacher`."""
-        model, teacher = self.trainer.model, self.trainer.teacher
-        # The adapter was fresh: without it the model is what it was. And only now is a sharded one ready to compute.
-        adapters = {"before": lambda: without_adapter(model), "student": nullcontext}
+        teacher = self.trainer.teacher
+        # The model as it was is measured afterwards too: only now is a sharded one ready to compute.
+        adapters = {"before": self.start.activate, "student": nullcontext}
         if teacher is not None and not teacher.is_base:
             adapters["teacher"] = teacher.activate
         figures, answers = {}, {}
@@ -193,9 +197,7 @@ class Measurement:
             with adapter():
                 answers[who] = self.generate()
         figures["generations"] = [
-            {"prompt": text_of(row["prompt"]), "reference": text_of(row["completion"])}
-            | {who: texts[i] for who, texts in answers.items()}
-            for i, row in enumerate(self.samples)
+            pair | {who: texts[i] for who, texts in answers.items()} for i, pair in enumerate(self.pairs)
         ]
         return figures, answers
 

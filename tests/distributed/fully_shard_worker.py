@@ -20,8 +20,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from trl.trainer.utils import add_fused_lm_head
 
+from trl_ema.evaluation.drift import measure_drift
 from trl_ema.forward import add_mean_teacher_forward
-from trl_ema.sharding import local_shard
+from trl_ema.sharding import local_shard, reshard
+from trl_ema.starting_point import StartingPoint
 from trl_ema.teacher import MeanTeacher
 
 
@@ -33,13 +35,14 @@ def build(dtype, sharded):
     add_fused_lm_head(base)
     model = get_peft_model(base, lora(modules_to_save=["lm_head"])).to(dtype)
     teacher = MeanTeacher(model)
+    start = StartingPoint(model, is_base=False)
     add_mean_teacher_forward(base, teacher, kl_tokens="loss")
     if sharded:
         for layer in base.model.layers:
             fully_shard(layer)
         fully_shard(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    return model, teacher, optimizer
+    return model, teacher, optimizer, start
 
 
 def batch(step):
@@ -66,8 +69,8 @@ def main(folder: str, dtype: torch.dtype) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
-    model, teacher, optimizer = build(dtype, sharded=True)
-    plain, plain_teacher, plain_optimizer = build(dtype, sharded=False)
+    model, teacher, optimizer, start = build(dtype, sharded=True)
+    plain, plain_teacher, plain_optimizer, plain_start = build(dtype, sharded=False)
     for number in range(STEPS):
         inputs = batch(number)
         items = (inputs["labels"][:, 1:] != -100).sum()
@@ -87,6 +90,17 @@ def main(folder: str, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         torch.testing.assert_close(whole(parameter), theirs[name], **tolerance)
+    # The model before is put back in shards, and taken out again.
+    reshard(model)
+    kept = [local_shard(p).clone() for p in model.parameters()]
+    found = measure_drift(model, [batch(0)], wrapper=model, reference=start.activate)
+    expected = measure_drift(plain, [batch(0)], reference=plain_start.activate)
+    off = measure_drift(plain, [batch(0)])
+    reshard(model)
+    assert all(torch.equal(local_shard(p), before) for p, before in zip(model.parameters(), kept, strict=True))
+    torch.testing.assert_close(found["kl_base_model"], expected["kl_base_model"], rtol=5e-2, atol=1e-3)
+    torch.testing.assert_close(expected["kl_base_model"], off["kl_base_model"], rtol=5e-2, atol=1e-3)
+    assert found["kl_base_model"] > 1e-3
     # Each rank keeps its half, in float32.
     mine = sum(shard.numel() for shard in teacher._average_shards())
     assert all(shard.dtype == torch.float32 for shard in teacher._average_shards())
@@ -97,7 +111,7 @@ def main(folder: str, dtype: torch.dtype) -> None:
     teacher.save(folder, writes=rank == 0)
     dist.barrier()
     for sharded in (True, False):
-        other_model, other, _ = build(dtype, sharded)
+        other_model, other, *_ = build(dtype, sharded)
         other.load(folder)
         for ours, saved in zip(other._average_shards(), teacher._average_shards(), strict=True):
             assert not sharded or torch.equal(ours, saved)

@@ -23,7 +23,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer
-from trl_ema.sharding import any_sharded, gather_whole, local_shard, whole_shape
+from trl_ema.evaluation.drift import measure_drift, trainer_batches
+from trl_ema.sharding import any_sharded, gather_whole, local_shard, reshard, whole_shape
 
 
 DECAY, KL_WEIGHT = 0.7, 0.8
@@ -101,12 +102,13 @@ def masked_rows(tokenizer):
 def run(trainer_class, folder, case, **more):
     options = dict(per_device_train_batch_size=2, ema_decay=DECAY, ema_warmup=False, kl_weight=KL_WEIGHT) | case | more
     data, tokenizer = options.pop("data", 16), make_tokenizer()
+    adapter = options.pop("peft_config", None) or lora()
     trainer = trainer_class(
         tiny_model(),
         args=config(folder, **options),
         train_dataset=masked_rows(tokenizer) if data == "masked" else rows(data),
         processing_class=tokenizer,
-        peft_config=lora(),
+        peft_config=adapter,
     )
     trainer.train()
     return trainer
@@ -156,6 +158,21 @@ def check_update(trainer):
         torch.testing.assert_close(new, torch.lerp(old, student, 0.5))
 
 
+def drift_from_a_start_that_is_not_the_base(folder, **more):
+    """The start is put back for the measurement, each rank's part of it, and taken out again."""
+    trainer = run(EMARegularizedSFTTrainer, folder, {"peft_config": lora(init_lora_weights=False)}, **more)
+    start, trained = trainer.starting_point, [p for p in trainer.model.parameters() if p.requires_grad]
+    reshard(trainer.model)
+    before = [local_shard(p).clone() for p in trained]
+    batches = trainer_batches(trainer, trainer.train_dataset.select(range(4)))
+    found = measure_drift(trainer.model, batches, wrapper=trainer.wrapper, reference=start.activate)
+    none = measure_drift(trainer.model, batches, start.activate, wrapper=trainer.wrapper, reference=start.activate)
+    reshard(trainer.model)
+    assert all(torch.equal(local_shard(p), kept) for p, kept in zip(trained, before, strict=True))
+    assert abs(none["kl_base_model"]) < 1e-6 < 1e-3 < found["kl_base_model"]
+    return torch.tensor(found["kl_base_model"])
+
+
 def main(folder: str, mode: str) -> None:
     saved = Path(folder, "expected.pt")  # by the run under DDP, for the others
     made = {} if mode == "ddp" else torch.load(saved)
@@ -169,6 +186,9 @@ def main(folder: str, mode: str) -> None:
         check(name, ours, made[name])
         check_update(ours)
         print(f"<{name}> done", flush=True)
+    unset_hf_deepspeed_config()
+    drift = drift_from_a_start_that_is_not_the_base(folder, use_cpu=mode == "ddp", ddp_backend="gloo")
+    torch.testing.assert_close(drift, made.setdefault("drift", drift), rtol=2e-2, atol=1e-4)
     if mode == "ddp" and torch.distributed.get_rank() == 0:
         torch.save(made, saved)
     torch.distributed.barrier()

@@ -3,22 +3,29 @@
 import importlib.resources
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..forward import logit_transform
 from ..losses import IGNORE_INDEX, fused_linear_cross_entropy_kl
 from ..sharding import whole_weights
+from ..starting_point import StartingPoint, keeps_base
 from ..teacher import without_adapter
+from .models import evaluating
 
 
 def general_rows() -> list[dict[str, str]]:
@@ -27,31 +34,70 @@ def general_rows() -> list[dict[str, str]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def tokenized_batches(rows: Dataset, tokenizer, max_length: int | None = None, batch_size: int = 16) -> list[dict]:
+def tokenized_batches(
+    rows: Dataset,
+    tokenizer,
+    max_length: int | None = None,
+    batch_size: int = 16,
+    settings: SFTConfig | None = None,
+) -> list[dict]:
     """
-    Batches of prompt/completion rows with the labels on the completion, tokenized as `SFTTrainer` does.
+    Batches of rows in any of TRL's formats, with the labels that `SFTTrainer` gives them: its own tokenization, without a model.
 
     Rows of about one length share a batch, so little is padding.
+
+    Args:
+        max_length (`int`, *optional*): Tokens per row at most. As in training, rows without a label within them are left out.
+        settings (`SFTConfig`, *optional*): Those of the training, such as `completion_only_loss`; TRL's defaults otherwise.
+
+    Raises:
+        ValueError: A row cannot be tokenized, has images, or no row has a label.
     """
-
-    def token_ids(messages, **options):
-        ids = tokenizer.apply_chat_template(messages, tokenize=True, **options)
-        return ids["input_ids"] if not isinstance(ids, list) else ids
-
-    examples = []
-    for row in rows:
-        if isinstance(row["prompt"], str):
-            prompt = tokenizer(row["prompt"])["input_ids"]
-            whole = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
-        else:
-            prompt = token_ids(row["prompt"], add_generation_prompt=True)
-            whole = token_ids(row["prompt"] + row["completion"])
-        labels = [IGNORE_INDEX] * len(prompt) + whole[len(prompt) :]
-        examples.append({"input_ids": whole[:max_length], "labels": labels[:max_length]})
+    images = {"image", "images"} & set(rows.column_names)
+    if images:
+        raise ValueError(
+            f"The rows have a column {images.pop()!r}; loss and drift are measured on text alone. Leave it out."
+        )
+    try:
+        examples = list(_tokenized(rows, tokenizer, max_length, settings).select_columns(["input_ids", "labels"]))
+    except Exception as error:  # whatever a chat template or a tokenizer may raise
+        number, cause = next(_failures(rows, tokenizer, max_length, settings), (None, error))
+        which = "The rows" if number is None else f"Row {number}"
+        shown = "" if number is None else f": {str(rows[number])[:200]}"
+        raise ValueError(
+            f"{which} cannot be tokenized ({type(cause).__name__}: {cause}){shown}. Mend it, or drop it."
+        ) from error
+    if not examples:
+        raise ValueError(_no_label(len(rows)))
     examples.sort(key=lambda example: len(example["input_ids"]))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     collate = DataCollatorForLanguageModeling(pad)
     return [collate(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
+
+
+def _tokenized(rows: Dataset, tokenizer, max_length: int | None, settings: SFTConfig | None) -> Dataset:
+    defaults = {f.name: f.default for f in fields(SFTConfig)}
+    options = defaults if settings is None else {name: getattr(settings, name) for name in defaults}
+    args: Any = SimpleNamespace(
+        **options | {"max_length": max_length, "shuffle_dataset": False, "dataset_num_proc": None}
+    )
+    # What its constructor makes of the settings.
+    trainer: Any = SFTTrainer.__new__(SFTTrainer)
+    trainer._tokenizer, trainer.chat_template = tokenizer, None
+    if args.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
+        trainer.chat_template = get_training_chat_template(tokenizer)
+    trainer.completion_only_loss = args.completion_only_loss
+    if args.completion_only_loss is None:
+        trainer.completion_only_loss = {"prompt", "completion"} <= set(rows.column_names)
+    return trainer._prepare_dataset(rows, tokenizer, args, packing=False, formatting_func=None, dataset_name="held-out")
+
+
+def _failures(rows: Dataset, *args) -> Iterator[tuple[int, Exception]]:
+    for i in range(len(rows)):
+        try:
+            _tokenized(rows.select([i]), *args)
+        except Exception as error:
+            yield i, error
 
 
 def measure_drift(model: PeftModel, batches: Iterable[dict], *args, **kwargs) -> dict[str, float]:
@@ -71,16 +117,20 @@ def mean_drift(rows: torch.Tensor) -> dict[str, float]:
     """What [`measure_drift`] returns, from the sums of [`drift_of_rows`]."""
     loss, forward, reverse, tokens = rows.sum(0).tolist()
     if not tokens:
-        raise ValueError(
-            f"No token of the {len(rows)} rows carries a label, so there is no loss and no drift. Raise `max_length`, or give "
-            "rows with a completion."
-        )
+        raise ValueError(_no_label(len(rows)))
     return {
         "loss": loss / tokens,
         "kl_base_model": forward / tokens,
         "kl_model_base": reverse / tokens,
         "tokens": int(tokens),
     }
+
+
+def _no_label(number: int) -> str:
+    return (
+        f"No token of the {number} rows carries a label, so there is no loss and no drift. Raise `max_length`, or give rows "
+        "with a completion."
+    )
 
 
 @torch.no_grad()
@@ -90,9 +140,10 @@ def drift_of_rows(
     adapter: Callable[[], AbstractContextManager] = nullcontext,
     description: str = "",
     wrapper: torch.nn.Module | None = None,
+    reference: Callable[[], AbstractContextManager] | None = None,
 ) -> torch.Tensor:
     r"""
-    Loss and drift of each row, summed over its labelled tokens, with the active adapter on and off:
+    Loss and drift of each row, summed over its labelled tokens, from the model before its training:
 
         loss              Σ −log p_model(y)
         kl_base_model     Σ KL(p_base ‖ p_model) = Σ Σ_v p_base·log(p_base / p_model)
@@ -107,6 +158,9 @@ def drift_of_rows(
         description (`str`): Label of the progress bar.
         wrapper (`torch.nn.Module`, *optional*): What DDP, DeepSpeed or FSDP put around the model. Every rank measures every
             batch: the passes of a sharded model go in step, and the figures do not depend on the number of ranks.
+        reference (callable, *optional*): Gives the context in which the model computes as it did before its training, such as
+            `StartingPoint.activate`. By default its adapter is switched off, which is right for an adapter that began as a
+            fresh LoRA.
 
     Returns:
         `torch.Tensor` of shape `(rows, 4)`, float64: the three sums in nats, and the number of labelled tokens. The rows
@@ -114,43 +168,81 @@ def drift_of_rows(
 
     Source: Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259.
     """
-    training = model.training
-    model.eval()
+    for config in _configs(model):
+        check_measurable(config)
+    if reference is None:
+        _check_off_is_before(model)
+    before = reference or (lambda: without_adapter(model))
     base = model.get_base_model() if is_peft_model(model) else model
     device = base.get_input_embeddings().weight.device
 
     def of_batch(labels, **inputs):
-        return _loss_and_drift(base, labels[:, 1:], inputs, adapter, without_adapter(model))
+        return _loss_and_drift(base, labels[:, 1:], inputs, adapter, before)
 
     rows = []
-    for batch in tqdm(batches, desc=description or "Drift", leave=False):
-        batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        rows += of_batch(**batch) if wrapper is None else _ForwardRedirection()(wrapper, model, of_batch, **batch)
-    model.train(training)
+    with evaluating(model):
+        for batch in tqdm(batches, desc=description or "Drift", leave=False):
+            batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+            rows += of_batch(**batch) if wrapper is None else _ForwardRedirection()(wrapper, model, of_batch, **batch)
     return torch.stack(rows)
 
 
-def _loss_and_drift(base, labels, inputs: dict, adapter, adapter_off) -> list[torch.Tensor]:
+def check_measurable(config: PeftConfig) -> None:
+    """Raises `ValueError` if this kind of adapter is no part of the layers that drift is measured by."""
+    if config.is_prompt_learning:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(
+            f"Loss and drift of {kind} are not measured: its virtual tokens are no part of the layers that are looked at. "
+            "Benchmark tasks are; for drift use a `LoraConfig` (or another adapter in the weights)."
+        )
+
+
+def _configs(model) -> list[PeftConfig]:
+    return list(model.peft_config.values()) if is_peft_model(model) else []
+
+
+def _check_off_is_before(model) -> None:
+    """Raises `ValueError` if the adapter's initialization changed the base's weights, so that switching it off shows neither."""
+    for config in _configs(model):
+        if not keeps_base(config):
+            raise ValueError(
+                f"`init_lora_weights={getattr(config, 'init_lora_weights', None)!r}` changes the base's weights, so with the adapter switched off the model is not what "
+                "it was before its training. Give `reference`: `StartingPoint(model).activate`, made before the training, or "
+                "what `with_adapter` returns beside the model."
+            )
+
+
+def _loss_and_drift(base, labels, inputs: dict, adapter, reference) -> list[torch.Tensor]:
     """For each row of one batch the sums of the loss and of both divergences, and its labelled tokens."""
-    head = base.get_output_embeddings()
-    bias = getattr(head, "bias", None)
-    with adapter():
-        hidden, weight = base.base_model(**inputs).last_hidden_state[:, :-1], head.weight
-    with adapter_off:
-        base_hidden, base_weight = base.base_model(**inputs).last_hidden_state[:, :-1], head.weight
+    before, *head_before = _pass(base, inputs, reference)
+    hidden, *head = _pass(base, inputs, adapter)
     rows = []
-    with whole_weights(weight, base_weight, bias) as (weight, base_weight, bias):
-        options = dict(teacher_weight=base_weight, bias=bias, transform=logit_transform(base.config.get_text_config()))
-        for states, base_states, targets in zip(hidden, base_hidden, labels, strict=True):
+    with whole_weights(*head, *head_before) as (weight, bias, weight_before, bias_before):
+        options = dict(bias=bias, teacher_weight=weight_before, teacher_bias=bias_before)
+        options["transform"] = logit_transform(base.config.get_text_config())
+        for states, states_before, targets in zip(hidden, before, labels, strict=True):
             mask = targets != IGNORE_INDEX
             one, other = [
                 fused_linear_cross_entropy_kl(
-                    states[mask], base_states[mask], weight, targets[mask], 0.0, direction=direction, **options
+                    states[mask], states_before[mask], weight, targets[mask], 0.0, direction=direction, **options
                 )
                 for direction in ("forward", "reverse")
             ]
             rows.append(torch.stack([one.ce_loss, one.kl_loss, other.kl_loss, mask.sum()]).double().cpu())
     return rows
+
+
+def _pass(base, inputs: dict, context) -> tuple[torch.Tensor, Any, Any]:
+    """Hidden states for the labels, and weight and bias of the head that belongs to them."""
+    with context():
+        hidden = base.base_model(**inputs).last_hidden_state[:, :-1]
+        head = base.get_output_embeddings()
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if weight.requires_grad and context is not nullcontext:
+            # A head that is trained, and that the context may take back: a copy stays.
+            with whole_weights(weight, bias) as (weight, bias):
+                weight, bias = weight.clone(), None if bias is None else bias.clone()
+    return hidden, weight, bias
 
 
 def trainer_batches(trainer, dataset: Dataset) -> list[dict]:
@@ -164,9 +256,29 @@ def trainer_batches(trainer, dataset: Dataset) -> list[dict]:
     return [trainer.data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
+def starting_point(trainer) -> StartingPoint:
+    """
+    The model as it was when the trainer was made. Of a training without an adapter it is a copy of all that is trained.
+
+    Raises:
+        ValueError: Such a training has begun already.
+    """
+    if trainer.starting_point is not None:
+        return trainer.starting_point
+    if trainer.state.global_step:
+        raise ValueError(
+            f"The model has no adapter and is {trainer.state.global_step} steps from where it began, so there is nothing to "
+            "measure its drift from. Prepare the measurement before the training."
+        )
+    return StartingPoint(trainer.model)
+
+
 class DriftCallback(TrainerCallback):
     """
     Logs KL(base ‖ student), in nats per token, during training: `drift_NAME` for each evaluation set of the trainer.
+
+    The base is the model as it was when the trainer was made, with the adapter that it goes on from, if it does. Without an
+    adapter a copy of all that is trained is kept on the CPU.
 
     Its cost is two forward passes over `rows` rows of each set every `steps` optimizer steps; `drift_time_share`, logged
     beside, is what it took of the time so far.
@@ -186,7 +298,10 @@ class DriftCallback(TrainerCallback):
             raise ValueError(
                 f"`steps` must be at least 1, got {steps}. It counts optimizer steps between measurements."
             )
+        for config in _configs(trainer.model):
+            check_measurable(config)
         self.trainer, self.steps, self.rows = trainer, steps, rows
+        self.start = starting_point(trainer)
         self._batches: dict[str, list[dict]] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -203,7 +318,9 @@ class DriftCallback(TrainerCallback):
         # Into TRL's own list: its next log takes them, as it does its other metrics.
         metrics = self.trainer._metrics["train"]
         for name, batches in self._batches.items():
-            found = measure_drift(self.trainer.model, batches, wrapper=self.trainer.wrapper)
+            found = measure_drift(
+                self.trainer.model, batches, wrapper=self.trainer.wrapper, reference=self.start.activate
+            )
             metrics[f"drift_{name}"].append(found["kl_base_model"])
         self._seconds += time.perf_counter() - start
         metrics["drift_time_share"].append(self._seconds / (time.perf_counter() - self._start))

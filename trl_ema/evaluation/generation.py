@@ -1,15 +1,19 @@
 """Greedy answers to held-out prompts, and how close they come to the references."""
 
+import json
 import logging
 from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
+from trl.data_utils import common_prefix_length
 
 from ..extras import require
 from ..offline import embedding_model
+from .models import evaluating
 from .tasks import hub_is_reachable
 
 
@@ -24,22 +28,18 @@ def generate_answers(model, tokenizer, rows: Dataset, max_new_tokens: int, batch
     Greedy continuations of the prompts of `rows`, in left-padded batches.
 
     Args:
-        rows (`Dataset`): With a `prompt` column, texts or lists of messages.
+        rows (`Dataset`): With a `prompt` column, texts or lists of messages; `tools` and `chat_template_kwargs` as in TRL.
         max_new_tokens (`int`): Tokens per answer at most.
 
     Returns:
         `list` of `str`: One answer per row, without special tokens.
     """
-    model.eval()
-    prompts = [row["prompt"] for row in rows]
-    is_chat = bool(prompts) and not isinstance(prompts[0], str)
-    if is_chat:
-        prompts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    is_chat = bool(len(rows)) and not isinstance(rows[0]["prompt"], str)
+    prompts = [_prompt_text(tokenizer, row) for row in rows]
     # Prompts of about one length share a batch: less padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    try:
+    with evaluating(model), _padding_left(tokenizer):
         for start in tqdm(range(0, len(order), batch_size), desc="Generations", leave=False):
             part = order[start : start + batch_size]
             batch = tokenizer(
@@ -51,9 +51,70 @@ def generate_answers(model, tokenizer, rows: Dataset, max_new_tokens: int, batch
             texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(part, texts, strict=True):
                 answers[i] = text.strip()
+    return answers
+
+
+@contextmanager
+def _padding_left(tokenizer):
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    try:
+        yield
     finally:
         tokenizer.padding_side = side
-    return answers
+
+
+def prompts_and_references(rows: Dataset, tokenizer) -> list[dict[str, str]]:
+    """
+    For each row the text of its last `prompt`, and the `reference` that an answer to it is compared with: the completion's first
+    message, a tool call or a list of parts as the chat template writes it, without special tokens as in an answer.
+
+    Raises:
+        ValueError: The chat template cannot write a row.
+    """
+    found = []
+    for i, row in enumerate(rows):
+        try:
+            _prompt_text(tokenizer, row)
+            found.append({"prompt": _text_of(row["prompt"]), "reference": _reference(tokenizer, row)})
+        except Exception as error:  # whatever a chat template may raise
+            raise ValueError(
+                f"Row {i} has no prompt and answer that can be written ({type(error).__name__}: {error}): {str(row)[:200]}. Mend "
+                "it, drop it, or ask for no generations."
+            ) from error
+    return found
+
+
+def _prompt_text(tokenizer, row: dict, completion: Sequence[dict] = (), start_answer: bool = True) -> str:
+    """What the model continues: a text, or the messages as the trainer writes them, with the row's tools and options."""
+    if isinstance(row["prompt"], str):
+        return row["prompt"]
+    tools = row.get("tools")
+    return tokenizer.apply_chat_template(
+        [*row["prompt"], *completion],
+        tokenize=False,
+        add_generation_prompt=start_answer,
+        tools=json.loads(tools) if isinstance(tools, str) else tools,
+        **row.get("chat_template_kwargs", {}),
+    )
+
+
+def _reference(tokenizer, row: dict) -> str:
+    if isinstance(row["completion"], str):
+        return row["completion"]
+    first = row["completion"][0]
+    if isinstance(first.get("content"), str) and not first.get("tool_calls"):
+        return first["content"]
+    texts = _prompt_text(tokenizer, row), _prompt_text(tokenizer, row, [first], start_answer=False)
+    before, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    return tokenizer.decode(whole[common_prefix_length(before, whole) :], skip_special_tokens=True).strip()
+
+
+def _text_of(messages: str | list[dict]) -> str:
+    """A text, or that of the last of several messages."""
+    content = messages if isinstance(messages, str) else messages[-1].get("content")
+    if isinstance(content, list):
+        content = "\n".join(part.get("text") or "" for part in content)
+    return content or ""
 
 
 def generation_metrics(

