@@ -4,6 +4,7 @@ It is patched over TRL's own fused head (`add_fused_lm_head`), so it runs inside
 DeepSpeed, autocast) and TRL's `compute_loss` calls it without knowing.
 """
 
+import contextlib
 import functools
 import types
 from dataclasses import dataclass
@@ -218,7 +219,7 @@ def check_head(model: PreTrainedModel) -> None:
         )
     ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    with _same_random_numbers():
+    with _same_random_numbers(), _attention_for(ids.device, model):
         hidden = getattr(model.base_model(**inputs), "last_hidden_state", None)
     if hidden is None:
         backbones = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
@@ -243,7 +244,7 @@ def check_head(model: PreTrainedModel) -> None:
 
     handle = head.register_forward_hook(enlarge)
     try:
-        with _same_random_numbers():
+        with _same_random_numbers(), _attention_for(ids.device, model):
             logits = model(**inputs).logits.float()
     finally:
         handle.remove()
@@ -267,3 +268,16 @@ _NOT_BY_TRL = (
 def _same_random_numbers():
     """Two passes under this draw the same dropout, and those after them as if there had been none."""
     return torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
+
+
+@contextlib.contextmanager
+def _attention_for(device: torch.device, model: PreTrainedModel):
+    """FSDP and DeepSpeed bring a model to its GPU later than it is checked; FlashAttention computes there alone."""
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    with contextlib.ExitStack() as stack:
+        for config in configs.values():
+            if device.type == "cpu" and "flash" in str(config._attn_implementation):
+                before = config._attn_implementation_internal
+                stack.callback(setattr, config, "_attn_implementation_internal", before)
+                config._attn_implementation_internal = "eager"  # this one's alone, not its parts'
+        yield
