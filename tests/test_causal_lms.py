@@ -106,6 +106,10 @@ LABELS = IDS.masked_fill(IDS == 0, -100).index_fill(1, torch.arange(3), -100)
 BATCH = dict(input_ids=IDS, attention_mask=(IDS != 0).long(), use_cache=False)
 
 
+def _installed(model_types) -> list[str]:
+    return [name for name in model_types if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+
+
 def small(config_class) -> dict:
     known = config_class()
     sizes = {name: size for name, size in SIZES.items() if _has(known, name)}
@@ -161,10 +165,11 @@ def gradients_of(loss, parameters):
 
 def test_every_model_type_of_the_installed_transformers_is_listed():
     listed = [*TRAINED.split(), *REFUSED, *NOT_BUILT]
-    assert sorted(listed) == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert len(set(listed)) == len(listed)
+    assert not set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(listed)  # an older release has fewer
 
 
-@pytest.mark.parametrize("model_type", TRAINED.split())
+@pytest.mark.parametrize("model_type", _installed(TRAINED.split()))
 def test_loss_and_gradient_are_those_of_the_models_own_logits(model_type):
     base = tiny_model_of(model_type)
     check_head(base)
@@ -199,13 +204,13 @@ def test_loss_and_gradient_are_those_of_the_models_own_logits(model_type):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * scale.item())
 
 
-@pytest.mark.parametrize("model_type", REFUSED)
+@pytest.mark.parametrize("model_type", _installed(REFUSED))
 def test_a_head_that_the_loss_would_not_fit_is_refused_with_the_reason(model_type):
     with pytest.raises(ValueError, match=REFUSED[model_type]):
         check_head(tiny_model_of(model_type))
 
 
-@pytest.mark.parametrize("model_type", [name for name, match in REFUSED.items() if match is _NO_BACKBONE])
+@pytest.mark.parametrize("model_type", _installed(name for name, match in REFUSED.items() if match is _NO_BACKBONE))
 def test_the_advice_for_a_backbone_under_another_name_works(model_type):
     model = tiny_model_of(model_type)
     model.base_model_prefix = "model"
