@@ -260,6 +260,21 @@ def test_the_best_checkpoint_is_remembered_where_it_lies(make_trainer, tmp_path)
     assert os.path.isdir(trainer.state.best_model_checkpoint)
 
 
+def test_only_a_run_that_goes_on_finishes_what_an_earlier_one_left(make_trainer, tmp_path):
+    out = tmp_path / "out"
+    make_trainer(**SAVING).train()
+    (out / "checkpoint-4").rename(out / "_replacing-checkpoint-4.new")  # killed before its last rename
+    for name in ("_replacing-checkpoint-3.old", "_replacing-checkpoint-9.gone"):
+        (out / name).mkdir()
+    left = set(os.listdir(out))
+    make_trainer().train()  # anew, and writes nothing
+    assert set(os.listdir(out)) == left
+    resumed = make_trainer(**SAVING)
+    resumed.train(resume_from_checkpoint=str(out / "checkpoint-4"))
+    assert resumed.state.global_step == 4
+    assert folders(out) == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+
+
 def test_an_older_folder_of_the_same_name_is_replaced(make_trainer, tmp_path):
     (tmp_path / "out" / "checkpoint-4").mkdir(parents=True)
     (tmp_path / "out" / "checkpoint-4" / "stale").touch()

@@ -4,6 +4,9 @@ import pytest
 import torch
 from conftest import adapter_weights, logged, lora, rows, tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl import SFTTrainer
+
+from trl_ema.trainer import _keep_4bit_layers_trainable
 
 
 @pytest.fixture
@@ -34,6 +37,24 @@ def test_a_float32_run_keeps_its_adapter_in_float32(nf4_model, make_trainer, tea
     trainer = make_trainer(model=nf4_model(), teacher=teacher)
     trainer.train()
     assert {w.dtype for w in adapter_weights(trainer).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "float32"])
+def test_no_teacher_equals_sft_trainer_step_for_step(nf4_model, make_trainer, bf16):
+    """In float32 but for the adapter, which TRL casts to bfloat16 in any run; upcast again, it is the same training."""
+    ours = make_trainer(model=nf4_model(), teacher="none", bf16=bf16)
+    theirs = make_trainer(model=nf4_model(), teacher="none", bf16=bf16, trainer_class=SFTTrainer)
+    for trainer in (ours, theirs):
+        _keep_4bit_layers_trainable(trainer.model)  # a CPU's matter alone
+    assert {w.dtype for w in adapter_weights(theirs).values()} == {torch.bfloat16}
+    if not bf16:
+        for parameter in theirs.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    ours.train(), theirs.train()
+    for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy"):
+        assert logged(ours, key) == logged(theirs, key)
+    assert all(torch.equal(w, adapter_weights(theirs)[name]) for name, w in adapter_weights(ours).items())
 
 
 @pytest.mark.parametrize("teacher", ["ema", "none"])

@@ -11,11 +11,15 @@ import torch.nn.functional as F
 from conftest import adapter_weights, config, logged, lora, rows, tiny_model
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from transformers import TrainerCallback
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig, SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
 from trl_ema.forward import _of_sequences, sequence_numbers
-from trl_ema.trainer import _refuse_parallelism, _refuse_sharding
+from trl_ema.trainer import _refuse_parallelism, _refuse_sharding, check_free_space
 
 
 FORMATS = {
@@ -94,6 +98,31 @@ def test_teacher_is_evaluated_on_request(make_trainer):
     with trainer.teacher.activate():
         alone = SFTTrainer.evaluation_loop(trainer, trainer.get_eval_dataloader(), "", prediction_loss_only=True)
     assert last["eval_teacher_loss"] == alone.metrics["eval_loss"] != last["eval_loss"]
+
+
+UNLABELLED = datasets.Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100] * 3}] * 4)
+
+
+@pytest.mark.parametrize("teacher", ["ema", "none"])
+@pytest.mark.parametrize("several", [False, True])
+def test_evaluation_data_without_a_label_are_refused_before_training(make_trainer, teacher, several):
+    data = {"good": rows(4), "bad": UNLABELLED} if several else UNLABELLED
+    name = "bad" if several else "eval"
+    with pytest.raises(
+        ValueError, match=f"No token of the evaluation data set '{name}' carries a label.*Raise `max_length`"
+    ):
+        make_trainer(teacher=teacher, eval_dataset=data)
+
+
+@pytest.mark.parametrize("eval_teacher", [False, True])
+def test_without_a_label_the_teacher_has_no_loss_where_the_student_has_none(make_trainer, eval_teacher):
+    trainer = make_trainer(eval_teacher=eval_teacher)
+    metrics = trainer.evaluate(UNLABELLED)
+    assert not {"eval_loss", "eval_teacher_loss"} & metrics.keys()
+    for data in (UNLABELLED, UNLABELLED.select([])):
+        metrics = trainer.predict(data).metrics
+        assert ("test_loss" in metrics) == bool(len(data))
+        assert ("test_teacher_loss" in metrics) == (eval_teacher and bool(len(data)))
 
 
 def test_evaluation_of_several_data_sets(make_trainer):
@@ -597,6 +626,99 @@ def test_a_loss_function_of_ones_own_is_refused(tokenizer, tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["no/such-model", "a folder"])
+def test_a_model_by_name_needs_an_adapter_as_any_other(make_trainer, tmp_path, name):
+    with pytest.raises(ValueError, match="no PEFT adapter to average. Pass `peft_config="):
+        make_trainer(model=name if name != "a folder" else tmp_path, peft_config=None)
+
+
+@pytest.mark.parametrize("teacher", ["ema", "none"])
+def test_an_adapter_config_of_another_kind_is_refused(make_trainer, teacher):
+    with pytest.raises(TypeError, match=r"must be a config of PEFT, got `dict`. Pass `LoraConfig\(\*\*peft_config\)`"):
+        make_trainer(peft_config=dict(r=4), teacher=teacher)
+
+
+@pytest.mark.parametrize("name", ["half_only", "flash_on_a_gpu"])
+def test_the_head_is_checked_under_any_attention(make_trainer, monkeypatch, name):
+    """FlashAttention takes half precision alone, and only on a GPU, where FSDP and DeepSpeed bring the model later."""
+
+    def attention(module, query, key, value, *args, **kwargs):
+        dtype = get_target_dtype(query, module) or query.dtype  # to which transformers casts for FlashAttention
+        assert name == "half_only" and dtype == torch.bfloat16, "FlashAttention only supports fp16 and bf16"
+        return sdpa_attention_forward(module, query.to(dtype), key.to(dtype), value.to(dtype), *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, attention)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = tiny_model()
+    model.config._attn_implementation = name
+    trainer = make_trainer(model=model, bf16=True)
+    assert model.config._attn_implementation == name and next(model.parameters()).dtype == torch.float32
+    if name == "half_only":
+        trainer.train()
+        assert len(logged(trainer, "loss")) == 4
+
+
+RERUN = {
+    "same": dict(),
+    "frozen": dict(teacher="frozen"),
+    "none": dict(teacher="none"),
+    "fewer layers": dict(peft_config=lora(target_modules=["q_proj"])),
+    "whole head": dict(peft_config=lora(target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    "full": dict(teacher="none", peft_config=None),
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("same", "same"), ("same", "fewer layers"), ("frozen", "none"), ("whole head", "whole head"), ("whole head", "full"),
+    ],
+)  # fmt: skip
+def test_a_second_trainer_on_the_same_model_object_is_as_on_a_new_one(make_trainer, first, second):
+    model = tiny_model()
+    make_trainer(model=model, **RERUN[first]).train()
+    again, fresh = make_trainer(model=model, **RERUN[second]), make_trainer(**RERUN[second])
+    ours, theirs = dict(again.model.named_parameters()), dict(fresh.model.named_parameters())
+    assert {n: p.requires_grad for n, p in ours.items()} == {n: p.requires_grad for n, p in theirs.items()}
+    again.train(), fresh.train()
+    assert logged(again, "loss") == logged(fresh, "loss")
+    assert all(torch.equal(p, theirs[n]) for n, p in ours.items())
+
+
+def test_a_second_trainer_on_the_same_adapter_starts_from_where_it_is(make_trainer):
+    base = tiny_model()
+    model = get_peft_model(base, lora())
+    for _ in range(2):
+        trainer = make_trainer(model=model, peft_config=None)
+        assert trainer.teacher.distance() == 0
+        trainer.train()
+        assert logged(trainer, "kl_loss")[0] == pytest.approx(0.0, abs=1e-7)
+        patches = (trainer.model.get_base_model().forward, vars(base)["_trl_ema_before"]["forward"])
+        assert patches[0] is not None and patches[1] is None  # not one over the other
+    trainer = make_trainer(model=get_peft_model(base, lora()), peft_config=None)  # the cell that makes it, again
+    trainer.train()
+    assert len(logged(trainer, "loss")) == 4
+
+
+def test_a_model_that_an_initialization_has_changed_is_not_taken_again(make_trainer):
+    model = tiny_model()
+    make_trainer(model=model, peft_config=lora(init_lora_weights="pissa"))
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match="`init_lora_weights='pissa'` has changed the weights.*Load the model again"
+        ):
+            make_trainer(model=model)
+
+
+def test_a_teacher_adapter_of_the_users_own_is_left_to_them(make_trainer):
+    model = get_peft_model(tiny_model(), lora())
+    model.add_adapter("teacher", lora())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="already has an adapter named 'teacher'"):
+            make_trainer(model=model, peft_config=None)
+    assert "teacher" in model.peft_config
+
+
 @pytest.mark.parametrize("name", ["sp", "cp", "tp"])
 def test_sequence_context_and_tensor_parallelism_are_refused(name):
     class Config:
@@ -692,4 +814,38 @@ def test_unwritable_output_folder_is_refused_at_start(make_trainer, tmp_path):
 def test_full_output_folder_is_refused_at_start(make_trainer, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(OSError, match="has 0 MiB free; one checkpoint needs"):
-        make_trainer()
+        make_trainer(save_strategy="steps")
+    trainer = make_trainer()  # it writes no checkpoint
+    with pytest.raises(OSError, match="has 0 MiB free; the trained model needs"):
+        check_free_space(trainer, checkpoint=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "student", "bytes_each"),
+    [
+        (dict(), "adapter", 4 + 4 + 8),
+        (dict(teacher="frozen"), "adapter", 4 + 8),  # which is the base
+        (dict(teacher="none"), "adapter", 4 + 8),
+        (dict(save_only_model=True), "adapter", 4 + 4),
+        (dict(teacher="none", peft_config=None), "model", 4 + 8),
+        (dict(teacher="none", peft_config=None, save_only_model=True), "model", 4),
+    ],
+    ids=["ema", "frozen", "none", "ema, model only", "full", "full, model only"],
+)
+def test_no_more_space_is_asked_for_than_a_checkpoint_takes(
+    make_trainer, tmp_path, monkeypatch, changes, student, bytes_each
+):
+    trainer = make_trainer(save_strategy="steps", max_steps=1, **changes)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad or student == "model")
+    free = trained * bytes_each
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
+    check_free_space(trainer, checkpoint=True)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free - 1))
+    with pytest.raises(OSError, match="one checkpoint needs"):
+        check_free_space(trainer, checkpoint=True)
+    monkeypatch.undo()
+    trainer.train()
+    written = [
+        path for path in (tmp_path / "out" / "checkpoint-1").rglob("*") if path.suffix in (".safetensors", ".pt")
+    ]
+    assert free < sum(path.stat().st_size for path in written) < 1.5 * free + 100_000

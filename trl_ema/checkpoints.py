@@ -201,14 +201,18 @@ class CheckpointMixin(Trainer):
     # Reading one
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        last = last_checkpoint(self.args)
+        # A run that starts anew leaves alone what others left in its folder.
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last
+            resume_from_checkpoint = last_checkpoint(self.args)
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"There is no checkpoint in {self.args.output_dir!r} to resume from. Start without "
                     "`resume_from_checkpoint`, or give the `output_dir` of the interrupted run."
                 )
+        elif resume_from_checkpoint:
+            if self.args.local_process_index == 0:
+                finish_replacing(os.path.dirname(os.path.abspath(resume_from_checkpoint)))
+            self.accelerator.wait_for_everyone()
         if resume_from_checkpoint:
             self._check_checkpoint(resume_from_checkpoint)
         self.resumed_from = resume_from_checkpoint or None

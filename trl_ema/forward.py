@@ -4,6 +4,7 @@ It is patched over TRL's own fused head (`add_fused_lm_head`), so it runs inside
 DeepSpeed, autocast) and TRL's `compute_loss` calls it without knowing.
 """
 
+import contextlib
 import functools
 import types
 from dataclasses import dataclass
@@ -197,35 +198,86 @@ def _load_balancing_loss(config, outputs, inputs) -> torch.Tensor | None:
     )
 
 
+# The largest logit with which a head is tried: far above every soft-cap.
+_LARGE_LOGIT = 1000.0
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
     """
-    Raises `ValueError` if this model's logits are not `transform(hidden @ weight.T + bias)`.
+    Raises `ValueError` if this model's logits are not `transform(hidden @ weight.T + bias)`, with the hidden states that
+    its backbone returns.
 
-    One pass over four tokens. A head with an extra layer, or a logit scale under an unknown name, would otherwise be
-    trained with a wrong loss, silently.
+    Two passes over four tokens, the backbone's alone and the whole model's. A head with an extra layer, or a logit scale
+    or soft-cap under an unknown name, would otherwise be trained with a wrong loss, silently.
     """
-    head = model.get_output_embeddings()
-    name = type(model).__name__
+    name, head = type(model).__name__, model.get_output_embeddings()
     if head is None or not head.weight.is_floating_point():
         raise ValueError(
             f"The LM head of {name} is {'missing' if head is None else f'quantized to {head.weight.dtype}'}; the loss "
             "multiplies by its weight. Keep it in floating point (`llm_int8_skip_modules=['lm_head']`)."
         )
-    seen: dict[str, torch.Tensor] = {}
-    handle = model.base_model.register_forward_hook(lambda *call: seen.update(hidden=call[-1].last_hidden_state))
     ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    with _same_random_numbers(), _attention_for(ids.device, model):
+        hidden = getattr(model.base_model(**inputs), "last_hidden_state", None)
+    if hidden is None:
+        backbones = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+        remedy = (
+            f"Load the model first and set `model.base_model_prefix = {backbones[0]!r}`." if backbones else _NOT_BY_TRL
+        )
+        raise ValueError(
+            f"`base_model` of {name} returns no hidden states: its `base_model_prefix` is {model.base_model_prefix!r}, and no "
+            f"part of it has that name. {remedy}"
+        )
+    if hidden.shape[-1] != head.weight.shape[-1]:
+        raise ValueError(
+            f"The backbone of {name} returns {hidden.shape[-1]} numbers per token, its LM head takes {head.weight.shape[-1]}: "
+            f"there is an extra layer in between. {_NOT_BY_TRL}"
+        )
+    # The later half of the tokens is made large: a soft-cap changes small logits too little to be seen.
+    factors = torch.ones(ids.shape[1], 1, device=head.weight.device)
+
+    def enlarge(_module, _args, output):
+        factors[2:] = _LARGE_LOGIT / output[..., 2:, :].float().abs().max().clamp(min=1e-6)
+        return output * factors.to(output)
+
+    handle = head.register_forward_hook(enlarge)
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+        with _same_random_numbers(), _attention_for(ids.device, model):
+            logits = model(**inputs).logits.float()
     finally:
         handle.remove()
-    ours = torch.nn.functional.linear(seen["hidden"].to(head.weight), head.weight, getattr(head, "bias", None))
-    ours = logit_transform(model.config.get_text_config()).apply_(ours.float())
-    error = (ours - logits.to(ours.device)).abs().max() / logits.abs().max().clamp(min=1e-6).to(ours.device)
-    if error > 0.05:
+    ours = torch.nn.functional.linear(hidden.to(head.weight), head.weight, getattr(head, "bias", None)).float()
+    ours = logit_transform(model.config.get_text_config()).apply_(ours * factors).to(logits.device)
+    halves = zip((ours - logits).split(2, 1), logits.split(2, 1), strict=True)
+    error = max((gap.abs().max() / theirs.abs().max().clamp(min=1e-6)).item() for gap, theirs in halves)
+    if not error < 0.05:
         raise ValueError(
             f"The logits of {name} are not its hidden states times its LM head (relative error {error:.2g}): a logit "
-            "scale or soft-cap under an unknown name, or an extra layer. Use `teacher='none'`, and please report the "
-            "model."
+            f"scale or soft-cap under an unknown name, or an extra layer. {_NOT_BY_TRL}"
         )
+
+
+_NOT_BY_TRL = (
+    "`SFTTrainer`, and so `teacher='none'`, multiplies these by the head as well: its loss would be wrong, or fail. Train "
+    "this model with `transformers.Trainer`, whose loss is the model's own, or another model; and please report it."
+)
+
+
+def _same_random_numbers():
+    """Two passes under this draw the same dropout, and those after them as if there had been none."""
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
+
+
+@contextlib.contextmanager
+def _attention_for(device: torch.device, model: PreTrainedModel):
+    """FSDP and DeepSpeed bring a model to its GPU later than it is checked; FlashAttention computes there alone."""
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    with contextlib.ExitStack() as stack:
+        for config in configs.values():
+            if device.type == "cpu" and "flash" in str(config._attn_implementation):
+                before = config._attn_implementation_internal
+                stack.callback(setattr, config, "_attn_implementation_internal", before)
+                config._attn_implementation_internal = "eager"  # this one's alone, not its parts'
+        yield

@@ -13,9 +13,12 @@ import torch
 from accelerate.utils import DynamoBackend, is_peft_model
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import ModulesToSaveWrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -28,7 +31,7 @@ from .losses import IGNORE_INDEX
 from .schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
 from .sharding import is_sharded, local_shard, whole_shape
 from .starting_point import StartingPoint
-from .teacher import NO_ADAPTER, MeanTeacher, check_adapter, student_name
+from .teacher import NO_ADAPTER, TEACHER_NAME, MeanTeacher, check_adapter, student_name
 from .workarounds import keep_4bit_layers_trainable
 
 
@@ -47,7 +50,9 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         after each optimizer step:   φ ← d·φ + (1 − d)·θ
 
     Takes the same arguments as [`~trl.SFTTrainer`], with [`MeanTeacherConfig`] for `args` (an [`~trl.SFTConfig`] is
-    read as one with the default teacher). The model needs a PEFT adapter, unless `teacher="none"`.
+    read as one with the default teacher). The model needs a PEFT adapter, unless `teacher="none"`, with which it trains as
+    [`~trl.SFTTrainer`] does, step for step; but in a float32 run over a 4-bit base the adapter is float32 here, with every
+    teacher, where TRL casts it to bfloat16. A model object can be given again, as when a cell of a notebook runs twice.
 
     Logs what `SFTTrainer` logs, and `ce_loss`, `kl_loss` (nats per token), `kl_weight`, `ema_decay` and
     `teacher_distance` (relative L2 distance between the two adapters). `teacher` is the [`MeanTeacher`], or `None`.
@@ -85,6 +90,9 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
     ):  # fmt: skip
         args = _as_mean_teacher_config(args, model)
         check_output_dir(args.output_dir)
+        _undo_earlier_run(model)
+        before = _untouched(model)
+        _check_peft_config(peft_config)
         if args.teacher != "none":
             _refuse_what_cannot_work(args, compute_loss_func, train_dataset)
             _refuse_parallelism(args.parallelism_config)
@@ -95,7 +103,12 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config,
             peft_config, formatting_func,
         )  # fmt: skip
+        _remember(self.model, before)
         _check_labels(self.train_dataset)
+        if compute_metrics is None:  # which may have a use for rows without a label
+            evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+            for name, dataset in evals.items():
+                _check_labels(dataset, f"evaluation data set {name!r}")
         keep_4bit_layers_trainable(self.model)
         _keep_float32_adapter(self.model, args)
         # What drift is measured from; of a full fine-tune it would be a copy of the whole model.
@@ -112,7 +125,8 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             _refuse_parallelism(self.accelerator.parallelism_config)
             _refuse_sharding(self.accelerator.state)
             self._attach_teacher()
-        _check_free_space(args.output_dir, self.model, self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        if args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint:
+            check_free_space(self, checkpoint=True)
         self._init_checkpoints()
         _keep_float32_outputs(self.accelerator)
         # First, so that whatever saves or measures at the end of a step finds the teacher moved.
@@ -122,8 +136,11 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         args = self.args
         base = self.model.get_base_model()
         if not any(p.is_meta or hasattr(p, "ds_id") for p in base.parameters()):
-            check_head(base)
+            # As in training: FlashAttention takes no float32, which the weights may be.
+            with _precision_of(self.accelerator):
+                check_head(base)
         self.teacher = MeanTeacher(self.model, frozen=args.teacher == "frozen", anchor=args.teacher_anchor)
+        vars(base)[_BEFORE]["teacher"] = not self.teacher.is_base
         add_mean_teacher_forward(
             base,
             self.teacher,
@@ -288,7 +305,8 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
                 )
         finally:
             self._metrics["eval"] = student_metrics
-        output.metrics[f"{metric_key_prefix}_teacher_loss"] = teachers.metrics["eval_loss"]
+        if "eval_loss" in teachers.metrics:  # of no row there is none, as for the student
+            output.metrics[f"{metric_key_prefix}_teacher_loss"] = teachers.metrics["eval_loss"]
         return output
 
     @property
@@ -344,7 +362,8 @@ class _MeanTeacherCallback(TrainerCallback):
 def _keep_float32_adapter(model, args) -> None:
     """
     TRL casts the adapter of a quantized model to bfloat16, the precision QLoRA computes in. A run in float32 keeps it in
-    float32: nothing is rounded, and a CPU without bfloat16 instructions multiplies in bfloat16 tens of times slower.
+    float32: nothing is rounded, and a CPU without bfloat16 instructions multiplies in bfloat16 tens of times slower. Without a
+    teacher too, though `SFTTrainer` then differs: arms that are compared must differ in their teacher alone.
     """
     if args.bf16 or args.fp16:
         return
@@ -354,6 +373,14 @@ def _keep_float32_adapter(model, args) -> None:
                 parameter.data = parameter.data.float()
 
 
+def _precision_of(accelerator):
+    """
+    The autocast that the run trains in. Not `accelerator.autocast`, which leaves it to DeepSpeed, that is to later.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    return torch.autocast(accelerator.device.type, dtype, enabled=dtype is not None)
+
+
 def _keep_float32_outputs(accelerator) -> None:
     """
     Accelerate has FSDP2 cast all that a forward returns to bfloat16 or float16: here sums of losses, which do not bear it.
@@ -361,6 +388,68 @@ def _keep_float32_outputs(accelerator) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+# On a model object: what it was before a trainer had it.
+_BEFORE = "_trl_ema_before"
+# Initializations of LoRA that take their part out of the base's own weights.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def _base_of(model):
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def _untouched(model) -> dict[str, Any] | None:
+    """What a trainer will change on a model object; `None` for the name of a model."""
+    if not isinstance(model, torch.nn.Module):
+        return None
+    base = _base_of(model)
+    return {"forward": vars(base).get("forward"), "trained": [p for p in base.parameters() if p.requires_grad]}
+
+
+def _remember(model, before: dict[str, Any] | None) -> None:
+    base = _base_of(model)
+    # A model that the trainer has loaded keeps TRL's forward: nobody has another reference to it.
+    before = _untouched(base) if before is None else before
+    vars(base)[_BEFORE] = before | {"model": model, "teacher": False}
+
+
+def _undo_earlier_run(model) -> None:
+    """
+    Takes off a model object what an earlier trainer has put on it, as when a cell of a notebook runs again: the forward, the
+    teacher and, unless the model is given together with it, the adapter. PEFT would put the new adapter among the old one's
+    layers, where it is trained and saved with those that another `target_modules` leaves out.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return
+    base = _base_of(model)
+    before = vars(base).pop(_BEFORE, None)
+    if before is None:
+        return
+    if before["forward"] is None:
+        vars(base).pop("forward", None)
+    else:
+        base.forward = before["forward"]
+    earlier = before["model"]
+    if is_peft_model(model):
+        if before["teacher"] and TEACHER_NAME in model.peft_config:
+            model.delete_adapter(TEACHER_NAME)
+    elif is_peft_model(earlier) and isinstance(earlier.base_model, BaseTuner):
+        start = getattr(earlier.peft_config.get("default"), "init_lora_weights", True)
+        if str(start).lower().startswith(_CHANGE_THE_BASE):
+            vars(base)[_BEFORE] = before
+            raise ValueError(
+                f"An earlier run with `init_lora_weights={start!r}` has changed the weights of this very model. Load the model "
+                "again, and give that."
+            )
+        for module in earlier.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module._active_adapter = []  # of which `unload` would leave the trained copy
+        earlier.unload()
+        vars(base).pop("peft_config", None)
+        for parameter in before["trained"]:
+            parameter.requires_grad_(True)
 
 
 def _as_mean_teacher_config(args, model) -> MeanTeacherConfig:
@@ -396,8 +485,14 @@ def _refuse_what_cannot_work(args, compute_loss_func, train_dataset) -> None:
         )
 
 
+def _check_peft_config(peft_config) -> None:
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        hint = "Pass `LoraConfig(**peft_config)`." if isinstance(peft_config, dict) else "Pass `LoraConfig(...)`."
+        raise TypeError(f"`peft_config` must be a config of PEFT, got `{type(peft_config).__name__}`. {hint}")
+
+
 def _check_peft(model, peft_config, anchor: float) -> None:
-    if peft_config is None and not is_peft_model(model):
+    if peft_config is None and (not isinstance(model, torch.nn.Module) or not is_peft_model(model)):
         raise ValueError(NO_ADAPTER)
     if peft_config is None:
         student_name(model)
@@ -472,7 +567,7 @@ def _check_datasets(train_dataset, eval_dataset, args, formatting_func, data_col
         check_rows(dataset, trained_columns(columns, args.dataset_text_field), f"the {name} data set")
 
 
-def _check_labels(dataset) -> None:
+def _check_labels(dataset, what: str = "training data") -> None:
     """TRL drops rows without a labelled token; it does not say when none is left. Of a stream the first rows are read."""
     if isinstance(dataset, Dataset):
         rows = dataset.select_columns("labels") if "labels" in dataset.column_names else ()
@@ -486,22 +581,36 @@ def _check_labels(dataset) -> None:
             return
     if missing:
         raise ValueError(
-            "No token of the training data carries a label: every one is masked, or every prompt alone fills "
+            f"No token of the {what} carries a label: every one is masked, or every prompt alone fills "
             "`max_length`. Raise `max_length`, shorten the prompts, or look at `completion_only_loss` and "
             "`assistant_only_loss`."
         )
 
 
-def _check_free_space(output_dir: str, model, sharded: bool) -> None:
+def check_free_space(trainer, *, checkpoint: bool) -> None:
     """
-    Room for one checkpoint: student, teacher and the optimizer's two moments in float32; what DeepSpeed and FSDP write for
-    themselves is as much again.
+    Raises [`OutputError`] unless there is room for one checkpoint, or for what `save_model` writes.
+
+    Those are the student, or without an adapter the whole model; the teacher's average in float32; and in a checkpoint,
+    unless `save_only_model`, the optimizer's two moments. What DeepSpeed and FSDP write for themselves is as much again.
     """
-    free = shutil.disk_usage(output_dir).free
-    bytes_each = 32 if sharded else 16
-    needed = bytes_each * sum(whole_shape(p).numel() for p in model.parameters() if p.requires_grad)
+    args, parameters = trainer.args, list(trainer.model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    needed = sum(map(_bytes, trained if is_peft_model(trainer.model) else parameters))
+    if trainer.teacher is not None and not trainer.teacher.is_base:
+        needed += sum(4 * whole_shape(p).numel() for p in trained)
+    if checkpoint and not args.save_only_model:
+        needed += 2 * sum(map(_bytes, trained))
+    if checkpoint and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        needed *= 2
+    free = shutil.disk_usage(args.output_dir).free
     if free < needed:
+        what = "one checkpoint" if checkpoint else "the trained model"
         raise OutputError(
-            f"`output_dir={output_dir!r}` has {free / 2**20:.0f} MiB free; one checkpoint needs {needed / 2**20:.0f} MiB. "
+            f"`output_dir={args.output_dir!r}` has {free / 2**20:.0f} MiB free; {what} needs {needed / 2**20:.0f} MiB. "
             "Free some space, or choose another `--output_dir`."
         )
+
+
+def _bytes(parameter) -> int:
+    return whole_shape(parameter).numel() * parameter.element_size()

@@ -23,7 +23,7 @@ from .files import check_output_dir, write_json
 from .model_card import write_model_card
 from .noise import hide_noise
 from .provenance import provenance
-from .trainer import EMARegularizedSFTTrainer
+from .trainer import EMARegularizedSFTTrainer, check_free_space
 
 
 logger = logging.getLogger(__name__)
@@ -301,6 +301,7 @@ def train(arguments: list[str]) -> None:
     check_output_dir(training_args.output_dir)
     checkpoint = resume_from(training_args)
     trainer, held_out = make_trainer(args, training_args, model_args)
+    check_free_space(trainer, checkpoint=False)
     rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "a stream of"
     say(f"{rows} training rows, {len(held_out)} held out.")
     metrics: dict = {}
