@@ -297,6 +297,17 @@ def test_whoever_saves_a_half_precision_model_saves_the_averages_exactly(tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(other._average_shards(), averages, strict=True))
 
 
+def test_a_teacher_taken_off_leaves_nothing_in_what_the_model_saves():
+    model = peft_model("modules_to_save").to(torch.bfloat16)
+    teacher = MeanTeacher(model)
+    shake(model)
+    teacher.update(0.5)
+    teacher.remove()
+    MeanTeacher(model)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], p) for name, p in model.named_parameters() if ".teacher." in name)
+
+
 def test_a_tensor_of_several_layers_is_averaged_under_each_of_its_names(tmp_path):
     """LILY shares a factor: under the second name a file must not hold the model's own, rounded copy."""
     torch.manual_seed(0)

@@ -120,7 +120,7 @@ class MeanTeacher:
         self._averages: list[torch.Tensor | None] = [None] * len(self._slots)
         if not self.is_base:
             self._start_as_copy()
-            model.register_state_dict_post_hook(functools.partial(self._put_averages))  # torch marks it
+            self._hook = model.register_state_dict_post_hook(functools.partial(self._put_averages))  # torch marks it
         self._switches = self._find_switches()
 
     def _add_adapter(self, anchor: float) -> None:
@@ -167,6 +167,14 @@ class MeanTeacher:
                 "`LoraConfig`, or `teacher='none'`."
             )
         return [keys[first] for first, *_ in self._names]
+
+    def remove(self) -> None:
+        """Take the teacher off the model again."""
+        if self.is_base:
+            return
+        self._hook.remove()
+        if TEACHER_NAME in self.model.peft_config:
+            self.model.delete_adapter(TEACHER_NAME)
 
     def _put_averages(self, module, state: dict, prefix: str, metadata) -> None:
         """Whoever saves the model has the averages in their own precision, not those it computes with."""

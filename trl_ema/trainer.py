@@ -31,7 +31,7 @@ from .losses import IGNORE_INDEX
 from .schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
 from .sharding import is_sharded, local_shard, whole_shape
 from .starting_point import StartingPoint
-from .teacher import NO_ADAPTER, TEACHER_NAME, MeanTeacher, check_adapter, student_name
+from .teacher import NO_ADAPTER, MeanTeacher, check_adapter, student_name
 from .workarounds import keep_4bit_layers_trainable
 
 
@@ -140,7 +140,7 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             with _precision_of(self.accelerator):
                 check_head(base)
         self.teacher = MeanTeacher(self.model, frozen=args.teacher == "frozen", anchor=args.teacher_anchor)
-        vars(base)[_BEFORE]["teacher"] = not self.teacher.is_base
+        vars(base)[_BEFORE]["teacher"] = self.teacher
         add_mean_teacher_forward(
             base,
             self.teacher,
@@ -412,7 +412,7 @@ def _remember(model, before: dict[str, Any] | None) -> None:
     base = _base_of(model)
     # A model that the trainer has loaded keeps TRL's forward: nobody has another reference to it.
     before = _untouched(base) if before is None else before
-    vars(base)[_BEFORE] = before | {"model": model, "teacher": False}
+    vars(base)[_BEFORE] = before | {"model": model, "teacher": None}
 
 
 def _undo_earlier_run(model) -> None:
@@ -433,8 +433,8 @@ def _undo_earlier_run(model) -> None:
         base.forward = before["forward"]
     earlier = before["model"]
     if is_peft_model(model):
-        if before["teacher"] and TEACHER_NAME in model.peft_config:
-            model.delete_adapter(TEACHER_NAME)
+        if before["teacher"] is not None:
+            before["teacher"].remove()
     elif is_peft_model(earlier) and isinstance(earlier.base_model, BaseTuner):
         start = getattr(earlier.peft_config.get("default"), "init_lora_weights", True)
         if str(start).lower().startswith(_CHANGE_THE_BASE):
