@@ -25,7 +25,8 @@ class StartingPoint:
     then the trained tensors are kept on the CPU, and put back for as long as the starting point computes.
 
     Args:
-        model (`torch.nn.Module`): Before its training. Where ZeRO-3 or FSDP2 shards it, each rank keeps and swaps its own part.
+        model (`torch.nn.Module`): Before its training. Where FSDP2 shards it, each rank swaps its own part; ZeRO-3
+            can only switch an adapter off.
         is_base (`bool`, *optional*): Whether it is the model with its adapter switched off; found out by default.
     """
 

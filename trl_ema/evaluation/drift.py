@@ -261,8 +261,16 @@ def starting_point(trainer) -> StartingPoint:
     The model as it was when the trainer was made. Of a training without an adapter it is a copy of all that is trained.
 
     Raises:
-        ValueError: Such a training has begun already.
+        ValueError: Such a training has begun already, or DeepSpeed's ZeRO-3 would have to put another start than the base back.
     """
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3 and not getattr(trainer.starting_point, "is_base", False):
+        # It keeps small parameters gathered for as long as a pass lasts, and lets nobody write to them.
+        raise ValueError(
+            "Under ZeRO-3 drift is measured from a base alone, and this training starts from something else (an adapter that it "
+            "goes on from, PiSSA, DoRA, ...). Launch with DDP, ZeRO-2 or FSDP2, or train without measuring drift and give the "
+            "result to `trl-ema evaluate`, with `--reference_adapter` if it goes on from an adapter."
+        )
     if trainer.starting_point is not None:
         return trainer.starting_point
     if trainer.state.global_step:
