@@ -8,7 +8,7 @@ from accelerate.utils import is_peft_model
 from peft import PeftConfig
 
 from .sharding import drop_stale_copy, is_sharded, local_shard, reshard, take_shard
-from .teacher import _adapter_changes_nothing, trained_names, without_adapter
+from .teacher import adapter_changes_nothing, trained_names, without_adapter
 
 
 def keeps_base(config: PeftConfig) -> bool:
@@ -35,7 +35,7 @@ class StartingPoint:
         self.model = model
         if is_base is None:
             is_base = is_peft_model(model) and all(
-                _adapter_changes_nothing(model, name) for name in model.active_adapters
+                adapter_changes_nothing(model, name) for name in model.active_adapters
             )
         self.is_base = is_base
         self._kept: dict[str, tuple[torch.Tensor, bool]] = {}

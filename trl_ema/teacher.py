@@ -107,7 +107,7 @@ class MeanTeacher:
         self._student = student_name(model)
         trainable = trained_names(model)
         check_adapter(model.peft_config[self._student], anchor)
-        self.is_base = frozen and _adapter_changes_nothing(model, self._student)
+        self.is_base = frozen and adapter_changes_nothing(model, self._student)
         if not self.is_base:
             self._add_adapter(anchor)
             if trainable != trained_names(model):
@@ -659,7 +659,7 @@ def _base_kept(model):
             parameter.data = data
 
 
-def _adapter_changes_nothing(model: PeftModel, name: str) -> bool:
+def adapter_changes_nothing(model: PeftModel, name: str) -> bool:
     """Whether the model with adapter `name` is exactly the base: LoRA with a zero factor everywhere."""
     config = model.peft_config[name]
     if (

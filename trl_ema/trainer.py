@@ -30,7 +30,7 @@ from .forward import add_mean_teacher_forward, check_head, divergence_mask, sequ
 from .losses import IGNORE_INDEX
 from .schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
 from .sharding import is_sharded, local_shard, whole_shape
-from .starting_point import StartingPoint
+from .starting_point import StartingPoint, keeps_base
 from .teacher import NO_ADAPTER, MeanTeacher, check_adapter, student_name
 from .workarounds import keep_4bit_layers_trainable
 
@@ -392,8 +392,6 @@ def _keep_float32_outputs(accelerator) -> None:
 
 # On a model object: what it was before a trainer had it.
 _BEFORE = "_trl_ema_before"
-# Initializations of LoRA that take their part out of the base's own weights.
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _base_of(model):
@@ -436,11 +434,11 @@ def _undo_earlier_run(model) -> None:
         if before["teacher"] is not None:
             before["teacher"].remove()
     elif is_peft_model(earlier) and isinstance(earlier.base_model, BaseTuner):
-        start = getattr(earlier.peft_config.get("default"), "init_lora_weights", True)
-        if str(start).lower().startswith(_CHANGE_THE_BASE):
+        config: Any = earlier.peft_config.get("default")
+        if not keeps_base(config):
             vars(base)[_BEFORE] = before
             raise ValueError(
-                f"An earlier run with `init_lora_weights={start!r}` has changed the weights of this very model. Load the model "
+                f"An earlier run with `init_lora_weights={config.init_lora_weights!r}` has changed the weights of this very model. Load the model "
                 "again, and give that."
             )
         for module in earlier.modules():
