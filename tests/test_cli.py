@@ -13,7 +13,7 @@ import torch
 from conftest import lora
 from peft import get_peft_model
 
-from trl_ema.cli import main
+from trl_ema.cli import EvaluationArguments, _held_out_text, main
 from trl_ema.evaluation import tasks
 from trl_ema.evaluation.models import load_base
 from trl_ema.files import read_json, read_jsonl, write_jsonl
@@ -190,13 +190,20 @@ def test_evaluate_measures_from_the_adapter_that_a_training_went_on_from(adapter
     assert found[0]["domain"]["loss"] == found[1]["domain"]["loss"] and found[0]["key"] != found[1]["key"]
 
 
-def test_evaluate_refuses_a_blank_cell_before_it_loads_a_model(tiny_folder, tmp_path, monkeypatch):
+def test_evaluate_names_a_blank_cell_before_it_loads_a_model_or_leaves_it_out(
+    tiny_folder, tmp_path, tokenizer, monkeypatch
+):
     monkeypatch.setattr("trl_ema.evaluation.models.load_base", lambda *_, **__: pytest.fail("loaded a model"))
-    (tmp_path / "rows.csv").write_text("prompt,completion\nthe drug,the skin\nthe fever,\n")
+    rows = tmp_path / "rows.csv"
+    rows.write_text("prompt,completion\nthe drug,the skin\nthe fever,\n")
     done = evaluate(
-        "--model", tiny_folder / "model", "--dataset_name", tmp_path / "rows.csv", "--output_dir", tmp_path / "out", check=False
+        "--model", tiny_folder / "model", "--dataset_name", rows, "--output_dir", tmp_path / "out", check=False
     )  # fmt: skip
-    assert done.returncode == 1 and "cannot be tokenized" in done.stderr and "'the fever'" in done.stderr
+    assert done.returncode == 1
+    assert f"Row 2 of {rows} (line 3) is incomplete: column `completion` is blank" in done.stderr
+    assert "`--drop_incomplete_rows true`" in done.stderr
+    args = EvaluationArguments(dataset_name=str(rows), drop_incomplete_rows=True, generation_tokens=0)
+    assert len(_held_out_text(args, tokenizer, None).batches["domain"][0]["labels"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,9 @@ class EvaluationArguments:
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of `dataset_name`; a single file is `train`."})
     dataset_samples: int = field(default=128, metadata={"help": "Rows of `dataset_name` at most, seeded."})
+    drop_incomplete_rows: bool = field(
+        default=False, metadata={"help": "Leave out rows of `dataset_name` in which a text is missing."}
+    )
     generation_tokens: int = field(default=48, metadata={"help": "Tokens per generated answer; 0 for none."})
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples before each question; the task's own."})
     limit: float | None = field(
@@ -219,15 +222,13 @@ def _held_out_text(args: EvaluationArguments, tokenizer, adapter: str | None):
         check_measurable(PeftConfig.from_pretrained(adapter))
     if args.generation_tokens:
         require("eval", *PACKAGES)
-    rows = data.to_prompt_completion(data.load_rows(str(args.dataset_name), split=args.dataset_split))
+    name, drop = str(args.dataset_name), args.drop_incomplete_rows
+    rows = data.load_split(name, split=args.dataset_split, drop_incomplete=drop)
     rows = rows.shuffle(seed=args.seed).select(range(min(args.dataset_samples, len(rows))))
     general = Dataset.from_list(general_rows())
     if tokenizer.chat_template:
         general = data.as_conversation(general)
-        # A blank cell stays what it is, and is refused.
-        if {"prompt", "completion"} <= set(rows.column_names) and all(
-            isinstance(row[name], str) for row in rows for name in ("prompt", "completion")
-        ):
+        if all(isinstance(rows[0].get(column), str) for column in ("prompt", "completion")):
             rows = data.as_conversation(rows)
     suite = Suite(generation_tokens=args.generation_tokens, domain_samples=len(rows), batch_size=args.batch_size)
     return HeldOutText(tokenizer, suite, domain=rows, general=general)

@@ -424,6 +424,28 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
     return dataset[split]
 
 
+def load_split(
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    text_field: str = "text",
+    drop_incomplete: bool = False,
+):
+    """
+    [`load_rows`] in a TRL format, see [`to_prompt_completion`], whose errors then name the file and its line.
+
+    Raises:
+        ValueError: No row is left.
+    """
+    rows = load_rows(name, config, split, streaming)
+    shown = name if os.path.isfile(name) else f"{name} ({split})"
+    rows = to_prompt_completion(rows, text_field, drop_incomplete, shown)
+    if next(iter(rows), None) is None:
+        raise ValueError(f"{shown} has no row{' left' * drop_incomplete}. Give at least 2 rows to train on.")
+    return rows
+
+
 def _is_empty(path: str, suffix: str) -> bool:
     if suffix == ".parquet":
         return not parquet.read_metadata(path).num_rows

@@ -129,12 +129,9 @@ def load_data(args: TrainingScriptArguments, tokenizer, text_field: str = "text"
 
 
 def _load_split(args: TrainingScriptArguments, split: str, text_field: str):
-    rows = data.load_rows(args.dataset_name, args.dataset_config, split, args.dataset_streaming)
-    name = args.dataset_name if os.path.isfile(args.dataset_name) else f"{args.dataset_name} ({split})"
-    rows = data.to_prompt_completion(rows, text_field, args.drop_incomplete_rows, name)
-    if next(iter(rows), None) is None:
-        raise ValueError(f"{name} has no row{' left' * args.drop_incomplete_rows}. Give at least 2 rows to train on.")
-    return rows
+    return data.load_split(
+        args.dataset_name, args.dataset_config, split, args.dataset_streaming, text_field, args.drop_incomplete_rows
+    )
 
 
 def _load_held_out(args: TrainingScriptArguments, text_field: str):
