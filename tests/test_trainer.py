@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
-from trl_ema.forward import _of_sequences, sequence_numbers
+from trl_ema.forward import _of_sequences, _tokens_of, sequence_numbers
 from trl_ema.trainer import _refuse_parallelism, _refuse_sharding
 
 
@@ -226,7 +226,8 @@ def test_documents_of_a_packed_row_are_cut_out_whole(make_trainer):
     batch = dict(next(iter(trainer.get_train_dataloader())))
     starts = batch["cu_seq_lens_q"].tolist()
     assert len(starts) == 5
-    taught, tokens = _of_sequences(torch.tensor([3, 1]), batch)
+    tokens = _tokens_of([1, 3], batch)
+    taught = _of_sequences([1, 3], tokens, int(tokens.sum()), batch)
     documents = [slice(starts[i], starts[i + 1]) for i in (1, 3)]
     for key in ("input_ids", "labels", "position_ids"):
         expected = torch.cat([batch[key][:, document] for document in documents], 1)
