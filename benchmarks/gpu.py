@@ -265,6 +265,7 @@ def stepper(run: Run, arm: str, batch: int, tokens: int, *, nf4=False, dtype=tor
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(3, run.size["vocab_size"], (batch, tokens), generator=g).tolist()
     rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": [[-100] * prompt + row[prompt:] for row in ids]})
+    rows = datasets.concatenate_datasets([rows, rows])  # so that the first batch is not the last
     options = dict(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, max_length=tokens, bf16=True, report_to="none",
         gradient_checkpointing=checkpointing, save_strategy="no", logging_strategy="no", disable_tqdm=True, max_steps=10**6,
@@ -283,7 +284,6 @@ def stepper(run: Run, arm: str, batch: int, tokens: int, *, nf4=False, dtype=tor
     model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     model.train()
     inputs = next(iter(trainer.get_train_dataloader()))
-    trainer.accelerator.gradient_state.end_of_dataloader = False  # as in the middle of an epoch
     items = (inputs["labels"][:, 1:] != -100).sum()
     trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -384,6 +384,10 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     datasets.disable_progress_bars()
+    if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        from trl_ema import kernels
+
+        losses._kernels = lambda _: kernels
     run = Run(args.output_dir, args.smoke, args.seconds)
     versions = {name: __import__(name).__version__ for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")}
     run.note("versions", versions | {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"})

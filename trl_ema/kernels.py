@@ -17,7 +17,6 @@ _STAGES = 1
 # What stands for a logit beyond the vocabulary: its probability is 0, and 0 times it is not NaN.
 _NONE = tl.constexpr(-1e30)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit

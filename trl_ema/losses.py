@@ -8,6 +8,7 @@ Shapes: N tokens, H hidden size, V vocabulary.
 """
 
 import functools
+import logging
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+
+logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
 _HALF = (torch.float16, torch.bfloat16)
@@ -199,11 +202,14 @@ def _precision(weight: torch.Tensor) -> torch.dtype:
 @functools.cache
 def _kernels(device_type: str):
     """The module of the Triton kernel; `None` where it does not run."""
+    if device_type != "cuda":
+        return None
     try:
         from . import kernels
     except ImportError:
+        logger.warning("Triton is not installed: the loss takes four times as long. `pip install triton` mends that.")
         return None
-    return kernels if device_type == "cuda" or kernels.INTERPRETED else None
+    return kernels
 
 
 def default_chunk_size(device_type: str, vocabulary: int, kernel_dtype: torch.dtype | None = None) -> int:
