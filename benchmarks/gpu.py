@@ -212,7 +212,18 @@ def _kernel_variants(run, ours, tokens) -> None:
 
     names = ("_WARPS", "_WORDS_OF_THREAD", "_BLOCK", "_STAGES")
     saved = {name: getattr(kernels, name) for name in names}
-    variants = [(8, 8, 1), (4, 8, 1), (4, 16, 1), (8, 16, 1), (16, 8, 1), (4, 8, 3), (8, 8, 2), (8, 8, 3), (8, 8, 4), (16, 8, 3)]
+    variants = [
+        (8, 8, 1),
+        (4, 8, 1),
+        (4, 16, 1),
+        (8, 16, 1),
+        (16, 8, 1),
+        (4, 8, 3),
+        (8, 8, 2),
+        (8, 8, 3),
+        (8, 8, 4),
+        (16, 8, 3),
+    ]
     best = None
     for warps, words, stages in variants[:2] if run.smoke else variants:
         vars(kernels).update(_WARPS=warps, _WORDS_OF_THREAD=words, _BLOCK=32 * warps * words, _STAGES=stages)
@@ -222,7 +233,11 @@ def _kernel_variants(run, ours, tokens) -> None:
     if best[1]:
         warps, words, stages = best[1]
         vars(kernels).update(_WARPS=warps, _WORDS_OF_THREAD=words, _BLOCK=32 * warps * words, _STAGES=stages)
-    chunks = {f"{rows} rows": functools.partial(ours, chunk_size=rows) for rows in (256, 512, 768, 1024, 2048) if rows <= tokens}
+    chunks = {
+        f"{rows} rows": functools.partial(ours, chunk_size=rows)
+        for rows in (256, 512, 768, 1024, 2048)
+        if rows <= tokens
+    }
     run.note("loss/chunks, ms", medians(chunks, 4, 1))
     vars(kernels).update(saved)
 
@@ -231,9 +246,7 @@ def tokenizer():
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(90)}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 @functools.cache
@@ -250,7 +263,9 @@ def model_folder(smoke: bool) -> str:
     return folder
 
 
-def stepper(run: Run, arm: str, batch: int, tokens: int, *, nf4=False, dtype=torch.bfloat16, checkpointing=False, prompt=0):
+def stepper(
+    run: Run, arm: str, batch: int, tokens: int, *, nf4=False, dtype=torch.bfloat16, checkpointing=False, prompt=0
+):
     """One optimizer step of TRL's trainer or ours, teacher included, as a function; and the trainer."""
     quantization = None
     if nf4:

@@ -65,7 +65,9 @@ def run(function, student, teacher, weight, labels, head, transform, upstream=1.
         sums = dense_loss(leaves[0], teacher, leaves[1], labels, 0.7, **head, **options)
     else:
         options |= dict(transform=transform, chunk_size=5)
-        sums = vars(fused_linear_cross_entropy_kl(leaves[0], teacher, leaves[1], labels, 0.7, **head, **options)).values()
+        sums = vars(
+            fused_linear_cross_entropy_kl(leaves[0], teacher, leaves[1], labels, 0.7, **head, **options)
+        ).values()
     sums = list(sums)
     return sums, torch.autograd.grad(sums[0] * upstream, leaves)
 
@@ -133,7 +135,9 @@ def test_tokens_beyond_the_teachers_have_their_cross_entropy_alone(device, engin
     alone = exactly(student[taught:], student[taught:], weight, labels[taught:], head, transform)
     for mine, *exact in zip(sums, with_teacher[0], alone[0], strict=True):
         torch.testing.assert_close(mine.double(), sum(exact).double(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradients[0].double(), torch.cat([with_teacher[1][0], alone[1][0]]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        gradients[0].double(), torch.cat([with_teacher[1][0], alone[1][0]]), rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(gradients[1].double(), with_teacher[1][1] + alone[1][1], rtol=1e-5, atol=1e-5)
 
 

@@ -23,7 +23,9 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 def _transformed(x, scale, softcap, SOFTCAP: tl.constexpr):
     x = x * scale
     if SOFTCAP:
-        x = softcap * (1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0))  # tanh; Triton has none that the interpreter knows
+        x = softcap * (
+            1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0)
+        )  # tanh; Triton has none that the interpreter knows
     return x
 
 

@@ -347,7 +347,15 @@ class _FusedLinearCrossEntropyKL(torch.autograd.Function):
             factor = 2.0 ** math.floor(math.log2(_FLOAT16_FACTOR / weights))
         engine = _by_torch if kernels is None else functools.partial(_by_kernel, kernels)
         chunk = engine(
-            min(chunk_size, max(1, len(labels))), dtype, head, teacher_head, divergence, dft, kl_weight, factor, need_grad
+            min(chunk_size, max(1, len(labels))),
+            dtype,
+            head,
+            teacher_head,
+            divergence,
+            dft,
+            kl_weight,
+            factor,
+            need_grad,
         )
 
         # The loss chooses its own precision; autocast would round the logits to half precision.
