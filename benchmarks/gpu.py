@@ -165,9 +165,11 @@ def loss_speed(run: Run) -> None:
         (-log_probs.sum()).backward()
         x.grad = None
 
-    def under_autocast(weight=weight.float(), x=student.float().requires_grad_(), teacher=teacher.float()):
+    in_float32 = weight.float(), student.float().requires_grad_(), teacher.float()
+
+    def under_autocast():
         with torch.autocast(DEVICE, torch.bfloat16):
-            ours(weight, x, teacher)
+            ours(*in_float32)
 
     rows = losses.default_chunk_size(DEVICE, vocabulary, torch.bfloat16 if losses._kernels(DEVICE) else None)
     rows = min(rows, tokens)
