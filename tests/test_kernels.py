@@ -122,7 +122,7 @@ def test_nearly_equal_models_in_half_precision_keep_the_gradient_of_their_diverg
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_divergence_of_equal_models_is_exactly_zero(device, engine, direction, dtype):
-    student, _, weight, labels, head, transform = inputs(device, dtype, n=24)
+    student, _, weight, labels, head, transform = inputs(device, dtype, n=8)
     sums, _ = run(fused_linear_cross_entropy_kl, student, student, weight, labels, head, transform, direction=direction)
     assert abs(sums[2].item()) <= (1e-5 if direction == "jsd" else 0)
 
@@ -206,20 +206,21 @@ from triton.compiler import ASTSource
 from trl_ema import kernels
 
 function, names = kernels._loss_and_gradient, kernels._loss_and_gradient.arg_names
-for arch in (80, 89, 90):
+block, words = kernels._BLOCK, kernels._WORDS_OF_THREAD
+ROOM = {80: 163, 89: 99, 90: 227}  # KiB of shared memory
+for arch, room in ROOM.items():
     for direction, dtype, odd in (("forward", "bf16", False), ("reverse", "fp16", True), ("jsd", "fp32", True)):
-        if True:
-            block, words = kernels._BLOCK, kernels._WORDS_OF_THREAD
-            constants = dict(vocabulary=49153, DIRECTION=direction, THREADS=block // words, WORDS=words, BLOCKS=-(-49153 // block))
-            constants |= dict(TAUGHT=True, GAP=not odd, NEED_GRAD=True, STAGES=kernels._STAGES)
-            constants |= {name: odd for name in ("TEMPERED", "SOFTCAP", "DFT", "BIAS", "TEACHER_BIAS")}
-            types = dict(labels_ptr="*i64", sums_ptr="*fp32", stride="i32")
-            signature = {n: "constexpr" if n in constants else types.get(n, "*" + dtype if n.endswith("_ptr") else "fp32") for n in names}
-            aligned = [n for n in names if signature[n].startswith("*") or n == "stride"]
-            attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-            source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=kernels._WARPS))
-            assert compiled.asm["cubin"]
+        stages = kernels._STAGES_OF_FLOAT32 if dtype == "fp32" else kernels._STAGES
+        constants = dict(vocabulary=49153, DIRECTION=direction, THREADS=block // words, WORDS=words, BLOCKS=-(-49153 // block))
+        constants |= dict(TAUGHT=True, GAP=not odd, NEED_GRAD=True, STAGES=stages)
+        constants |= {name: odd for name in ("TEMPERED", "SOFTCAP", "DFT", "BIAS", "TEACHER_BIAS")}
+        types = dict(labels_ptr="*i64", sums_ptr="*fp32", stride="i32")
+        signature = {n: "constexpr" if n in constants else types.get(n, "*" + dtype if n.endswith("_ptr") else "fp32") for n in names}
+        aligned = [n for n in names if signature[n].startswith("*") or n == "stride"]
+        attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+        source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=kernels._WARPS))
+        assert compiled.asm["cubin"] and compiled.metadata.shared <= room * 1024, (arch, dtype, compiled.metadata.shared)
 print("compiled")
 """
 

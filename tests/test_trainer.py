@@ -226,8 +226,9 @@ def test_documents_of_a_packed_row_are_cut_out_whole(make_trainer):
     batch = dict(next(iter(trainer.get_train_dataloader())))
     starts = batch["cu_seq_lens_q"].tolist()
     assert len(starts) == 5
-    tokens = _tokens_of([1, 3], batch)
-    taught = _of_sequences([1, 3], tokens, int(tokens.sum()), batch)
+    chosen = torch.tensor([1, 3])
+    tokens = _tokens_of(chosen, batch)
+    taught = _of_sequences(chosen, tokens, int(tokens.sum()), batch)
     documents = [slice(starts[i], starts[i + 1]) for i in (1, 3)]
     for key in ("input_ids", "labels", "position_ids"):
         expected = torch.cat([batch[key][:, document] for document in documents], 1)

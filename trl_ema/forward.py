@@ -83,29 +83,26 @@ def num_sequences(input_ids: torch.Tensor, position_ids: torch.Tensor | None = N
     return int(sequence_numbers(input_ids, position_ids).max()) + 1
 
 
-def _tokens_of(chosen: list[int], inputs: dict) -> torch.Tensor:
+def _tokens_of(chosen: torch.Tensor, inputs: dict) -> torch.Tensor:
     """Which tokens belong to the `chosen` sequences, `(batch, seq_len)`."""
     numbers = sequence_numbers(**inputs)
     is_chosen = torch.zeros(numbers.numel(), dtype=torch.bool, device=numbers.device)  # longer than there are sequences
-    for number in chosen:  # a tensor of them would have to wait for the device
-        is_chosen[number] = True
-    return is_chosen[numbers]
+    return is_chosen.index_fill_(0, chosen, True)[numbers]
 
 
-def _of_sequences(chosen: list[int], tokens: torch.Tensor, num_tokens: int, inputs: dict) -> dict:
+def _of_sequences(chosen: torch.Tensor, tokens: torch.Tensor, num_tokens: int, inputs: dict) -> dict:
     """`inputs` with the `chosen` sequences alone, in their order, whose `tokens` are given, `(batch, seq_len)`, with their number."""
     packed = len(tokens) == 1
-    positions = _positions(tokens, num_tokens) if packed else None
+    positions = _positions(tokens, num_tokens) if packed else chosen
 
     def cut(value):
         if not isinstance(value, torch.Tensor) or value.shape[:2] != tokens.shape:
             return value
-        return value.index_select(1, positions) if packed else torch.stack([value[row] for row in chosen])
+        return value.index_select(1 if packed else 0, positions)
 
     taught = {key: cut(value) for key, value in inputs.items()}
     if "cu_seq_lens_q" in inputs:  # where documents begin and end, for attention without padding
-        every = inputs["cu_seq_lens_q"].diff()
-        lengths = torch.stack([every[number] for number in chosen])
+        lengths = inputs["cu_seq_lens_q"].diff().index_select(0, chosen)
         bounds = torch.nn.functional.pad(lengths.cumsum(0, dtype=lengths.dtype), (1, 0))
         taught["cu_seq_lens_q"] = taught["cu_seq_lens_k"] = bounds
     return taught
@@ -142,14 +139,15 @@ def _choose_tokens(kl_tokens: str, sequences: list[int] | None, inputs: dict) ->
     if sequences is None:
         positions = mask.flatten().nonzero().squeeze(1)
         return _Tokens(inputs, positions, positions)
-    sequences = sorted(int(number) for number in sequences)
+    sequences = torch.tensor(sorted(sequences), dtype=torch.long)
+    sequences = sequences.to(mask.device, non_blocking=True)  # otherwise the host would wait
     chosen = _tokens_of(sequences, inputs)
     predicted = whole(chosen[:, 1:])
     others = whole(divergence_mask("loss", **inputs)) & ~predicted
     mask &= predicted
     num_taught, num_others, num_tokens = torch.stack([mask.sum(), others.sum(), chosen.sum()]).tolist()
     student = torch.cat([_positions(mask, num_taught), _positions(others, num_others)])
-    if not sequences:
+    if not len(sequences):
         return _Tokens({}, student[:0], student)
     taught = _of_sequences(sequences, chosen, num_tokens, inputs)
     return _Tokens(taught, _positions(whole(divergence_mask(kl_tokens, **taught)), num_taught), student)

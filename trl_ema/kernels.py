@@ -13,7 +13,9 @@ import triton.language as tl
 _WORDS_OF_THREAD = 8
 _WARPS = 8
 _BLOCK = 32 * _WARPS * _WORDS_OF_THREAD
-_STAGES = 1
+# Blocks that are on their way at a time. Float32 logits would wait in shared memory, where four have no room on smaller cards.
+_STAGES = 4
+_STAGES_OF_FLOAT32 = 1
 # What stands for a logit beyond the vocabulary: its probability is 0, and 0 times it is not NaN.
 _NONE = tl.constexpr(-1e30)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -223,5 +225,5 @@ def loss_and_gradient_(
             DIRECTION=direction, TEMPERED=temperature != 1.0, SOFTCAP=softcap is not None, DFT=dft, TAUGHT=taught, GAP=gap,
             BIAS=bias is not None, TEACHER_BIAS=taught and not gap and teacher_bias is not None, NEED_GRAD=need_grad,
             THREADS=block // _WORDS_OF_THREAD, WORDS=_WORDS_OF_THREAD, BLOCKS=triton.cdiv(vocabulary, block),
-            STAGES=_STAGES, num_warps=_WARPS,
+            STAGES=_STAGES if student.element_size() == 2 else _STAGES_OF_FLOAT32, num_warps=_WARPS,
         )  # fmt: skip
