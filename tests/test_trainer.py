@@ -652,6 +652,18 @@ def test_non_finite_loss_stops_before_the_update_and_names_the_checkpoint(make_t
     assert goes_on.state.global_step == 4
 
 
+def test_a_non_finite_divergence_stops_where_the_student_alone_is_fine(make_trainer):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 2:
+                next(p for n, p in model.named_parameters() if ".teacher." in n).data.fill_(float("inf"))
+
+    trainer = make_trainer(callbacks=[Poison()])
+    with pytest.raises(FloatingPointError, match="loss of step 3 is nan"):
+        trainer.train()
+    assert all(w.isfinite().all() for w in adapter_weights(trainer).values())
+
+
 def test_an_old_checkpoint_or_a_poisoned_one_is_not_called_good(make_trainer, tmp_path):
     class PoisonAdapter(TrainerCallback):
         def on_optimizer_step(self, args, state, control, model, **kwargs):
