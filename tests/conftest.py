@@ -69,6 +69,7 @@ WORDS = [
     "what",
 ]
 USE_CPU = os.environ.get("TRL_EMA_TESTS_ON") != "cuda"
+DEVICE = "cpu" if USE_CPU else "cuda"
 VOCAB_SIZE = 64
 TINY = dict(
     vocab_size=VOCAB_SIZE,

@@ -44,7 +44,7 @@ def test_training_after_evaluate_still_learns(nf4_model, make_trainer, teacher):
         model = nf4_model()
         model.eval()
         with torch.no_grad():
-            model(torch.arange(3, 9)[None])  # as a user would, before there is a trainer
+            model(torch.arange(3, 9, device=model.device)[None])  # as a user would, before there is a trainer
         trainer = make_trainer(model=model, eval_dataset=rows(4, seed=9), teacher=teacher, max_steps=12)
         if evaluate_first:
             trainer.evaluate()
