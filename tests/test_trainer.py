@@ -405,6 +405,26 @@ def test_neftune_noise_is_the_students_alone(make_trainer):
         assert torch.equal(trainer.model(ids).logits, quiet.model(ids).logits)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(bf16=True),
+        pytest.param(dict(), marks=pytest.mark.slow),
+        pytest.param(dict(bf16=True, kl_fraction=0.5), marks=pytest.mark.slow),
+        pytest.param(dict(bf16=True, teacher="frozen"), marks=pytest.mark.slow),
+    ],
+    ids=["bf16", "float32", "half of the sequences", "frozen"],
+)
+def test_a_compiled_model_gives_the_same_run(make_trainer, changes):
+    """The teacher's pass switches attributes of modules, of which the compiler must know."""
+    plain = make_trainer(**changes)
+    compiled = make_trainer(torch_compile=True, torch_compile_backend="aot_eager", **changes)
+    plain.train(), compiled.train()
+    torch.compiler.reset()
+    assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
+    same_run(compiled, plain)
+
+
 @pytest.mark.gpu
 def test_activation_offloading_gives_the_same_run(make_trainer):
     offloaded, plain = make_trainer(activation_offloading=True, use_cpu=False), make_trainer(use_cpu=False)

@@ -16,6 +16,9 @@ from .losses import IGNORE_INDEX, LogitTransform, fused_linear_cross_entropy_kl
 from .sharding import whole_weights
 from .teacher import MeanTeacher
 
+# A compiled model calls it as it is: there is nothing to fuse, and the chunks would be unrolled for each number of tokens.
+_fused_loss = torch.compiler.disable(fused_linear_cross_entropy_kl)
+
 
 @dataclass
 class MeanTeacherOutput(ModelOutput):
@@ -212,7 +215,7 @@ def add_mean_teacher_forward(model: PreTrainedModel, teacher: MeanTeacher, *, kl
             own_head = None, None
         labels = _select(labels, tokens.student + 1).to(weight.device)
         with whole_weights(weight, bias, *own_head) as (weight, bias, teacher_weight, teacher_bias):
-            fused = fused_linear_cross_entropy_kl(
+            fused = _fused_loss(
                 hidden.to(weight.device),
                 teacher_hidden.to(weight.device),
                 weight,
