@@ -16,6 +16,7 @@ from .losses import IGNORE_INDEX, LogitTransform, fused_linear_cross_entropy_kl
 from .sharding import whole_weights
 from .teacher import MeanTeacher
 
+
 # A compiled model calls it as it is: there is nothing to fuse, and the chunks would be unrolled for each number of tokens.
 _fused_loss = torch.compiler.disable(fused_linear_cross_entropy_kl)
 
