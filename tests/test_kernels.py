@@ -5,6 +5,7 @@ The loss with its Triton kernel and without, on a CPU (where Triton interprets i
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +193,21 @@ def test_under_autocast_a_float32_head_is_multiplied_in_half_precision(device, e
     given = run(fused_linear_cross_entropy_kl, *halves)
     torch.testing.assert_close(mine[0][1], given[0][1], rtol=1e-5, atol=1e-4)
     assert mine[1][0].dtype == mine[1][1].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "device, head, autocast, precision",
+    [
+        ("cuda", torch.float32, True, torch.bfloat16),
+        ("cuda", torch.float32, False, torch.float32),
+        ("cuda", torch.float16, True, torch.float16),
+        ("cpu", torch.float32, True, torch.float32),
+    ],
+)
+def test_a_float32_head_on_a_gpu_takes_the_precision_of_autocast(monkeypatch, device, head, autocast, precision):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: autocast)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
+    assert losses._precision(SimpleNamespace(device=SimpleNamespace(type=device), dtype=head)) == precision
 
 
 def test_a_gpu_with_triton_takes_the_kernel_and_a_cpu_does_not():

@@ -143,17 +143,17 @@ def _choose_tokens(kl_tokens: str, sequences: list[int] | None, inputs: dict) ->
     if sequences is None:
         positions = mask.flatten().nonzero().squeeze(1)
         return _Tokens(inputs, positions, positions)
-    sequences = torch.tensor(sorted(sequences), dtype=torch.long)
-    sequences = sequences.to(mask.device, non_blocking=True)  # otherwise the host would wait
-    chosen = _tokens_of(sequences, inputs)
+    numbers = torch.tensor(sorted(sequences), dtype=torch.long)
+    numbers = numbers.to(mask.device, non_blocking=True)  # otherwise the host would wait
+    chosen = _tokens_of(numbers, inputs)
     predicted = whole(chosen[:, 1:])
     others = whole(divergence_mask("loss", **inputs)) & ~predicted
     mask &= predicted
     num_taught, num_others, num_tokens = torch.stack([mask.sum(), others.sum(), chosen.sum()]).tolist()
     student = torch.cat([_positions(mask, num_taught), _positions(others, num_others)])
-    if not len(sequences):
+    if not len(numbers):
         return _Tokens({}, student[:0], student)
-    taught = _of_sequences(sequences, chosen, num_tokens, inputs)
+    taught = _of_sequences(numbers, chosen, num_tokens, inputs)
     return _Tokens(taught, _positions(whole(divergence_mask(kl_tokens, **taught)), num_taught), student)
 
 
