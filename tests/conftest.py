@@ -9,8 +9,12 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-if not any("gpu" in argument for argument in sys.argv):  # `pytest -m gpu`
+# `pytest -m gpu`, or TRL_EMA_TESTS_ON=cuda for the whole suite on a GPU. The workers of xdist have other arguments, but inherit this.
+if any("gpu" in argument and "not gpu" not in argument for argument in sys.argv):
+    os.environ.setdefault("TRL_EMA_TESTS_ON", "gpu")
+if "TRL_EMA_TESTS_ON" not in os.environ:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported by anything
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of us share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -64,6 +68,8 @@ WORDS = [
     "virus",
     "what",
 ]
+USE_CPU = os.environ.get("TRL_EMA_TESTS_ON") != "cuda"
+DEVICE = "cpu" if USE_CPU else "cuda"
 VOCAB_SIZE = 64
 TINY = dict(
     vocab_size=VOCAB_SIZE,
@@ -179,7 +185,7 @@ def lora(**changes):
 def config(folder, **changes):
     """A short, exact run: float32, no dropout, a learning rate that moves."""
     defaults = dict(
-        output_dir=str(folder), use_cpu=True, bf16=False, learning_rate=1e-2, max_steps=4, logging_steps=1,
+        output_dir=str(folder), use_cpu=USE_CPU, bf16=False, learning_rate=1e-2, max_steps=4, logging_steps=1,
         per_device_train_batch_size=4, max_length=32, report_to="none", save_strategy="no", disable_tqdm=True,
         gradient_checkpointing=False, lr_scheduler_type="constant",
     )  # fmt: skip

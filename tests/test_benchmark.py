@@ -3,17 +3,24 @@
 import importlib.util
 import json
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 
-path = Path(__file__).parents[1] / "recipes" / "benchmark.py"
-spec = importlib.util.spec_from_file_location("benchmark", path)
-benchmark = importlib.util.module_from_spec(spec)
-sys.modules["benchmark"] = benchmark
-spec.loader.exec_module(benchmark)
+def script(name):
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+benchmark = script("benchmark")
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -68,3 +75,18 @@ def test_products_with_four_bit_weights_count_as_others(tiny_folder, tmp_path):
         for more in ([], ["--nf4"])
     )
     assert plain == nf4
+
+
+def test_the_benchmark_for_a_gpu_runs_small_on_a_cpu(monkeypatch, tmp_path):
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu.losses, "_kernels", gpu.losses._kernels)  # which it replaces
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    arguments = ["--smoke", "--output_dir", tmp_path, "--only", "loss_speed", "first_step"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, arguments)])
+    with warnings.catch_warnings():
+        gpu.main()
+    figures = json.loads((tmp_path / "gpu.json").read_text())
+    assert not [name for name in figures if name.endswith("failed")]
+    assert set(figures["loss/ms"]) > {"three products", "TRL's SFT head", "forward", "jsd"}
+    first = figures["first step/bf16"]
+    assert first["kl"] == 0 and first["ce"] == pytest.approx(first["sft"], rel=1e-3)

@@ -59,10 +59,10 @@ def test_a_plain_run_takes_deepspeeds_float32_weights(make_trainer, tmp_path):
     (checkpoint / "global_step2").mkdir()
     state = torch.load(checkpoint / "optimizer.pt")
     name = next(name for name, p in trainer.model.named_parameters() if p.requires_grad)
-    state["master"] = {name: torch.full_like(trainer.model.get_parameter(name), 0.123)}
+    state["master"] = {name: torch.full_like(trainer.model.get_parameter(name), 0.123, device="cpu")}
     torch.save(state, checkpoint / "optimizer.pt")
-    assert torch.equal(trainer._load_student(str(checkpoint))[name], state["master"][name])
-    assert torch.equal(trainer.model.get_parameter(name), state["master"][name])
+    assert torch.equal(trainer._load_student(str(checkpoint))[name].cpu(), state["master"][name])
+    assert torch.equal(trainer.model.get_parameter(name).cpu(), state["master"][name])
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])

@@ -6,7 +6,7 @@ from conftest import adapter_weights, logged, lora, rows, tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTTrainer
 
-from trl_ema.trainer import _keep_4bit_layers_trainable
+from trl_ema.workarounds import keep_4bit_layers_trainable
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_no_teacher_equals_sft_trainer_step_for_step(nf4_model, make_trainer, bf
     ours = make_trainer(model=nf4_model(), teacher="none", bf16=bf16)
     theirs = make_trainer(model=nf4_model(), teacher="none", bf16=bf16, trainer_class=SFTTrainer)
     for trainer in (ours, theirs):
-        _keep_4bit_layers_trainable(trainer.model)  # a CPU's matter alone
+        keep_4bit_layers_trainable(trainer.model)  # a CPU's matter alone
     assert {w.dtype for w in adapter_weights(theirs).values()} == {torch.bfloat16}
     if not bf16:
         for parameter in theirs.model.parameters():
@@ -65,7 +65,7 @@ def test_training_after_evaluate_still_learns(nf4_model, make_trainer, teacher):
         model = nf4_model()
         model.eval()
         with torch.no_grad():
-            model(torch.arange(3, 9)[None])  # as a user would, before there is a trainer
+            model(torch.arange(3, 9, device=model.device)[None])  # as a user would, before there is a trainer
         trainer = make_trainer(model=model, eval_dataset=rows(4, seed=9), teacher=teacher, max_steps=12)
         if evaluate_first:
             trainer.evaluate()

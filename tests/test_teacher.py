@@ -1,5 +1,6 @@
 import copy
 
+import peft
 import pytest
 import torch
 from conftest import lora, tiny_model
@@ -155,6 +156,40 @@ def test_teacher_is_deterministic_while_the_student_drops_out(dropout):
     assert not torch.equal(logits(model), logits(model))
     with teacher.activate():
         assert torch.equal(logits(model), logits(model))
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, "odd alpha", "lora_bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_the_teachers_pass_is_the_same_to_the_bit(name, dtype):
+    """Which of its layers compute in place or not."""
+    changes = {"odd alpha": dict(lora_alpha=6), "lora_bias": dict(lora_bias=True)}
+    adapter = lora(**changes[name]) if name in changes else copy.deepcopy(ADAPTERS[name])
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(dtype=dtype), adapter)
+    shake(model)
+    teacher = MeanTeacher(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        with teacher.activate():
+            averaged = logits(model)
+        assert torch.equal(averaged, logits(model.eval()))
+
+
+@pytest.mark.parametrize("name, autocast, calls", [("lora", True, 0), ("lora", False, 14), ("dora", True, 14)])
+def test_only_plain_lora_layers_under_autocast_leave_out_what_a_backward_pass_needs(monkeypatch, name, autocast, calls):
+    called, forward = [], peft.tuners.lora.Linear.forward
+    monkeypatch.setattr(
+        peft.tuners.lora.Linear,
+        "forward",
+        lambda layer, *args, **kwargs: called.append(layer) or forward(layer, *args, **kwargs),
+    )
+    model = peft_model(name)
+    teacher = MeanTeacher(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with teacher.activate():
+            logits(model)
+        assert len(called) == calls
+        logits(model)  # the student's pass is PEFT's
+    assert len(called) == calls + 14
 
 
 def test_activation_touches_each_layer_once_and_walks_no_module(monkeypatch):

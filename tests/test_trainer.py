@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import adapter_weights, config, logged, lora, rows, tiny_model
+from conftest import DEVICE, USE_CPU, adapter_weights, config, logged, lora, rows, tiny_model
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from transformers import TrainerCallback
 from transformers.integrations.flash_attention import get_target_dtype
@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig, SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
-from trl_ema.forward import _of_sequences, sequence_numbers
+from trl_ema.forward import _of_sequences, _tokens_of, sequence_numbers
 from trl_ema.trainer import _refuse_parallelism, _refuse_sharding, check_free_space
 
 
@@ -133,7 +133,7 @@ def test_evaluation_of_several_data_sets(make_trainer):
 
 def test_an_sft_config_is_read_as_one_with_the_default_teacher(make_trainer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sft = SFTConfig("sft", use_cpu=True, bf16=False, max_steps=1, report_to="none", save_strategy="no")
+    sft = SFTConfig("sft", use_cpu=USE_CPU, bf16=False, max_steps=1, report_to="none", save_strategy="no")
     trainer = make_trainer(args=sft)
     assert isinstance(trainer.args, MeanTeacherConfig) and trainer.args.teacher == "ema"
     trainer.train()
@@ -172,7 +172,7 @@ def test_frozen_teacher_loss_and_gradient_equal_dense_float64(make_trainer, dft)
     loss.backward()
     grads = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad()
-    expected = dense_step(trainer, batch, tiny_model(), kl_weight=0.6, dft=dft)
+    expected = dense_step(trainer, batch, tiny_model().to(DEVICE), kl_weight=0.6, dft=dft)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     for name, p in trainer.model.named_parameters():
@@ -255,7 +255,9 @@ def test_documents_of_a_packed_row_are_cut_out_whole(make_trainer):
     batch = dict(next(iter(trainer.get_train_dataloader())))
     starts = batch["cu_seq_lens_q"].tolist()
     assert len(starts) == 5
-    taught, tokens = _of_sequences(torch.tensor([3, 1]), batch)
+    chosen = torch.tensor([1, 3], device=DEVICE)
+    tokens = _tokens_of(chosen, batch)
+    taught = _of_sequences(chosen, tokens, int(tokens.sum()), batch)
     documents = [slice(starts[i], starts[i + 1]) for i in (1, 3)]
     for key in ("input_ids", "labels", "position_ids"):
         expected = torch.cat([batch[key][:, document] for document in documents], 1)
@@ -436,8 +438,28 @@ def test_neftune_noise_is_the_students_alone(make_trainer):
     assert logged(trainer, "kl_loss")[0] > 0
     quiet = make_trainer(teacher="frozen")
     with quiet.teacher.activate(), trainer.teacher.activate():
-        ids = torch.arange(3, 15)[None]
+        ids = torch.arange(3, 15, device=DEVICE)[None]
         assert torch.equal(trainer.model(ids).logits, quiet.model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(bf16=True),
+        pytest.param(dict(), marks=pytest.mark.slow),
+        pytest.param(dict(bf16=True, kl_fraction=0.5), marks=pytest.mark.slow),
+        pytest.param(dict(bf16=True, teacher="frozen"), marks=pytest.mark.slow),
+    ],
+    ids=["bf16", "float32", "half of the sequences", "frozen"],
+)
+def test_a_compiled_model_gives_the_same_run(make_trainer, changes):
+    """The teacher's pass switches attributes of modules, of which the compiler must know."""
+    plain = make_trainer(**changes)
+    compiled = make_trainer(torch_compile=True, torch_compile_backend="aot_eager", **changes)
+    plain.train(), compiled.train()
+    torch.compiler.reset()
+    assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
+    same_run(compiled, plain)
 
 
 @pytest.mark.gpu
@@ -466,9 +488,9 @@ def test_saved_student_and_teacher_load_with_plain_peft(make_trainer, tmp_path):
     trainer.save_model()
     out = tmp_path / "out"
     assert {"adapter_model.safetensors", "teacher", "README.md", "tokenizer.json"} <= set(os.listdir(out))
-    ids = torch.arange(3, 15)[None]
-    student = PeftModel.from_pretrained(tiny_model(), out).eval()
-    teacher = PeftModel.from_pretrained(tiny_model(), out / "teacher").eval()
+    ids = torch.arange(3, 15, device=DEVICE)[None]
+    student = PeftModel.from_pretrained(tiny_model(), out).eval().to(DEVICE)
+    teacher = PeftModel.from_pretrained(tiny_model(), out / "teacher").eval().to(DEVICE)
     trainer.model.eval()
     with torch.no_grad():
         assert torch.equal(student(ids).logits, trainer.model(ids).logits)
@@ -520,10 +542,10 @@ def test_best_student_comes_back_with_its_own_teacher(make_trainer, tmp_path):
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert best and not best.endswith("-4")
-    loaded = PeftModel.from_pretrained(tiny_model(), f"{best}/teacher")
+    loaded = PeftModel.from_pretrained(tiny_model(), f"{best}/teacher").to(DEVICE)
     expected = {n.replace(".default.", ".teacher."): p for n, p in loaded.named_parameters() if ".default." in n}
     assert all(torch.equal(w, expected[n]) for n, w in adapter_weights(trainer, "teacher").items())
-    student = dict(PeftModel.from_pretrained(tiny_model(), best).named_parameters())
+    student = dict(PeftModel.from_pretrained(tiny_model(), best).to(DEVICE).named_parameters())
     assert all(torch.equal(w, student[n]) for n, w in adapter_weights(trainer).items())
 
 
@@ -588,7 +610,7 @@ def test_a_subclass_of_sft_config_is_read_without_its_own_fields(make_trainer, t
     class Mine(SFTConfig):
         own: int = 3
 
-    trainer = make_trainer(args=Mine(str(tmp_path / "out"), use_cpu=True, bf16=False, learning_rate=0.5))
+    trainer = make_trainer(args=Mine(str(tmp_path / "out"), use_cpu=USE_CPU, bf16=False, learning_rate=0.5))
     assert isinstance(trainer.args, MeanTeacherConfig) and trainer.args.learning_rate == 0.5
 
 
@@ -778,6 +800,18 @@ def test_non_finite_loss_stops_before_the_update_and_names_the_checkpoint(make_t
     goes_on = make_trainer(teacher=teacher, callbacks=[Poison()], stop_on_nonfinite_loss=False)
     goes_on.train()
     assert goes_on.state.global_step == 4
+
+
+def test_a_non_finite_divergence_stops_where_the_student_alone_is_fine(make_trainer):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 2:
+                next(p for n, p in model.named_parameters() if ".teacher." in n).data.fill_(float("inf"))
+
+    trainer = make_trainer(callbacks=[Poison()])
+    with pytest.raises(FloatingPointError, match="loss of step 3 is nan"):
+        trainer.train()
+    assert all(w.isfinite().all() for w in adapter_weights(trainer).values())
 
 
 def test_an_old_checkpoint_or_a_poisoned_one_is_not_called_good(make_trainer, tmp_path):

@@ -18,6 +18,10 @@ from .sharding import whole_weights
 from .teacher import MeanTeacher
 
 
+# A compiled model calls it as it is: there is nothing to fuse, and the chunks would be unrolled for each number of tokens.
+_fused_loss = torch.compiler.disable(fused_linear_cross_entropy_kl)
+
+
 @dataclass
 class MeanTeacherOutput(ModelOutput):
     """
@@ -75,22 +79,88 @@ def sequence_numbers(input_ids: torch.Tensor, position_ids: torch.Tensor | None 
     return torch.arange(len(input_ids), device=input_ids.device)[:, None].expand(input_ids.shape)
 
 
-def _of_sequences(chosen: torch.Tensor, inputs: dict) -> tuple[dict, torch.Tensor]:
-    """`inputs` with the `chosen` sequences alone, and which tokens those are, `(batch, seq_len)`."""
+def num_sequences(input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **inputs) -> int:
+    """How many [`sequence_numbers`] there are."""
+    if len(input_ids) > 1 or position_ids is None:
+        return len(input_ids)
+    if "cu_seq_lens_q" in inputs:
+        return len(inputs["cu_seq_lens_q"]) - 1
+    return int(sequence_numbers(input_ids, position_ids).max()) + 1
+
+
+def _tokens_of(chosen: torch.Tensor, inputs: dict) -> torch.Tensor:
+    """Which tokens belong to the `chosen` sequences, `(batch, seq_len)`."""
     numbers = sequence_numbers(**inputs)
-    tokens = torch.isin(numbers, chosen.to(numbers.device))
+    is_chosen = torch.zeros(numbers.numel(), dtype=torch.bool, device=numbers.device)  # longer than there are sequences
+    return is_chosen.index_fill_(0, chosen, True)[numbers]
+
+
+def _of_sequences(chosen: torch.Tensor, tokens: torch.Tensor, num_tokens: int, inputs: dict) -> dict:
+    """`inputs` with the `chosen` sequences alone, in their order, whose `tokens` are given, `(batch, seq_len)`, with their number."""
+    packed = len(tokens) == 1
+    positions = _positions(tokens, num_tokens) if packed else chosen
 
     def cut(value):
         if not isinstance(value, torch.Tensor) or value.shape[:2] != tokens.shape:
             return value
-        return value[:, tokens[0]] if len(tokens) == 1 else value[tokens.any(1)]
+        return value.index_select(1 if packed else 0, positions)
 
     taught = {key: cut(value) for key, value in inputs.items()}
     if "cu_seq_lens_q" in inputs:  # where documents begin and end, for attention without padding
-        lengths = inputs["cu_seq_lens_q"].diff()[chosen.sort().values.to(inputs["cu_seq_lens_q"].device)]
+        lengths = inputs["cu_seq_lens_q"].diff().index_select(0, chosen)
         bounds = torch.nn.functional.pad(lengths.cumsum(0, dtype=lengths.dtype), (1, 0))
         taught["cu_seq_lens_q"] = taught["cu_seq_lens_k"] = bounds
-    return taught, tokens
+    return taught
+
+
+def _positions(mask: torch.Tensor, number: int) -> torch.Tensor:
+    """Where the flattened `mask` is true, of which the `number` is known: `nonzero` would wait for the device."""
+    return mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:number]
+
+
+@dataclass
+class _Tokens:
+    """
+    What the teacher sees, and which predictions enter the loss, as positions in a flattened `(batch, seq_len)`.
+
+    Args:
+        inputs: The teacher's.
+        teacher: Predictions of the divergence, in the teacher's inputs.
+        student: The same in the student's, before those that have a label alone.
+    """
+
+    inputs: dict
+    teacher: torch.Tensor
+    student: torch.Tensor
+
+
+def _choose_tokens(kl_tokens: str, sequences: list[int] | None, inputs: dict) -> _Tokens:
+    """A GPU works ahead of the host, which waits for it here and nowhere else in the pass: once."""
+
+    def whole(mask):  # of every token: the last of a row predicts nothing
+        return torch.nn.functional.pad(mask, (0, 1))
+
+    mask = whole(divergence_mask(kl_tokens, **inputs))
+    if sequences is None:
+        positions = mask.flatten().nonzero().squeeze(1)
+        return _Tokens(inputs, positions, positions)
+    numbers = torch.tensor(sorted(sequences), dtype=torch.long)
+    numbers = numbers.to(mask.device, non_blocking=True)  # otherwise the host would wait
+    chosen = _tokens_of(numbers, inputs)
+    predicted = whole(chosen[:, 1:])
+    others = whole(divergence_mask("loss", **inputs)) & ~predicted
+    mask &= predicted
+    num_taught, num_others, num_tokens = torch.stack([mask.sum(), others.sum(), chosen.sum()]).tolist()
+    student = torch.cat([_positions(mask, num_taught), _positions(others, num_others)])
+    if not len(numbers):
+        return _Tokens({}, student[:0], student)
+    taught = _of_sequences(numbers, chosen, num_tokens, inputs)
+    return _Tokens(taught, _positions(whole(divergence_mask(kl_tokens, **taught)), num_taught), student)
+
+
+def _select(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """`(batch, seq_len, ...)` at flattened `positions`."""
+    return states.flatten(0, 1).index_select(0, positions.to(states.device))
 
 
 def logit_transform(config) -> LogitTransform:
@@ -128,33 +198,26 @@ def add_mean_teacher_forward(model: PreTrainedModel, teacher: MeanTeacher, *, kl
     def forward(self, *args, fused_lm_head=False, kl_weight=None, kl_sequences=None, **kwargs):
         if kl_weight is None:
             return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
-        taught, mask = kwargs, divergence_mask(kl_tokens, **kwargs)
-        others = torch.zeros_like(mask)  # labelled, but of sequences that the teacher does not see
-        if kl_sequences is not None:
-            taught, chosen = _of_sequences(kl_sequences, kwargs)
-            others = divergence_mask("loss", **kwargs) & ~chosen[:, 1:]
-            mask = mask & chosen[:, 1:]
-        taught_mask = divergence_mask(kl_tokens, **taught)
+        tokens = _choose_tokens(kl_tokens, kl_sequences, kwargs)
         labels = kwargs.pop("labels")
         teacher_hidden, own_head = None, (None, None)
         if kl_sequences is None or len(kl_sequences):
             with teacher.activate(), torch.no_grad():
-                teacher_hidden = self.base_model(*args, **_teacher_inputs(taught)).last_hidden_state[:, :-1]
-                teacher_hidden = teacher_hidden[taught_mask.to(teacher_hidden.device)]
+                teacher_hidden = self.base_model(*args, **_teacher_inputs(tokens.inputs)).last_hidden_state
+                teacher_hidden = _select(teacher_hidden, tokens.teacher)
                 teacher_head = self.get_output_embeddings()
                 own_head = teacher_head.weight, getattr(teacher_head, "bias", None)
         outputs = self.base_model(*args, **kwargs)
-        hidden = outputs.last_hidden_state[:, :-1]
-        hidden = torch.cat([hidden[tokens.to(hidden.device)] for tokens in (mask, others)])
+        hidden = _select(outputs.last_hidden_state, tokens.student)
         if teacher_hidden is None:
             teacher_hidden = hidden[:0].detach()
         head = self.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)
         if own_head[0] is weight:
             own_head = None, None
-        labels = torch.cat([labels[:, 1:][tokens] for tokens in (mask, others)]).to(weight.device)
+        labels = _select(labels, tokens.student + 1).to(weight.device)
         with whole_weights(weight, bias, *own_head) as (weight, bias, teacher_weight, teacher_bias):
-            fused = fused_linear_cross_entropy_kl(
+            fused = _fused_loss(
                 hidden.to(weight.device),
                 teacher_hidden.to(weight.device),
                 weight,
@@ -174,7 +237,7 @@ def add_mean_teacher_forward(model: PreTrainedModel, teacher: MeanTeacher, *, kl
             aux_loss=_load_balancing_loss(text_config, outputs, kwargs),
             ce_loss=fused.ce_loss,
             kl_loss=fused.kl_loss,
-            kl_mask=mask.sum().to(weight.device),
+            kl_mask=torch.full((), len(tokens.teacher), device=labels.device),
         )
 
     model.forward = types.MethodType(forward, model)

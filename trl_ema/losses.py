@@ -1,11 +1,15 @@
 """Cross-entropy plus divergence to a teacher, straight from hidden states.
 
 Nothing of size tokens × vocabulary is ever held: tokens go through the LM head in chunks, and each chunk's gradient is
-formed in the forward pass, while its probabilities are still there. This module knows torch and NumPy alone.
+formed in the forward pass, while its probabilities are still there. This module knows torch and NumPy alone; what it does between
+the matrix products a GPU with Triton does in `kernels`.
 
 Shapes: N tokens, H hidden size, V vocabulary.
 """
 
+import functools
+import logging
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -13,7 +17,10 @@ import numpy as np
 import torch
 
 
+logger = logging.getLogger(__name__)
+
 IGNORE_INDEX = -100
+_HALF = (torch.float16, torch.bfloat16)
 KL_DIRECTIONS = ("forward", "reverse", "jsd")
 
 # A chunk of tokens goes through the head together, and must be large for the matrix products: a float32 logit buffer of this size,
@@ -25,8 +32,17 @@ _CHUNK_MIB = 256
 # many that what is computed beside the logits stays small.
 _BLOCK_MIB_OF_CORE = 1
 _BLOCK_MIB = 32
-# Vocabulary rows that are upcast at a time where the device cannot multiply half precision into float32.
+# Vocabulary rows that are upcast at a time where the device cannot multiply half precision into float32; and those of a trained
+# head whose gradient is formed at a time.
 _UPCAST_ROWS = 8192
+# For the kernel: two buffers of logits, each of this size and of so many rows at the most.
+_KERNEL_MIB = 256
+_KERNEL_ROWS = 2048
+# Rows of these begin where the matrix products are fastest.
+_KERNEL_ALIGNMENT = 64
+# In float16 the smallest parts of a gradient that is not multiplied by this would be rounded to nothing. It leaves room for logit
+# gradients of 255 times their weights.
+_FLOAT16_FACTOR = 256.0
 
 
 @dataclass(frozen=True)
@@ -131,6 +147,11 @@ def fused_linear_cross_entropy_kl(
         chunk_size (`int`, *optional*): Tokens per chunk, chosen from the device and V by default. The result does not
             depend on it.
 
+    On a GPU products run in the precision of `weight`; a float32 weight under autocast is cast, once, to the precision of autocast.
+    With Triton, and one head for both, half precision keeps the student's logits and their difference from the teacher's, formed
+    from the difference of the hidden states: the divergence of nearly equal models does not suffer where the logits are rounded.
+    Everything else (a teacher's own head, no Triton, a CPU) keeps float32 logits.
+
     Returns:
         [`FusedLossOutput`]: sums in nats. `loss` backpropagates to `student_hidden`, and to `weight` and `bias` if
         they require it.
@@ -141,12 +162,15 @@ def fused_linear_cross_entropy_kl(
     """
     if direction not in KL_DIRECTIONS:
         raise ValueError(f"`direction` must be one of {KL_DIRECTIONS}, got {direction!r}.")
-    if chunk_size is None:
-        chunk_size = default_chunk_size(student_hidden.device.type, weight.shape[0])
-    head = _Head(weight, bias, transform or LogitTransform())
+    precision = _precision(weight)
+    head = _Head(weight.detach().to(precision), bias, transform or LogitTransform())
     teacher_head = head
     if teacher_weight is not None:
-        teacher_head = _Head(teacher_weight.detach(), teacher_bias, head.transform)
+        teacher_head = _Head(teacher_weight.detach().to(precision), teacher_bias, head.transform)
+    kernels = _kernels(student_hidden.device.type) if precision != torch.float64 != student_hidden.dtype else None
+    if chunk_size is None:
+        logits = precision if teacher_head is head else torch.float32
+        chunk_size = default_chunk_size(student_hidden.device.type, weight.shape[0], logits if kernels else None)
     divergence = _Divergence(direction, mixture, temperature)
     return FusedLossOutput(
         *_FusedLinearCrossEntropyKL.apply(
@@ -161,12 +185,38 @@ def fused_linear_cross_entropy_kl(
             divergence,
             dft,
             chunk_size,
+            kernels,
         )
     )
 
 
-def default_chunk_size(device_type: str, vocabulary: int) -> int:
-    """Tokens that go through the LM head together."""
+def _precision(weight: torch.Tensor) -> torch.dtype:
+    """Of the products with the head: that of autocast for a float32 head, as everywhere else in the model."""
+    device = weight.device.type
+    # A CPU upcasts half precision in any case.
+    if device != "cpu" and weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+@functools.cache
+def _kernels(device_type: str):
+    """The module of the Triton kernel; `None` where it does not run."""
+    if device_type != "cuda":
+        return None
+    try:
+        from . import kernels
+    except ImportError:
+        logger.warning("Triton is not installed: the loss takes four times as long. `pip install triton` mends that.")
+        return None
+    return kernels
+
+
+def default_chunk_size(device_type: str, vocabulary: int, kernel_dtype: torch.dtype | None = None) -> int:
+    """Tokens that go through the LM head together; with the kernel those that fill buffers of `kernel_dtype`."""
+    if kernel_dtype is not None:
+        rows = _KERNEL_MIB * 2**20 // (kernel_dtype.itemsize * vocabulary)
+        return min(_KERNEL_ROWS, 2 ** max(0, rows.bit_length() - 1))  # a power of two fills the tiles of a product
     if device_type == "cpu":
         return min(_CPU_CHUNK_SIZE, _rows_of(_CPU_CHUNK_MIB, vocabulary))
     return _rows_of(_CHUNK_MIB, vocabulary)
@@ -194,14 +244,10 @@ class _Head:
 
 
 def _matmul(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """`out = hidden @ weight.T`, `(n, H)` and `(V, H)` to `(n, V)`, accumulated and returned in `out.dtype`.
-
-    Half-precision logits would put a noise floor under the divergence of two nearly equal models, so the product is
-    never rounded to the inputs' dtype.
-    """
+    """`out = hidden @ weight.T`, `(n, H)` and `(V, H)` to `(n, V)`, accumulated in float32 at least, rounded to `out.dtype`."""
     if weight.dtype == out.dtype:
         torch.mm(hidden.to(out.dtype), weight.t(), out=out)
-    elif out.device.type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16):
+    elif out.device.type == "cuda" and weight.dtype in _HALF:
         torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=out.dtype, out=out)
     else:
         hidden = hidden.to(out.dtype)
@@ -210,16 +256,28 @@ def _matmul(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> No
             out[:, rows : rows + _UPCAST_ROWS] = hidden @ part.t()
 
 
-def _matmul_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`grad @ weight`, `(n, V)` and `(V, H)` to `(n, H)`, in `grad.dtype`."""
-    if weight.dtype == grad.dtype:
-        return grad @ weight
-    if grad.device.type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(grad.to(weight.dtype), weight, out_dtype=grad.dtype)
-    result = grad.new_zeros(grad.shape[0], weight.shape[1])
+def _matmul_grad(grad: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`grad @ weight`, `(n, V)` and `(V, H)` to `(n, H)`, in `dtype`."""
+    if weight.dtype == dtype:
+        return grad.to(dtype) @ weight
+    if grad.device.type == "cuda" and weight.dtype in _HALF:
+        return torch.mm(grad.to(weight.dtype), weight, out_dtype=dtype)
+    result = grad.new_zeros(grad.shape[0], weight.shape[1], dtype=dtype)
     for rows in range(0, weight.shape[0], _UPCAST_ROWS):
-        result.addmm_(grad[:, rows : rows + _UPCAST_ROWS], weight[rows : rows + _UPCAST_ROWS].to(grad.dtype))
+        part = slice(rows, rows + _UPCAST_ROWS)
+        result.addmm_(grad[:, part].to(dtype), weight[part].to(dtype))
     return result
+
+
+def _add_weight_grad(result: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor, precision: torch.dtype) -> None:
+    """`result += grad.T @ hidden`, `(n, V)` and `(n, H)` to `(V, H)`; on a GPU half precision is multiplied as it is."""
+    if grad.device.type == "cuda" and precision in _HALF:
+        grad, hidden = grad.to(precision), hidden.to(precision)
+        for rows in range(0, len(result), _UPCAST_ROWS):
+            part = slice(rows, rows + _UPCAST_ROWS)
+            result[part] += torch.mm(grad[:, part].t(), hidden, out_dtype=result.dtype)
+    else:
+        result.addmm_(grad.to(result.dtype).t(), hidden.to(result.dtype))
 
 
 @dataclass
@@ -273,7 +331,7 @@ class _Divergence:
 
 class _FusedLinearCrossEntropyKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_hidden, weight, bias, teacher_hidden, labels, kl_weight, head, teacher_head, divergence, dft, chunk_size):  # fmt: skip
+    def forward(ctx, student_hidden, weight, bias, teacher_hidden, labels, kl_weight, head, teacher_head, divergence, dft, chunk_size, kernels):  # fmt: skip
         dtype = torch.promote_types(student_hidden.dtype, torch.float32)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         need_grad = need_hidden or need_weight or need_bias
@@ -282,35 +340,40 @@ class _FusedLinearCrossEntropyKL(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
         sums = torch.zeros(5, dtype=dtype, device=student_hidden.device)
-        rows = min(chunk_size, max(1, len(labels)))
-        block_size = _rows_of(_BLOCK_MIB, weight.shape[0])
-        if sums.device.type == "cpu":
-            block_size = torch.get_num_threads() * _rows_of(_BLOCK_MIB_OF_CORE, weight.shape[0])
-        buffers = [_empty(rows, weight.shape[0], dtype, sums.device) for _ in range(2)]
+        # A scale of the logits multiplies the gradient as well; a power of two changes no digit.
+        factor = 1.0
+        if head.weight.dtype == torch.float16 and sums.device.type != "cpu":
+            weights = max(1.0, abs(head.transform.scale)) * (1.0 + abs(kl_weight) / divergence.temperature)
+            factor = 2.0 ** math.floor(math.log2(_FLOAT16_FACTOR / weights))
+        engine = _by_torch if kernels is None else functools.partial(_by_kernel, kernels)
+        chunk = engine(
+            min(chunk_size, max(1, len(labels))),
+            dtype,
+            head,
+            teacher_head,
+            divergence,
+            dft,
+            kl_weight,
+            factor,
+            need_grad,
+        )
 
-        # The kernel chooses its own precision; autocast would round the logits to half precision.
+        # The loss chooses its own precision; autocast would round the logits to half precision.
         with _no_autocast(sums.device.type):
             taught = len(teacher_hidden)
             for tokens in [*_slices(0, taught, chunk_size), *_slices(taught, len(labels), chunk_size)]:
-                n = tokens.stop - tokens.start
-                logits = head.project(student_hidden[tokens], buffers[0][:n])
-                teacher_logits = None
-                if tokens.start < taught:
-                    teacher_logits = teacher_head.project(teacher_hidden[tokens], buffers[1][:n])
-                for block in _slices(0, n, block_size):
-                    sums += _loss_of_block(
-                        logits[block], None if teacher_logits is None else teacher_logits[block], labels[tokens][block],
-                        kl_weight, head.transform, divergence, dft, need_grad,
-                    )  # fmt: skip
-                grad = logits
-                if not need_grad:
-                    continue
+                teacher = teacher_hidden[tokens] if tokens.start < taught else None
+                chunk_sums, grad = chunk(student_hidden[tokens], teacher, labels[tokens])
+                sums += chunk_sums
                 if grad_hidden is not None:
-                    grad_hidden[tokens] = _matmul_grad(grad, weight)
+                    grad_hidden[tokens] = _matmul_grad(grad, head.weight, dtype)
                 if grad_weight is not None:
-                    grad_weight.addmm_(grad.t(), student_hidden[tokens].to(dtype))
+                    _add_weight_grad(grad_weight, grad, student_hidden[tokens], head.weight.dtype)
                 if grad_bias is not None:
-                    grad_bias += grad.sum(0)
+                    grad_bias += grad.sum(0, dtype=dtype)
+        if factor != 1.0:
+            for grad in filter(torch.is_tensor, (grad_hidden, grad_weight, grad_bias)):
+                grad.div_(factor)
 
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         outputs = sums.unbind()
@@ -323,7 +386,66 @@ class _FusedLinearCrossEntropyKL(torch.autograd.Function):
         grads = (
             None if grad is None else grad * grad_loss.to(grad.dtype) for grad in (grad_hidden, grad_weight, grad_bias)
         )
-        return (*grads, *[None] * 8)
+        return (*grads, *[None] * 9)
+
+
+def _by_torch(rows, dtype, head, teacher_head, divergence, dft, kl_weight, factor, need_grad):
+    """
+    What computes, with the options given, the five sums of at most `rows` tokens and `factor` times the gradient of their loss with
+    respect to the projection, `(n, V)`. Called with the hidden states of student and teacher and the labels; the gradient is valid
+    until the next call. This one keeps float32 logits of both.
+    """
+    vocabulary, device = len(head.weight), head.weight.device
+    buffers = [_empty(rows, vocabulary, dtype, device) for _ in range(2)]
+    block_size = _rows_of(_BLOCK_MIB, vocabulary)
+    if device.type == "cpu":
+        block_size = torch.get_num_threads() * _rows_of(_BLOCK_MIB_OF_CORE, vocabulary)
+
+    def chunk(student_hidden, teacher_hidden, labels):
+        n, teacher_logits = len(labels), None
+        logits = head.project(student_hidden, buffers[0][:n])
+        if teacher_hidden is not None:
+            teacher_logits = teacher_head.project(teacher_hidden, buffers[1][:n])
+        sums = torch.zeros(5, dtype=dtype, device=device)
+        for block in _slices(0, n, block_size):
+            sums += _loss_of_block(
+                logits[block], None if teacher_logits is None else teacher_logits[block], labels[block],
+                kl_weight, head.transform, divergence, dft, need_grad,
+            )  # fmt: skip
+        return sums, logits if factor == 1.0 else logits.mul_(factor)
+
+    return chunk
+
+
+def _by_kernel(kernels, rows, dtype, head, teacher_head, divergence, dft, kl_weight, factor, need_grad):
+    """
+    As [`_by_torch`], with the Triton kernel. Half-precision logits would put a noise floor under the divergence of two nearly equal
+    models: with one head for both the *gap* (h_t − h_s)·Wᵀ is kept beside the student's, with two both in float32.
+    """
+    gap, transform = teacher_head is head, head.transform
+    vocabulary, device = len(head.weight), head.weight.device
+    stored = head.weight.dtype if gap else dtype
+    columns = -(-vocabulary // _KERNEL_ALIGNMENT) * _KERNEL_ALIGNMENT
+    buffers = [torch.empty(rows, columns, dtype=stored, device=device)[:, :vocabulary] for _ in range(2)]
+
+    def chunk(student_hidden, teacher_hidden, labels):
+        n, other = len(labels), None
+        logits = buffers[0][:n]
+        _matmul(student_hidden, head.weight, logits)
+        if teacher_hidden is not None:
+            other = buffers[1][:n]
+            if gap:
+                teacher_hidden = teacher_hidden.to(dtype) - student_hidden.to(dtype)
+            _matmul(teacher_hidden, teacher_head.weight, other)
+        sums = torch.empty(n, 5, dtype=dtype, device=device)
+        kernels.loss_and_gradient_(
+            logits, other, labels, sums, gap=gap, bias=head.bias, teacher_bias=teacher_head.bias, kl_weight=kl_weight,
+            direction=divergence.direction, mixture=divergence.mixture, temperature=divergence.temperature,
+            scale=transform.scale, softcap=transform.softcap, dft=dft, factor=factor, need_grad=need_grad,
+        )  # fmt: skip
+        return sums.sum(0), logits
+
+    return chunk
 
 
 def _empty(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

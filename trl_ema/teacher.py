@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -63,6 +64,7 @@ NO_ADAPTER = (
     "`teacher='none'`."
 )
 _MISSING = object()
+_POWERS_OF_TWO = frozenset(2.0**n for n in range(-10, 11))
 
 
 class MeanTeacher:
@@ -225,8 +227,18 @@ class MeanTeacher:
     def _pairs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """This rank's shards of the averages and of the student, in the precision of the averages."""
         reshard(self.model)
-        averages = self._average_shards()
-        return averages, [local_shard(s).to(a) for s, a in zip(self._students(), averages, strict=True)]
+        averages, students = self._average_shards(), [local_shard(s) for s in self._students()]
+        other = [
+            i
+            for i, (s, a) in enumerate(zip(students, averages, strict=True))
+            if s.dtype != a.dtype or s.device != a.device
+        ]
+        if other:
+            precise = [torch.empty_like(students[i], dtype=averages[i].dtype, device=averages[i].device) for i in other]
+            torch._foreach_copy_(precise, [students[i] for i in other])
+            for i, student in zip(other, precise, strict=True):
+                students[i] = student
+        return averages, students
 
     def _average_shards(self) -> list[torch.Tensor]:
         """The tensors that hold the average: the teacher's own, or float32 ones beside a teacher in half precision."""
@@ -250,6 +262,9 @@ class MeanTeacher:
         # repacks their weights on some CPUs, and cost a walk over every module.
         stochastic = [*_stochastic_modules(self.model), *_adapter_modules(self.model)]
         switches += [(module, "training", False) for module in stochastic]
+        if not self.is_base:
+            plain = (module for module in self.model.modules() if _is_plain_lora(module))
+            switches += [(layer, "forward", functools.partial(_add_update_in_place, layer)) for layer in plain]
         return switches
 
     @contextmanager
@@ -268,9 +283,11 @@ class MeanTeacher:
 
     def _publish(self) -> None:
         """The model computes with the new averages from now on."""
-        for teacher, average in zip(self._teachers(), self._averages, strict=True):
-            if average is not None:
-                local_shard(teacher).copy_(average)
+        teachers = self._teachers()
+        kept = [(local_shard(t), a) for t, a in zip(teachers, self._averages, strict=True) if a is not None]
+        if kept:
+            torch._foreach_copy_([teacher for teacher, _ in kept], [average for _, average in kept])
+        for teacher in teachers:
             drop_stale_copy(teacher)
 
     @torch.no_grad()
@@ -378,6 +395,31 @@ def without_adapter(model):
     not bear.
     """
     return _switched(_adapter_switches(model, "_disable_adapters", True))
+
+
+def _is_plain_lora(module: torch.nn.Module) -> bool:
+    """Whether PEFT's forward of the teacher's adapter here is `base(x) + scale · B(A(x))` and nothing else."""
+    return (
+        type(module) in (lora.Linear, getattr(lora, "Linear4bit", None))
+        and TEACHER_NAME in module.lora_A
+        and TEACHER_NAME not in module.lora_variant
+        and isinstance(module.lora_dropout[TEACHER_NAME], torch.nn.Identity)
+    )
+
+
+def _add_update_in_place(layer, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """
+    PEFT's forward of a plain LoRA layer, to the bit, without what a backward pass would need: under autocast PEFT casts the
+    input to the adapter's float32, autocast casts it back, and scaling and adding make new tensors.
+    """
+    if layer.merged or args or kwargs or not torch.is_autocast_enabled(x.device.type):
+        return type(layer).forward(layer, x, *args, **kwargs)
+    scale = layer.scaling[TEACHER_NAME]
+    result = layer.base_layer(x)
+    update = layer.lora_B[TEACHER_NAME](layer.lora_A[TEACHER_NAME](x))
+    if scale in _POWERS_OF_TWO:  # nothing is rounded between the product and the sum
+        return result.add_(update, alpha=scale)
+    return result.add_(update.mul_(scale))
 
 
 def _adapter_switches(model, key: str, value) -> list[tuple[torch.nn.Module, str, object]]:

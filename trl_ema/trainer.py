@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import os
 import shutil
 from collections import defaultdict
@@ -26,7 +27,7 @@ from .checkpoints import STATE_KEY, CheckpointMixin, changed
 from .config import MeanTeacherConfig
 from .data import check_columns, check_dataset, check_rows, trained_columns
 from .files import OutputError, check_output_dir
-from .forward import add_mean_teacher_forward, check_head, divergence_mask, sequence_numbers
+from .forward import add_mean_teacher_forward, check_head, divergence_mask, num_sequences
 from .losses import IGNORE_INDEX
 from .schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
 from .sharding import is_sharded, local_shard, whole_shape
@@ -190,6 +191,8 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         def student_and_teacher(**inputs):
             nonlocal outputs
             outputs = model(**inputs, kl_weight=kl_weight * factor, kl_sequences=chosen)
+            parts = [part.detach() for part in (outputs.log_probs, outputs.aux_loss) if part is not None]
+            outputs.entropy = outputs.entropy + 0.0 * sum(parts)  # see `_check_finite`
             return outputs
 
         # The fused loss has weighted each token already (DFT): TRL only has to sum and normalize.
@@ -210,12 +213,12 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             return None, 1.0
         self._micro_batch = (step, self._micro_batch[1] + 1 if self._micro_batch[0] == step else 0)
         seed = [self.args.seed, *self._micro_batch]
-        number = int(sequence_numbers(**inputs).max()) + 1
+        number = num_sequences(**inputs)
         count = int(fraction * number + np.random.default_rng(seed).random())
         if not count and is_sharded(next(self.model.parameters())):
             count, fraction = 1, float("inf")  # the ranks gather weights together, so each takes the teacher's pass
         order = np.random.default_rng([*seed, 1 + self.args.process_index]).permutation(number)
-        return torch.from_numpy(order[:count]).to(self.args.device), 1 / fraction
+        return order[:count].tolist(), 1 / fraction
 
     def current_kl_weight(self) -> float:
         """λ at the current step, after its ramp."""
@@ -229,6 +232,12 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         """Before the backward pass, in which DeepSpeed takes its step. The ranks stop together."""
         if not self.args.stop_on_nonfinite_loss:
             return
+        if self.teacher is not None and not self.accelerator.gradient_state.end_of_dataloader:
+            # TRL has gathered the entropy, and waited for it. It is not finite where any rank's loss is not; at the end of an epoch
+            # TRL may leave ranks out, and without labelled tokens it puts 0.
+            entropy = self._metrics["train"]["entropy"][-1]
+            if math.isfinite(entropy) and entropy != 0:
+                return
         losses = self.accelerator.gather(loss.detach())
         if losses.isfinite().all():
             return

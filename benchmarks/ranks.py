@@ -1,8 +1,8 @@
 """
 What each rank holds and sends, with a teacher and without: the tables of docs/scaling.md.
 
-    python recipes/ranks.py measure      DDP, ZeRO-2, ZeRO-3 and FSDP2 on two processes, bytes counted, against the formulas
-    python recipes/ranks.py table        the formulas for models of 1.5B, 7B and 70B on 1 to 1,024 GPUs
+    python benchmarks/ranks.py measure      DDP, ZeRO-2, ZeRO-3 and FSDP2 on two processes, bytes counted, against the formulas
+    python benchmarks/ranks.py table        the formulas for models of 1.5B, 7B and 70B on 1 to 1,024 GPUs
 
 `measure` trains a small random model for a few steps. Memory is counted tensor by tensor; bytes sent are those of every
 collective that PyTorch's profiler sees, taken as rings: an all-reduce of n bytes over R ranks sends 2·(R − 1)/R·n from each,

@@ -1,12 +1,12 @@
 """
 What the teacher costs: our trainer and what people use instead, side by side in one run.
 
-    python recipes/benchmark.py all --quick      every figure that has a goal
-    python recipes/benchmark.py step             time of a training step: SFTTrainer, ours, a second model, the adapter off
-    python recipes/benchmark.py loss             the fused loss: bare matrix products, TRL's kernels, dense logits
-    python recipes/benchmark.py update           the average: moving its bytes, TRL's callback, ema-pytorch
-    python recipes/benchmark.py memory           peak memory of a fresh process for each trainer
-    python recipes/benchmark.py scaling          growth with the number of tokens
+    python benchmarks/benchmark.py all --quick      every figure that has a goal
+    python benchmarks/benchmark.py step             time of a training step: SFTTrainer, ours, a second model, the adapter off
+    python benchmarks/benchmark.py loss             the fused loss: bare matrix products, TRL's kernels, dense logits
+    python benchmarks/benchmark.py update           the average: moving its bytes, TRL's callback, ema-pytorch
+    python benchmarks/benchmark.py memory           peak memory of a fresh process for each trainer
+    python benchmarks/benchmark.py scaling          growth with the number of tokens
 
 `pip install 'trl_ema[benchmark]'` brings the peers, on a GPU `pip install liger-kernel` one more; what is not installed is
 left out, and named.
