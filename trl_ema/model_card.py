@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from .files import read_json
 from .offline import DEMO_MODEL_HUB, is_demo_model
 from .teacher import TEACHER_NAME
 
@@ -135,7 +136,10 @@ def _quick_start(trainer, base: _Base, folder: str) -> list[str]:
         return [
             "The adapter does not know the name of its base: load that model, then `PeftModel.from_pretrained(base, folder)`."
         ]
-    hub = trainer.hub_model_id if trainer.args.push_to_hub else None
+    hub = getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id
+    # A path would not be there for whoever gets a copy.
+    where_it_is = repr(folder) if not os.path.isabs(folder) else '"."  # the folder of this file, in which to run this'
+    tokens = _added_vocabulary(trainer.model, base)
     folders = {"": "folder"}
     if adapter and trainer.teacher is not None and not trainer.teacher.is_base:
         folders["Its teacher:"] = f'f"{{folder}}/{TEACHER_NAME}"'
@@ -144,7 +148,7 @@ def _quick_start(trainer, base: _Base, folder: str) -> list[str]:
     lines = []
     for title, where in folders.items():
         lines += [title, ""] if title else []
-        lines += ["```python", *_loading(base, adapter, where, hub or folder, hub is not None)]
+        lines += ["```python", *_loading(base, adapter, where, hub, where_it_is, tokens)]
         lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
         if chat:
             lines += [f'messages = [{{"role": "user", "content": "{question}"}}]',
@@ -162,10 +166,17 @@ def _quick_start(trainer, base: _Base, folder: str) -> list[str]:
     return lines
 
 
-def _loading(base: _Base, adapter: bool, where: str, folder: str, from_hub: bool) -> list[str]:
+def _added_vocabulary(model, base: _Base) -> int | None:
+    """Tokens of a model whose embeddings were resized; `None` where its base has as many."""
+    config = os.path.join(base.path or "", "config.json")
+    tokens = model.get_input_embeddings().weight.shape[0]
+    return tokens if os.path.isfile(config) and read_json(config).get("vocab_size", tokens) != tokens else None
+
+
+def _loading(base: _Base, adapter: bool, where: str, hub: str | None, folder: str, tokens: int | None) -> list[str]:
     """Imports, and the lines that give `folder` and `model`."""
-    source = f'folder = snapshot_download("{folder}")' if from_hub else f"folder = {folder!r}"
-    imports = ["from huggingface_hub import snapshot_download"] if from_hub else []
+    source = f'folder = snapshot_download("{hub}")' if hub else f"folder = {folder}"
+    imports = ["from huggingface_hub import snapshot_download"] if hub else []
     if not adapter:
         imports += ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
         model = [f"model = AutoModelForCausalLM.from_pretrained({where})"]
@@ -173,6 +184,7 @@ def _loading(base: _Base, adapter: bool, where: str, folder: str, from_hub: bool
         imports += ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer",
                     "from trl_ema.offline import demo_model"]  # fmt: skip
         model = [f"base = AutoModelForCausalLM.from_pretrained({base.code})",
+                 *([f"base.resize_token_embeddings({tokens})"] if tokens else []),
                  f"model = PeftModel.from_pretrained(base, {where})"]  # fmt: skip
     else:
         imports += ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
