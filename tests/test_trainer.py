@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE, USE_CPU, adapter_weights, config, logged, lora, rows, tiny_model
 from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft.tuners.lora.config import KasaConfig
 from transformers import TrainerCallback
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -722,13 +723,20 @@ def test_a_second_trainer_on_the_same_adapter_starts_from_where_it_is(make_train
     assert len(logged(trainer, "loss")) == 4
 
 
-def test_a_model_that_an_initialization_has_changed_is_not_taken_again(make_trainer):
-    model = tiny_model()
-    make_trainer(model=model, peft_config=lora(init_lora_weights="pissa"))
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        (dict(init_lora_weights="pissa"), "`init_lora_weights='pissa'`"),
+        (dict(kasa_config=KasaConfig()), "`kasa_config`"),
+        (dict(layer_replication=[(0, 2), (0, 2)]), r"`layer_replication=\[\(0, 2\), \(0, 2\)\]`"),
+        (dict(bias="all", teacher="none"), "`bias='all'`"),
+    ],
+)
+def test_a_model_that_an_adapter_has_changed_is_not_taken_again(make_trainer, option, name):
+    model, teacher = tiny_model(), option.pop("teacher", "ema")
+    make_trainer(model=model, peft_config=lora(target_modules=["q_proj"], **option), teacher=teacher)
     for _ in range(2):
-        with pytest.raises(
-            ValueError, match="`init_lora_weights='pissa'` has changed the weights.*Load the model again"
-        ):
+        with pytest.raises(ValueError, match=f"{name} has changed the weights.*Load the model again"):
             make_trainer(model=model)
 
 

@@ -31,8 +31,8 @@ from .forward import add_mean_teacher_forward, check_head, divergence_mask, num_
 from .losses import IGNORE_INDEX
 from .schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
 from .sharding import is_sharded, local_shard, whole_shape
-from .starting_point import StartingPoint, keeps_base
-from .teacher import NO_ADAPTER, MeanTeacher, check_adapter, student_name
+from .starting_point import StartingPoint
+from .teacher import NO_ADAPTER, MeanTeacher, base_changed_by, check_adapter, student_name
 from .workarounds import keep_4bit_layers_trainable
 
 
@@ -113,7 +113,10 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         keep_4bit_layers_trainable(self.model)
         _keep_float32_adapter(self.model, args)
         # What drift is measured from; of a full fine-tune it would be a copy of the whole model.
-        self.starting_point = StartingPoint(self.model) if is_peft_model(self.model) else None
+        self.starting_point = None
+        if is_peft_model(self.model):
+            is_base = None if peft_config is None else base_changed_by(peft_config) is None
+            self.starting_point = StartingPoint(self.model, is_base)
         self.teacher = None
         if args.teacher == "none":  # for the model card
             self._name, self._paper = SFTTrainer._name, SFTTrainer._paper
@@ -444,11 +447,11 @@ def _undo_earlier_run(model) -> None:
             before["teacher"].remove()
     elif is_peft_model(earlier) and isinstance(earlier.base_model, BaseTuner):
         config: Any = earlier.peft_config.get("default")
-        if not keeps_base(config):
+        changed_by = base_changed_by(config)
+        if changed_by:
             vars(base)[_BEFORE] = before
             raise ValueError(
-                f"An earlier run with `init_lora_weights={config.init_lora_weights!r}` has changed the weights of this very model. Load the model "
-                "again, and give that."
+                f"An earlier run with {changed_by} has changed the weights of this very model. Load the model again, and give that."
             )
         for module in earlier.modules():
             if isinstance(module, ModulesToSaveWrapper):
