@@ -19,8 +19,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig, SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
+from trl_ema.evaluation.drift import DriftCallback
 from trl_ema.forward import _of_sequences, _tokens_of, sequence_numbers
 from trl_ema.trainer import _refuse_parallelism, _refuse_sharding, check_free_space
+from trl_ema.training import Measurement
 
 
 FORMATS = {
@@ -662,7 +664,7 @@ def test_an_adapter_config_of_another_kind_is_refused(make_trainer, teacher):
 
 
 @pytest.mark.parametrize("name", ["half_only", "flash_on_a_gpu"])
-def test_the_head_is_checked_under_any_attention(make_trainer, monkeypatch, name):
+def test_the_head_is_checked_and_everything_measured_under_any_attention(make_trainer, monkeypatch, name):
     """FlashAttention takes half precision alone, and only on a GPU, where FSDP and DeepSpeed bring the model later."""
 
     def attention(module, query, key, value, *args, **kwargs):
@@ -674,11 +676,17 @@ def test_the_head_is_checked_under_any_attention(make_trainer, monkeypatch, name
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model = tiny_model()
     model.config._attn_implementation = name
-    trainer = make_trainer(model=model, bf16=True)
+    held_out = rows(4, seed=1)
+    trainer = make_trainer(model=model, bf16=True, eval_dataset={"domain": held_out, "general": held_out})
     assert model.config._attn_implementation == name and next(model.parameters()).dtype == torch.float32
     if name == "half_only":
+        trainer.add_callback(DriftCallback(trainer, 2))
+        measure = Measurement(trainer, held_out, 2)
         trainer.train()
-        assert len(logged(trainer, "loss")) == 4
+        assert len(logged(trainer, "loss")) == 4 and len(logged(trainer, "drift_domain")) == 2
+        figures, answers = measure.models()
+        assert figures["before"]["domain"]["kl_base_model"] == 0 < figures["student"]["domain"]["kl_base_model"]
+        assert all(len(texts) == 4 for texts in answers.values())
 
 
 RERUN = {

@@ -141,7 +141,7 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         base = self.model.get_base_model()
         if not any(p.is_meta or hasattr(p, "ds_id") for p in base.parameters()):
             # As in training: FlashAttention takes no float32, which the weights may be.
-            with _precision_of(self.accelerator):
+            with self.precision():
                 check_head(base)
         self.teacher = MeanTeacher(self.model, frozen=args.teacher == "frozen", anchor=args.teacher_anchor)
         vars(base)[_BEFORE]["teacher"] = self.teacher
@@ -154,6 +154,14 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             temperature=args.kl_temperature,
             dft=args.loss_type == "dft",
         )
+
+    def precision(self):
+        """
+        The autocast that the run trains in: a context for passes outside it. Not `accelerator.autocast`, which leaves it to
+        DeepSpeed, that is to later.
+        """
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        return torch.autocast(self.accelerator.device.type, dtype, enabled=dtype is not None)
 
     # The loss
 
@@ -383,14 +391,6 @@ def _keep_float32_adapter(model, args) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-
-
-def _precision_of(accelerator):
-    """
-    The autocast that the run trains in. Not `accelerator.autocast`, which leaves it to DeepSpeed, that is to later.
-    """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    return torch.autocast(accelerator.device.type, dtype, enabled=dtype is not None)
 
 
 def _keep_float32_outputs(accelerator) -> None:

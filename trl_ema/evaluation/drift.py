@@ -337,9 +337,10 @@ class DriftCallback(TrainerCallback):
         # Into TRL's own list: its next log takes them, as it does its other metrics.
         metrics = self.trainer._metrics["train"]
         for name, batches in self._batches.items():
-            found = measure_drift(
-                self.trainer.model, batches, wrapper=self.trainer.wrapper, reference=self.start.activate
-            )
+            with self.trainer.precision():
+                found = measure_drift(
+                    self.trainer.model, batches, wrapper=self.trainer.wrapper, reference=self.start.activate
+                )
             metrics[f"drift_{name}"].append(found["kl_base_model"])
         self._seconds += time.perf_counter() - start
         metrics["drift_time_share"].append(self._seconds / (time.perf_counter() - self._start))
