@@ -841,7 +841,6 @@ def run_on_from(adapter, make_trainer, folder, **changes):
 
 INITIALIZATIONS = {
     "pissa": lambda: lora(init_lora_weights="pissa"),
-    "randomized pissa": lambda: lora(init_lora_weights="pissa_niter_4"),
     "olora": lambda: lora(init_lora_weights="olora"),
     "orthogonal": lambda: lora(init_lora_weights="orthogonal"),
     "dora": lambda: lora(use_dora=True),
@@ -872,9 +871,36 @@ def test_an_untrained_adapter_has_no_drift_and_a_trained_one_the_same_after_load
     found = measure_drift(model, batches, reference=start.activate)
     assert found["kl_base_model"] == pytest.approx(_dense_kl(model, tiny_model(), batches), rel=1e-3, abs=1e-6)
     for folder, expected in (("fresh", 0), ("trained", found["kl_base_model"])):
-        loaded, before = with_adapter(tiny_model(), str(tmp_path / folder))
+        base = tiny_model()
+        torch.manual_seed(2)  # not the random state that the first adapter was made in
+        loaded, before = with_adapter(base, str(tmp_path / folder))
         again = measure_drift(loaded, batches, reference=before.activate)
         assert again["kl_base_model"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
+def test_an_initialization_that_is_another_at_each_load_is_refused(tmp_path, init):
+    get_peft_model(tiny_model(), lora()).save_pretrained(tmp_path)
+    saved = read_json(tmp_path / "adapter_config.json") | {"init_lora_weights": init}
+    saved |= {"loftq_config": {"loftq_bits": 4}} if init == "loftq" else {}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    base = tiny_model()
+    before = logits(base.eval())
+    with pytest.raises(ValueError, match=f"`init_lora_weights='{init}'` takes a part of the base.*_weight_conversion"):
+        with_adapter(base, str(tmp_path))
+    assert torch.equal(logits(base), before)
+
+
+def test_a_randomized_pissa_is_evaluated_as_the_lora_that_peft_makes_of_it(tmp_path, tokenizer):
+    model = get_peft_model(tiny_model(), lora(init_lora_weights="pissa_niter_4"))
+    model.save_pretrained(tmp_path / "first")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    loaded, start = with_adapter(tiny_model(), str(tmp_path / "lora"))
+    assert start.is_base and torch.allclose(logits(loaded), logits(model.eval()), atol=1e-4)
 
 
 @torch.no_grad()

@@ -663,6 +663,24 @@ def test_an_adapter_config_of_another_kind_is_refused(make_trainer, teacher):
         make_trainer(peft_config=dict(r=4), teacher=teacher)
 
 
+@pytest.mark.parametrize("given", ["config", "model"])
+def test_an_initialization_that_is_another_at_each_load_is_refused_with_a_teacher(make_trainer, monkeypatch, given):
+    monkeypatch.setattr(SFTTrainer, "_prepare_dataset", lambda *_, **__: pytest.fail("tokenized before"))
+    model, peft_config = tiny_model(), lora(init_lora_weights="pissa_niter_4")
+    if given == "model":
+        model, peft_config = get_peft_model(model, peft_config), None
+    with pytest.raises(ValueError, match="`init_lora_weights='pissa_niter_4'` takes a part.*`'pissa'` or `'olora'`"):
+        make_trainer(model=model, peft_config=peft_config)
+
+
+def test_an_initialization_that_is_another_at_each_load_is_warned_of_without_a_teacher(make_trainer, caplog):
+    make_trainer(peft_config=lora(init_lora_weights="pissa_niter_4"), teacher="none")
+    assert "path_initial_model_for_weight_conversion" in caplog.text
+    caplog.clear()
+    make_trainer(peft_config=lora(init_lora_weights="pissa"), teacher="none")
+    assert "init_lora_weights" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["half_only", "flash_on_a_gpu"])
 def test_the_head_is_checked_and_everything_measured_under_any_attention(make_trainer, monkeypatch, name):
     """FlashAttention takes half precision alone, and only on a GPU, where FSDP and DeepSpeed bring the model later."""

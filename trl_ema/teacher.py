@@ -40,8 +40,10 @@ TEACHER_NAME = "teacher"
 STATE_NAME = "state.json"
 # In a config: about the adapter, without an effect on what it computes.
 _ABOUT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
-# Values of `init_lora_weights` with which an adapter begins beside the base, not as a part of it.
+# Values of `init_lora_weights` with which an adapter begins beside the base, not as a part of it; and those that take the same from
+# the same base again, whenever the adapter is loaded: no random numbers, and nothing that was computed before from data.
 _KEEP_BASE = {"true", "false", "gaussian", "orthogonal", "eva", "mica"}
+_REPEATABLE = _KEEP_BASE | {"pissa", "olora"}
 _HALF = (torch.float16, torch.bfloat16)
 # They compute the same in both modes, and are most of an adapter's modules.
 _WITHOUT_MODE = {torch.nn.Identity, torch.nn.Linear, torch.nn.Embedding, torch.nn.ModuleDict, torch.nn.ParameterDict}
@@ -646,6 +648,7 @@ def check_adapter(config, anchor: float) -> None:
         )
     if kind in _UNAVERAGED:
         raise ValueError(f"{kind} {_UNAVERAGED[kind]}")
+    check_repeatable(config, "Use `'pissa'` or `'olora'`, which do; or `teacher='none'`.")
     if getattr(config, "ensure_weight_tying", False) and _targets_embeddings(config):
         raise ValueError(
             "`ensure_weight_tying=True` puts the adapter of the embeddings on `lm_head` too, whose weight the loss multiplies by "
@@ -712,6 +715,16 @@ def base_changed_by(config) -> str | None:
         return f"`bias={config.bias!r}`"
     init = getattr(config, "init_lora_weights", True)
     return None if str(init).lower() in _KEEP_BASE else f"`init_lora_weights={init!r}`"
+
+
+def check_repeatable(config, advice: str) -> None:
+    """Raises `ValueError` if the adapter takes from the base what it would not take again when it is loaded."""
+    init = getattr(config, "init_lora_weights", True)
+    if str(init).lower() not in _REPEATABLE:
+        raise ValueError(
+            f"`init_lora_weights={init!r}` takes a part of the base into the adapter and does not find the same part again when the "
+            f"adapter is loaded: what is saved would compute something else than what was trained. {advice}"
+        )
 
 
 def adapter_changes_nothing(model: PeftModel, name: str) -> bool:

@@ -32,7 +32,7 @@ from .losses import IGNORE_INDEX
 from .schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
 from .sharding import is_sharded, local_shard, whole_shape
 from .starting_point import StartingPoint
-from .teacher import NO_ADAPTER, MeanTeacher, base_changed_by, check_adapter, student_name
+from .teacher import NO_ADAPTER, MeanTeacher, base_changed_by, check_adapter, check_repeatable, student_name
 from .workarounds import keep_4bit_layers_trainable
 
 
@@ -98,6 +98,8 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             _refuse_what_cannot_work(args, compute_loss_func, train_dataset)
             _refuse_parallelism(args.parallelism_config)
             _check_peft(model, peft_config, args.teacher_anchor)
+        elif peft_config is not None:
+            _warn_of_what_cannot_be_loaded(peft_config)
         _check_datasets(train_dataset, eval_dataset, args, formatting_func, data_collator)
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_loss_func, compute_metrics,
@@ -514,6 +516,17 @@ def _check_peft(model, peft_config, anchor: float) -> None:
             "Leave it out, or train the whole head with `modules_to_save=['lm_head']`."
         )
     check_adapter(config, anchor)
+
+
+def _warn_of_what_cannot_be_loaded(peft_config) -> None:
+    try:
+        check_repeatable(
+            peft_config,
+            "Save the adapter before the training too, and the trained one as a LoRA by PEFT's `save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=FOLDER_OF_THE_FIRST)`; or use `'pissa'` or `'olora'`.",
+        )
+    except ValueError as error:
+        logger.warning("%s", error)
 
 
 def _refuse_parallelism(config) -> None:

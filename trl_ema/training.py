@@ -178,7 +178,12 @@ class Measurement:
         for name, batches in self.batches.items():
             with self.trainer.precision():
                 result[name] = measure_drift(
-                    self.trainer.model, batches, adapter, f"{who}, {name} text", self.trainer.wrapper, self.start.activate
+                    self.trainer.model,
+                    batches,
+                    adapter,
+                    f"{who}, {name} text",
+                    self.trainer.wrapper,
+                    self.start.activate,
                 )
         return result
 

@@ -17,7 +17,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 from ..data import hub_errors
 from ..offline import demo_model, is_demo_model
 from ..starting_point import StartingPoint
-from ..teacher import TEACHER_NAME, base_changed_by
+from ..teacher import TEACHER_NAME, base_changed_by, check_repeatable
 from ..workarounds import keep_4bit_layers_trainable
 
 
@@ -152,6 +152,11 @@ def with_adapter(
         ValueError: One of the adapters does not fit.
     """
     config = PeftConfig.from_pretrained(folder)
+    check_repeatable(
+        config,
+        f"{folder} holds one. Save it as a LoRA, by PEFT's `save_pretrained(..., path_initial_model_for_weight_conversion=...)` on "
+        "the trained model, and evaluate that.",
+    )
     config.inference_mode = False
     _resize(base, folder, tokenizer)
     with _fits(folder, base):
