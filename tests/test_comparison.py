@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import lora
+from conftest import CHAT_TEMPLATE, lora
 from peft import get_peft_model
+from transformers import AutoTokenizer
 
 from trl_ema import MeanTeacherConfig
 from trl_ema.comparison import DEFAULT_CONFIG, Comparison, _Evaluator, load_comparison, run_comparison
@@ -19,7 +20,7 @@ from trl_ema.evaluation.models import load_base
 from trl_ema.evaluation.tasks import check_tasks, mmlu_subjects, task_manager
 from trl_ema.report import _CAPTIONS, _COLORS, _curve_grid, _subject_bars, _task_bars, _tradeoff, write_report
 from trl_ema.summary import CURVES, summarize_comparison
-from trl_ema.training import parse
+from trl_ema.training import make_trainer, parse
 
 
 PLAN = {
@@ -477,6 +478,17 @@ def test_answers_to_other_questions_are_refused(comparison: Comparison, tmp_path
         summarize_comparison(str(folder))
 
 
+def test_losses_on_other_tokens_are_refused(comparison: Comparison, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(comparison.output_dir, folder)
+    path = folder / "base" / "text.json"
+    text = json.loads(path.read_text())
+    text["key"][1] = "other"
+    path.write_text(json.dumps(text))
+    with pytest.raises(ValueError, match="are of different rows, or of the same rows with other tokens.*Delete both"):
+        summarize_comparison(str(folder))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -567,6 +579,16 @@ def test_a_plan_that_is_no_mapping_is_refused(tmp_path):
             {"arms": ["sft_interpolated"]},
             "is not done. Run that arm first, or both together: `--arms sft sft_interpolated`",
         ),
+        (
+            {"arms": {"sft": {"teacher": "none"}, "other": {"eos_token": "!"}}},
+            {},
+            "Arm 'other' has `eos_token='!'` and arm 'sft' None: their losses would be of different tokens",
+        ),
+        (
+            {"arms": {"sft": {"teacher": "none", "chat_template_path": "some/model"}}},
+            {},
+            "`chat_template_path='some/model'` is no .jinja file.*Write that model's chat template into",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is(tiny_folder, tmp_path, monkeypatch, changes, asked, message):
@@ -617,6 +639,39 @@ def test_an_adapter_that_changes_the_base_leaves_a_whole_one_to_the_next(tiny_fo
     assert measured("second", "lora") == first
     with pytest.raises(ValueError, match="cannot be scaled to 0.5"):
         evaluator.adapter(str(tmp_path / "pissa"), str(tmp_path / "scaled"), 0.5)
+
+
+@pytest.mark.parametrize("option", ["eos_token", "chat_template_path"])
+def test_an_untrained_arm_has_the_base_s_loss_whatever_the_training_makes_of_the_tokenizer(
+    tiny_folder, tmp_path, option
+):
+    shutil.copytree(tiny_folder / "model", tmp_path / "model")
+    template = tmp_path / "own.jinja"
+    template.write_text(CHAT_TEMPLATE.replace("</s>", "<|endoftext|> the end"))
+    if option == "eos_token":  # a chat template writes its own
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+        tokenizer.chat_template = None
+        shutil.rmtree(tmp_path / "model")
+        shutil.copytree(tiny_folder / "model", tmp_path / "model", ignore=shutil.ignore_patterns("chat_template*"))
+        tokenizer.save_pretrained(tmp_path / "model")
+    training = json.loads(json.dumps(PLAN["training"])) | {
+        "model_name_or_path": str(tmp_path / "model"), "dataset_name": str(tiny_folder / "data.jsonl"), "load_in_4bit": False,
+        option: {"eos_token": "!", "chat_template_path": str(template)}[option],
+    }  # fmt: skip
+    evaluation = {"domain_samples": 6, "generation_tokens": 0}
+    plan = load_comparison(write_plan(tiny_folder, training=training, evaluation=evaluation), str(tmp_path / "out"))
+    options = plan.options(plan.arms["ema"], 0) | {"resume_from_checkpoint": None}
+    arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    trainer, _ = make_trainer(*parse(arguments))
+    trainer.save_model(str(tmp_path / "arm"))
+    evaluator = _Evaluator(plan, parse(arguments), None)
+    evaluator.base()
+    evaluator.adapter(str(tmp_path / "arm"), str(tmp_path / "figures"))
+    base, arm = (
+        json.loads((path / "text.json").read_text()) for path in (tmp_path / "out" / "base", tmp_path / "figures")
+    )
+    assert base["key"][1] == arm["key"][1] and base["domain"]["tokens"] == arm["domain"]["tokens"]
+    assert base["domain"]["loss"] == pytest.approx(arm["domain"]["loss"], rel=1e-6)
 
 
 def _arguments(options):

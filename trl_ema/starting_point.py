@@ -5,29 +5,24 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import PeftConfig
 
 from .sharding import drop_stale_copy, is_sharded, local_shard, reshard, take_shard
 from .teacher import adapter_changes_nothing, trained_names, without_adapter
 
 
-def keeps_base(config: PeftConfig) -> bool:
-    """Whether this kind of adapter leaves the base's weights as they were, so that without it the model is the base."""
-    return getattr(config, "init_lora_weights", True) in (True, False, "gaussian", "orthogonal", "eva", "mica")
-
-
 class StartingPoint:
     """
-    The model as it is now, to be measured later.
+    The model before its training, to be measured later.
 
-    Of a fresh LoRA this is the model with its adapter switched off, and nothing is kept. PiSSA, OLoRA and others take from the
-    base's weights what they put into the adapter, other types start away from zero, and a run may go on from an adapter:
-    then the trained tensors are kept on the CPU, and put back for as long as the starting point computes.
+    Of a new adapter this is the model with the adapter switched off, and nothing is kept. PiSSA, OLoRA and others take from the
+    base's weights what they put into the adapter, and a run may go on from an adapter: then the trained tensors are kept on the
+    CPU, and put back for as long as the starting point computes.
 
     Args:
         model (`torch.nn.Module`): Before its training. Where FSDP2 shards it, each rank swaps its own part; ZeRO-3
             can only switch an adapter off.
-        is_base (`bool`, *optional*): Whether it is the model with its adapter switched off; found out by default.
+        is_base (`bool`, *optional*): Whether it is the model with its adapter switched off. By default it is where the
+            adapter, as it is now, changes nothing.
     """
 
     @torch.no_grad()
@@ -77,3 +72,4 @@ class StartingPoint:
             parameter = self.model.get_parameter(name)
             local_shard(parameter).copy_(shard)
             drop_stale_copy(parameter)
+        torch.clear_autocast_cache()  # of casts of what was there before

@@ -203,6 +203,12 @@ def _read_points(comparison: Comparison, base: _Base, controls: set[str | None])
 
 def _read_evaluation(point: _Point, seed: int, folder: Path, base: _Base) -> None:
     point.folders[seed], point.texts[seed] = folder, read_json(folder / TEXT)
+    rows, base_rows = point.texts[seed]["key"][1], base.text["key"][1]
+    if rows != base_rows:
+        raise ValueError(
+            f"{folder / TEXT} and {base.folder / TEXT} are of different rows, or of the same rows with other tokens or labels "
+            f"({rows} and {base_rows}): their losses do not compare. Delete both and run `trl-ema compare` again."
+        )
     point.losses[seed] = base.mean_loss(point.texts[seed])
     for name in base.tasks:
         pair = paired_scores(base.folder / f"{name}.jsonl", folder / f"{name}.jsonl")

@@ -40,6 +40,10 @@ TEACHER_NAME = "teacher"
 STATE_NAME = "state.json"
 # In a config: about the adapter, without an effect on what it computes.
 _ABOUT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
+# Values of `init_lora_weights` with which an adapter begins beside the base, not as a part of it; and those that take the same from
+# the same base again, whenever the adapter is loaded: no random numbers, and nothing that was computed before from data.
+_KEEP_BASE = {"true", "false", "gaussian", "orthogonal", "eva", "mica"}
+_REPEATABLE = _KEEP_BASE | {"pissa", "olora"}
 _HALF = (torch.float16, torch.bfloat16)
 # They compute the same in both modes, and are most of an adapter's modules.
 _WITHOUT_MODE = {torch.nn.Identity, torch.nn.Linear, torch.nn.Embedding, torch.nn.ModuleDict, torch.nn.ParameterDict}
@@ -644,6 +648,7 @@ def check_adapter(config, anchor: float) -> None:
         )
     if kind in _UNAVERAGED:
         raise ValueError(f"{kind} {_UNAVERAGED[kind]}")
+    check_repeatable(config, "Use `'pissa'` or `'olora'`, which do; or `teacher='none'`.")
     if getattr(config, "ensure_weight_tying", False) and _targets_embeddings(config):
         raise ValueError(
             "`ensure_weight_tying=True` puts the adapter of the embeddings on `lm_head` too, whose weight the loss multiplies by "
@@ -657,14 +662,10 @@ def check_adapter(config, anchor: float) -> None:
     if anchor == 0:
         return
     scalable = isinstance(config, LoraConfig) and not config.use_dora and config.trainable_token_indices is None
-    if (
-        not scalable
-        or config.modules_to_save
-        or config.init_lora_weights not in (True, False, "gaussian", "orthogonal")
-    ):
+    if not scalable or config.modules_to_save or base_changed_by(config):
         raise ValueError(
             f"`teacher_anchor={anchor}` scales a LoRA update towards the base, which needs plain LoRA or rsLoRA: no DoRA, "
-            "`modules_to_save`, `trainable_token_indices` or initialization that changes the base (PiSSA, OLoRA, ...). "
+            "`modules_to_save`, `trainable_token_indices` or what changes the base (PiSSA, OLoRA, KaSA, `layer_replication`, ...). "
             "Use `teacher_anchor=0`."
         )
 
@@ -701,15 +702,35 @@ def _base_kept(model):
             parameter.data = data
 
 
+def base_changed_by(config) -> str | None:
+    """
+    The option by which this kind of adapter changes the base's own weights or layers, so that without the adapter the model is
+    not the base; `None` where the base stays as it was.
+    """
+    if getattr(config, "kasa_config", None) is not None:
+        return "`kasa_config`"  # cuts off the smallest singular values
+    if getattr(config, "layer_replication", None):
+        return f"`layer_replication={config.layer_replication}`"
+    if getattr(config, "bias", "none") not in ("none", None):
+        return f"`bias={config.bias!r}`"
+    init = getattr(config, "init_lora_weights", True)
+    return None if str(init).lower() in _KEEP_BASE else f"`init_lora_weights={init!r}`"
+
+
+def check_repeatable(config, advice: str) -> None:
+    """Raises `ValueError` if the adapter takes from the base what it would not take again when it is loaded."""
+    init = getattr(config, "init_lora_weights", True)
+    if str(init).lower() not in _REPEATABLE:
+        raise ValueError(
+            f"`init_lora_weights={init!r}` takes a part of the base into the adapter and does not find the same part again when the "
+            f"adapter is loaded: what is saved would compute something else than what was trained. {advice}"
+        )
+
+
 def adapter_changes_nothing(model: PeftModel, name: str) -> bool:
     """Whether the model with adapter `name` is exactly the base: LoRA with a zero factor everywhere."""
     config = model.peft_config[name]
-    if (
-        not isinstance(config, LoraConfig)
-        or config.use_dora
-        or config.lora_bias
-        or config.init_lora_weights not in (True, "gaussian")
-    ):
+    if not isinstance(config, LoraConfig) or config.use_dora or config.lora_bias or base_changed_by(config):
         return False
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):

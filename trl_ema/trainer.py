@@ -31,8 +31,8 @@ from .forward import add_mean_teacher_forward, check_head, divergence_mask, num_
 from .losses import IGNORE_INDEX
 from .schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
 from .sharding import is_sharded, local_shard, whole_shape
-from .starting_point import StartingPoint, keeps_base
-from .teacher import NO_ADAPTER, MeanTeacher, check_adapter, student_name
+from .starting_point import StartingPoint
+from .teacher import NO_ADAPTER, MeanTeacher, base_changed_by, check_adapter, check_repeatable, student_name
 from .workarounds import keep_4bit_layers_trainable
 
 
@@ -98,6 +98,8 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             _refuse_what_cannot_work(args, compute_loss_func, train_dataset)
             _refuse_parallelism(args.parallelism_config)
             _check_peft(model, peft_config, args.teacher_anchor)
+        elif peft_config is not None:
+            _warn_of_what_cannot_be_loaded(peft_config)
         _check_datasets(train_dataset, eval_dataset, args, formatting_func, data_collator)
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_loss_func, compute_metrics,
@@ -113,7 +115,10 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         keep_4bit_layers_trainable(self.model)
         _keep_float32_adapter(self.model, args)
         # What drift is measured from; of a full fine-tune it would be a copy of the whole model.
-        self.starting_point = StartingPoint(self.model) if is_peft_model(self.model) else None
+        self.starting_point = None
+        if is_peft_model(self.model):
+            is_base = None if peft_config is None else base_changed_by(peft_config) is None
+            self.starting_point = StartingPoint(self.model, is_base)
         self.teacher = None
         if args.teacher == "none":  # for the model card
             self._name, self._paper = SFTTrainer._name, SFTTrainer._paper
@@ -138,7 +143,7 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         base = self.model.get_base_model()
         if not any(p.is_meta or hasattr(p, "ds_id") for p in base.parameters()):
             # As in training: FlashAttention takes no float32, which the weights may be.
-            with _precision_of(self.accelerator):
+            with self.precision():
                 check_head(base)
         self.teacher = MeanTeacher(self.model, frozen=args.teacher == "frozen", anchor=args.teacher_anchor)
         vars(base)[_BEFORE]["teacher"] = self.teacher
@@ -151,6 +156,14 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             temperature=args.kl_temperature,
             dft=args.loss_type == "dft",
         )
+
+    def precision(self):
+        """
+        The autocast that the run trains in: a context for passes outside it. Not `accelerator.autocast`, which leaves it to
+        DeepSpeed, that is to later.
+        """
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        return torch.autocast(self.accelerator.device.type, dtype, enabled=dtype is not None)
 
     # The loss
 
@@ -382,14 +395,6 @@ def _keep_float32_adapter(model, args) -> None:
                 parameter.data = parameter.data.float()
 
 
-def _precision_of(accelerator):
-    """
-    The autocast that the run trains in. Not `accelerator.autocast`, which leaves it to DeepSpeed, that is to later.
-    """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    return torch.autocast(accelerator.device.type, dtype, enabled=dtype is not None)
-
-
 def _keep_float32_outputs(accelerator) -> None:
     """
     Accelerate has FSDP2 cast all that a forward returns to bfloat16 or float16: here sums of losses, which do not bear it.
@@ -444,11 +449,11 @@ def _undo_earlier_run(model) -> None:
             before["teacher"].remove()
     elif is_peft_model(earlier) and isinstance(earlier.base_model, BaseTuner):
         config: Any = earlier.peft_config.get("default")
-        if not keeps_base(config):
+        changed_by = base_changed_by(config)
+        if changed_by:
             vars(base)[_BEFORE] = before
             raise ValueError(
-                f"An earlier run with `init_lora_weights={config.init_lora_weights!r}` has changed the weights of this very model. Load the model "
-                "again, and give that."
+                f"An earlier run with {changed_by} has changed the weights of this very model. Load the model again, and give that."
             )
         for module in earlier.modules():
             if isinstance(module, ModulesToSaveWrapper):
@@ -511,6 +516,17 @@ def _check_peft(model, peft_config, anchor: float) -> None:
             "Leave it out, or train the whole head with `modules_to_save=['lm_head']`."
         )
     check_adapter(config, anchor)
+
+
+def _warn_of_what_cannot_be_loaded(peft_config) -> None:
+    try:
+        check_repeatable(
+            peft_config,
+            "Save the adapter before the training too, and the trained one as a LoRA by PEFT's `save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=FOLDER_OF_THE_FIRST)`; or use `'pissa'` or `'olora'`.",
+        )
+    except ValueError as error:
+        logger.warning("%s", error)
 
 
 def _refuse_parallelism(config) -> None:

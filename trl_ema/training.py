@@ -176,9 +176,15 @@ class Measurement:
     def __call__(self, who: str, adapter=nullcontext) -> dict:
         result = {}
         for name, batches in self.batches.items():
-            result[name] = measure_drift(
-                self.trainer.model, batches, adapter, f"{who}, {name} text", self.trainer.wrapper, self.start.activate
-            )
+            with self.trainer.precision():
+                result[name] = measure_drift(
+                    self.trainer.model,
+                    batches,
+                    adapter,
+                    f"{who}, {name} text",
+                    self.trainer.wrapper,
+                    self.start.activate,
+                )
         return result
 
     def models(self) -> tuple[dict, dict[str, list[str]]]:
@@ -201,7 +207,8 @@ class Measurement:
     def generate(self) -> list[str]:
         if not len(self.samples):
             return []
-        return generate_answers(self.trainer.model, self.trainer.processing_class, self.samples, self.tokens)
+        with self.trainer.precision():
+            return generate_answers(self.trainer.model, self.trainer.processing_class, self.samples, self.tokens)
 
 
 def table(metrics: dict) -> str:

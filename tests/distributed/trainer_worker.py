@@ -103,9 +103,10 @@ def masked_rows(tokenizer):
 def run(trainer_class, folder, case, **more):
     options = dict(per_device_train_batch_size=2, ema_decay=DECAY, ema_warmup=False, kl_weight=KL_WEIGHT) | case | more
     data, tokenizer = options.pop("data", 16), make_tokenizer()
-    adapter = options.pop("peft_config", None) or lora()
+    model = options.pop("model", None)
+    adapter = (options.pop("peft_config", None) or lora()) if model is None else None
     trainer = trainer_class(
-        tiny_model(),
+        tiny_model() if model is None else model,
         args=config(folder, **options),
         train_dataset=masked_rows(tokenizer) if data == "masked" else rows(data),
         processing_class=tokenizer,
@@ -161,7 +162,11 @@ def check_update(trainer):
 
 def drift_from_a_start_that_is_not_the_base(folder, mode):
     """The start is put back for the measurement, each rank's part of it, and taken out again. ZeRO-3 cannot, and says so."""
-    case = {"peft_config": lora(init_lora_weights=False), "ddp_backend": "gloo", "use_cpu": mode == "ddp"}
+    case = {
+        "model": get_peft_model(tiny_model(), lora(init_lora_weights=False)),
+        "ddp_backend": "gloo",
+        "use_cpu": mode == "ddp",
+    }
     trainer = run(EMARegularizedSFTTrainer, folder, case)
     if mode == "zero3":
         with pytest.raises(ValueError, match="Under ZeRO-3 drift is measured from a base alone"):

@@ -23,8 +23,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..forward import logit_transform
 from ..losses import IGNORE_INDEX, fused_linear_cross_entropy_kl
 from ..sharding import whole_weights
-from ..starting_point import StartingPoint, keeps_base
-from ..teacher import without_adapter
+from ..starting_point import StartingPoint
+from ..teacher import base_changed_by, without_adapter
 from .models import evaluating
 
 
@@ -187,8 +187,18 @@ def drift_of_rows(
     return torch.stack(rows)
 
 
+# Unlike PiSSA and others, whose adapter has at first what they take from the base.
+_LEAVE_NO_BASE = ("`kasa_config`", "`layer_replication", "`init_lora_weights='loftq'")
+
+
 def check_measurable(config: PeftConfig) -> None:
-    """Raises `ValueError` if this kind of adapter is no part of the layers that drift is measured by."""
+    """Raises `ValueError` if this kind of adapter is no part of the layers that drift is measured by, or leaves no base."""
+    changed_by = base_changed_by(config)
+    if changed_by and changed_by.startswith(_LEAVE_NO_BASE):
+        raise ValueError(
+            f"Drift is not measured with {changed_by}: it makes another model of the base for good, so the one before the training is "
+            "not there any more. Benchmark tasks are measured; for drift train a `LoraConfig` without it."
+        )
     if config.is_prompt_learning:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(
@@ -202,12 +212,13 @@ def _configs(model) -> list[PeftConfig]:
 
 
 def _check_off_is_before(model) -> None:
-    """Raises `ValueError` if the adapter's initialization changed the base's weights, so that switching it off shows neither."""
+    """Raises `ValueError` if the adapter has changed the base's weights, so that switching it off does not show them."""
     for config in _configs(model):
-        if not keeps_base(config):
+        changed_by = base_changed_by(config)
+        if changed_by:
             raise ValueError(
-                f"`init_lora_weights={getattr(config, 'init_lora_weights', None)!r}` changes the base's weights, so with the adapter switched off the model is not what "
-                "it was before its training. Give `reference`: `StartingPoint(model).activate`, made before the training, or "
+                f"{changed_by} changes the base's weights, so with the adapter switched off the model is not what it was before its "
+                "training. Give `reference`: `StartingPoint(model).activate`, made before the training, or "
                 "what `with_adapter` returns beside the model."
             )
 
@@ -268,7 +279,7 @@ def starting_point(trainer) -> StartingPoint:
         # It keeps small parameters gathered for as long as a pass lasts, and lets nobody write to them.
         raise ValueError(
             "Under ZeRO-3 drift is measured from a base alone, and this training starts from something else (an adapter that it "
-            "goes on from, PiSSA, DoRA, ...). Launch with DDP, ZeRO-2 or FSDP2, or train without measuring drift and give the "
+            "goes on from, PiSSA, ...). Launch with DDP, ZeRO-2 or FSDP2, or train without measuring drift and give the "
             "result to `trl-ema evaluate`, with `--reference_adapter` if it goes on from an adapter."
         )
     if trainer.starting_point is not None:
@@ -326,9 +337,10 @@ class DriftCallback(TrainerCallback):
         # Into TRL's own list: its next log takes them, as it does its other metrics.
         metrics = self.trainer._metrics["train"]
         for name, batches in self._batches.items():
-            found = measure_drift(
-                self.trainer.model, batches, wrapper=self.trainer.wrapper, reference=self.start.activate
-            )
+            with self.trainer.precision():
+                found = measure_drift(
+                    self.trainer.model, batches, wrapper=self.trainer.wrapper, reference=self.start.activate
+                )
             metrics[f"drift_{name}"].append(found["kl_base_model"])
         self._seconds += time.perf_counter() - start
         metrics["drift_time_share"].append(self._seconds / (time.perf_counter() - self._start))

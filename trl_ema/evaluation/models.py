@@ -16,8 +16,8 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 
 from ..data import hub_errors
 from ..offline import demo_model, is_demo_model
-from ..starting_point import StartingPoint, keeps_base
-from ..teacher import TEACHER_NAME
+from ..starting_point import StartingPoint
+from ..teacher import TEACHER_NAME, base_changed_by, check_repeatable
 from ..workarounds import keep_4bit_layers_trainable
 
 
@@ -152,13 +152,18 @@ def with_adapter(
         ValueError: One of the adapters does not fit.
     """
     config = PeftConfig.from_pretrained(folder)
+    check_repeatable(
+        config,
+        f"{folder} holds one. Save it as a LoRA, by PEFT's `save_pretrained(..., path_initial_model_for_weight_conversion=...)` on "
+        "the trained model, and evaluate that.",
+    )
     config.inference_mode = False
     _resize(base, folder, tokenizer)
     with _fits(folder, base):
         # As `PeftModel.from_pretrained`, which leaves no moment between the adapter's initialization and its weights.
         model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)(base, config)
     # An initialization that leaves the base alone may be a random one: then only the base can be told.
-    start = StartingPoint(model, is_base=keeps_base(config))
+    start = StartingPoint(model, is_base=base_changed_by(config) is None)
     if reference is not None:
         _check_same_adapter(config, reference, folder)
         with _fits(reference, base):
