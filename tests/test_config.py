@@ -157,6 +157,30 @@ def test_booleans_are_read_from_text_and_numbers(make_config, name):
             make_config(**{name: value})
 
 
+# With these as true another option is needed beside them, or a GPU.
+NOT_ALONE = {
+    "load_best_model_at_end", "fp16", "bf16", "bf16_full_eval", "fp16_full_eval", "tf32", "torch_compile",
+    "dataloader_pin_memory",
+}  # fmt: skip
+SWITCHES = [f.name for f in fields(MeanTeacherConfig) if f.type in (bool, bool | None) and f.name != "use_cpu"]
+
+
+def test_a_hosts_boolean_is_never_taken_from_its_text(make_config):
+    assert len(SWITCHES) > 40 and {"packing", "bf16", "completion_only_loss", "eval_teacher"} <= set(SWITCHES)
+    changes = dict.fromkeys(SWITCHES, "false")
+    del changes["bf16"]
+    config = make_config(**changes)
+    assert {name: getattr(config, name) for name in changes} == dict.fromkeys(changes, False)
+    changes = {name: "true" for name in SWITCHES if name not in NOT_ALONE}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = make_config(**changes)
+    assert {name: getattr(config, name) for name in changes} == dict.fromkeys(changes, True)
+    for name in SWITCHES:
+        with pytest.raises(TypeError, match=f"`{name}` must be a boolean, got 'perhaps'"):
+            MeanTeacherConfig("out", **{name: "perhaps"})
+
+
 @pytest.mark.parametrize("name", [n for n, v in CHANGED.items() if type(v) in (int, float)] + ["ema_half_life"])
 @pytest.mark.parametrize("value", [True, np.bool_(False), "1", [1.0], np.array([1.0]), 1j])
 def test_no_number_takes_what_is_none(make_config, name, value):
@@ -254,6 +278,20 @@ def test_config_survives_conversion_from_its_own_fields(make_config, changes):
         again = MeanTeacherConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.init})
     assert again.to_dict() == config.to_dict()
     assert not ignored_settings(record)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "plain"),
+    [
+        ("weight_decay=0.1", False),
+        ("momentum=0.9, weight_decay = 1e-2", False),
+        ("weight_decay=0.0", True),
+        ("momentum=0.9", True),
+        ("", True),
+    ],
+)
+def test_a_weight_decay_among_the_optimizers_arguments_is_no_plain_sft(make_config, arguments, plain):
+    assert make_config(teacher="none", optim="sgd", optim_args=arguments).is_plain_sft == plain
 
 
 # Of the libraries below

@@ -680,3 +680,78 @@ def test_what_is_held_out_depends_neither_on_order_nor_much_on_new_rows():
     _, later = parted(answered_rows(ANSWERS["letters"], 550), 0.1)
     assert len(set(held_out["prompt"]) & set(later["prompt"])) > 40
     assert set(held_out["prompt"]) != set(parted(data, 0.1, seed=1)[1]["prompt"])
+
+
+# Few prompts, tools, copies
+
+
+@pytest.mark.parametrize(("prompts", "each", "held"), [(20, 50, 50), (12, 15, 15), (5, 200, 200), (3, 40, 40)])
+def test_rows_of_few_prompts_stay_on_one_side_and_another_share_is_said(caplog, prompts, each, held):
+    data = answered_rows(lambda i: f"answer {i}", prompts * each, lambda i: i % prompts)
+    train, held_out = parted(data, 0.02)
+    assert len(held_out) == held and len(set(held_out["prompt"])) == 1
+    assert not set(train["prompt"]) & set(held_out["prompt"])
+    assert f"{held} of {prompts * each} rows are held out instead of" in caplog.text
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.2, 0.6, 0.9])
+@pytest.mark.parametrize("sizes", [(1, 50, 50, 50), (5, 5, 5), (1, 2, 4), (30, 1, 1, 1)])
+def test_neither_side_is_ever_empty(fraction, sizes):
+    prompts = [i for i, size in enumerate(sizes) for _ in range(size)]
+    train, held_out = parted(answered_rows(lambda i: f"answer {i}", len(prompts), prompts.__getitem__), fraction)
+    assert len(train) and len(held_out)
+    halves = {str(i) for i, size in enumerate(sizes) if 2 * size >= len(prompts)}  # preambles
+    assert {text.split()[1] for text in set(train["prompt"]) & set(held_out["prompt"])} <= halves
+
+
+@pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
+@pytest.mark.parametrize("kind", ["prompt_completion", "messages"])
+def test_tools_are_part_of_the_question(kind, column):
+    option = {"tools": str, "chat_template_kwargs": lambda i: {"date": str(i)}}[column]
+    one, other = texts(), {"messages": CONVERSATION}
+    content = (lambda i: one | {"completion": "ABCD"[i % 4]}) if kind == "prompt_completion" else lambda i: other
+    data = Dataset.from_list([content(i) | {column: option(i // 2)} for i in range(1000)])
+    train, held_out = parted(data, 0.02)
+    assert len(held_out) == 20
+    assert not {str(row[column]) for row in train} & {str(row[column]) for row in held_out}
+
+
+@pytest.mark.parametrize("copies", [1, 10, 11, 12])
+def test_copies_of_a_row_make_no_class_of_its_answer(copies):
+    data = Dataset.from_list([texts(f"question {i}", f"answer {i}") for i in range(90)] * copies)
+    train, held_out = parted(data, 0.02)
+    assert len(held_out) == 2 * copies
+    assert not set(train["completion"]) & set(held_out["completion"])
+
+
+# Of a stream
+
+
+def streamed(tmp_path, tokenizer, found, **options):
+    path = jsonl_file(tmp_path, found)
+    return load_data(TrainingScriptArguments(path, dataset_streaming=True, **options), tokenizer)
+
+
+def test_a_stream_sorted_by_class_loses_none(tmp_path, tokenizer):
+    found = [texts(f"question {i}", "ABCD"[i // 100]) for i in range(400)]
+    train, held_out = streamed(tmp_path, tokenizer, found)
+    counts = [Counter(row["completion"][0]["content"] for row in side) for side in (train, held_out)]
+    assert len(held_out) == 128 and sum(counts, Counter()) == dict.fromkeys("ABCD", 100)
+    assert all(side[letter] > 10 for side in counts for letter in "ABCD")
+
+
+def test_what_a_stream_holds_out_comes_not_again_later_in_it(tmp_path, tokenizer):
+    found = [texts(f"question {i % 50}", f"answer {i}") for i in range(200)]
+    train, held_out = streamed(tmp_path, tokenizer, found, eval_samples=5, eval_fraction=0.1)
+    prompts = [{str(row["prompt"]) for row in side} for side in (train, held_out)]
+    assert len(held_out) == 5 and len(prompts[0]) == 45 and not set.intersection(*prompts)
+    assert len(list(train)) == 180
+
+
+@pytest.mark.parametrize("kind", ["text", "messages", "prompt_completion"])
+def test_a_stream_of_any_format_is_parted(tmp_path, tokenizer, kind):
+    found = list(rows(60, kind=kind))
+    train, held_out = streamed(tmp_path, tokenizer, found, eval_samples=6)
+    sides = [{str(row) for row in side} for side in (train, held_out)]
+    assert len(held_out) == 6 and not set.intersection(*sides)
+    assert len(list(train)) == 54 and next(iter(train)).keys() == set(held_out.column_names)

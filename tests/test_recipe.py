@@ -5,9 +5,11 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import rows, tiny_model
@@ -15,6 +17,7 @@ from peft import PeftModel
 
 from trl_ema import MeanTeacherConfig
 from trl_ema.evaluation.drift import general_rows, measure_drift
+from trl_ema.evaluation.suite import Suite
 from trl_ema.training import TrainingScriptArguments, load_data, resume_from
 
 
@@ -112,8 +115,8 @@ def test_rows_of_tokens_with_a_prompt_are_trained_and_measured(workplace):
     ("changes", "match"),
     [
         (dict(eval_fraction=1.5), r"`eval_fraction` must be in \(0, 1\), got 1.5"),
-        (dict(eval_samples=0), "`eval_samples` must be at least 1, got 0"),
-        (dict(max_train_samples=0), "`max_train_samples` must be at least 1"),
+        (dict(eval_samples=0), "`eval_samples` must be a whole number of at least 1, got 0"),
+        (dict(max_train_samples=0), "`max_train_samples` must be a whole number of at least 1"),
     ],
 )
 def test_ranges_of_the_jobs_own_options(changes, match):
@@ -170,9 +173,35 @@ def test_a_file_of_classes_trains_on_all_of_them(tmp_path, tokenizer):
         assert {row["completion"][0]["content"] for row in train} == set("ABCD")
 
 
+@pytest.mark.parametrize("make", [TrainingScriptArguments, Suite])
+def test_the_jobs_own_numbers_are_read_from_any_library(make):
+    numbers = {f.name: f.default for f in fields(make) if type(f.default) is int} | {
+        "max_train_samples" if make is TrainingScriptArguments else "batch_size": 5
+    }
+    assert len(numbers) >= 4
+    for name in numbers:
+        for value in (np.int64(7), np.float32(7), 7.0, torch.tensor(7)):
+            found = getattr(make(**{name: value}), name)
+            assert found == 7 and type(found) is int, name
+        for value in ("3", True, np.bool_(True), [3]):
+            with pytest.raises(TypeError, match=f"`{name}` must be a number, got "):
+                make(**{name: value})
+        for value in (-1, 2.5, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"`{name}` must be a whole number of at least [012], got"):
+                make(**{name: value})
+
+
+def test_the_share_of_rows_is_a_number():
+    assert TrainingScriptArguments(eval_fraction=np.float64(0.25)).eval_fraction == 0.25
+    with pytest.raises(TypeError, match="`eval_fraction` must be a number, got '0.2'"):
+        TrainingScriptArguments(eval_fraction="0.2")
+
+
 def test_a_booleans_text_is_read_as_on_the_command_line():
     args = TrainingScriptArguments(measure="false", drop_incomplete_rows="true")
     assert args.measure is False and args.drop_incomplete_rows is True
+    args = TrainingScriptArguments(ignore_bias_buffers="false", dataset_streaming=np.bool_(True))
+    assert args.ignore_bias_buffers is False and args.dataset_streaming is True
     with pytest.raises(TypeError, match="`measure` must be a boolean, got 'perhaps'"):
         TrainingScriptArguments(measure="perhaps")
 

@@ -21,7 +21,6 @@ _NUMBERS = (
     "ema_half_life", "ema_decay", "teacher_anchor", "kl_weight", "kl_warmup_ratio", "kl_temperature", "jsd_mixture",
     "kl_fraction",
 )  # fmt: skip
-_SWITCHES = ("ema_warmup", "eval_teacher", "stop_on_nonfinite_loss")
 _EMA_FIELDS = ("ema_half_life", "ema_decay", "ema_warmup", "ema_update_steps")
 
 
@@ -139,12 +138,13 @@ class MeanTeacherConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        take_booleans(self)  # before TRL reads them
         # TRL's names and defaults, under the name that transformers has for them since 5.23 (it warns of the old ones).
         for name in ("checkpointing", "checkpointing_kwargs"):
             if getattr(self, f"activation_{name}", 0) is None:
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         super().__post_init__()
-        self._take_plain_values()
+        self._take_plain_numbers()
         self._warn_about_ignored()
         _check_choice("teacher", self.teacher, TEACHERS)
         _check_choice("kl_direction", self.kl_direction, KL_DIRECTIONS)
@@ -163,12 +163,7 @@ class MeanTeacherConfig(SFTConfig):
             _check_range("ema_decay", self.ema_decay, "It is the share of the old teacher kept per update; try 0.999.")
         _check_range("teacher_anchor", self.teacher_anchor, "0 is the pure mean teacher, 1 the base model; try 0.5.")
         _check_range("kl_warmup_ratio", self.kl_warmup_ratio, "It is a fraction of the run; try 0.1.")
-        if self.ema_update_steps % 1 or self.ema_update_steps < 1:
-            raise ValueError(
-                f"`ema_update_steps` must be a whole number of at least 1, got {self.ema_update_steps}. It counts "
-                "optimizer steps."
-            )
-        self.ema_update_steps = int(self.ema_update_steps)
+        self.ema_update_steps = plain_count("ema_update_steps", self.ema_update_steps, 1, "It counts optimizer steps.")
         if not 0 <= self.kl_weight < float("inf"):
             raise ValueError(
                 f"`kl_weight` must be at least 0 and finite, got {self.kl_weight}. Use 0 for no divergence; try 1.0."
@@ -186,11 +181,9 @@ class MeanTeacherConfig(SFTConfig):
                 "`kl_direction='forward'` or `'reverse'` for the two KLs, or try 0.5."
             )
 
-    def _take_plain_values(self):
-        """Numbers and booleans of any library become Python's, so that a checkpoint or a model card can hold them."""
-        for name in _SWITCHES:
-            setattr(self, name, plain_bool(name, getattr(self, name)))
-        for name in (*_NUMBERS, "ema_update_steps"):
+    def _take_plain_numbers(self):
+        """Numbers of any library become Python's, so that a checkpoint or a model card can hold them."""
+        for name in _NUMBERS:
             value = getattr(self, name)
             if value is not None or name not in ("ema_half_life", "ema_decay"):
                 setattr(self, name, plain_number(name, value))
@@ -202,8 +195,14 @@ class MeanTeacherConfig(SFTConfig):
 
     @property
     def is_plain_sft(self) -> bool:
-        """Whether the student is fitted to the labels alone: nothing holds it back, and the loss is the cross-entropy."""
-        others = (self.weight_decay, self.label_smoothing_factor, self.neftune_noise_alpha)
+        """
+        Whether the student is fitted to the labels alone: nothing holds it back, and the loss is the cross-entropy.
+
+        The adapter's own `lora_dropout` does not count: it is part of LoRA's usual setting, and the same in all arms.
+        """
+        of_optimizer = dict(part.partition("=")[::2] for part in (self.optim_args or "").replace(" ", "").split(","))
+        decay = self.weight_decay or float(of_optimizer.get("weight_decay", 0))
+        others = (decay, self.label_smoothing_factor, self.neftune_noise_alpha)
         return self.teacher == "none" and self.loss_type == "nll" and not any(others)
 
     def _warn_about_ignored(self):
@@ -236,6 +235,14 @@ def plain_bool(name: str, value: Any) -> bool:
     return found
 
 
+def take_booleans(config: Any) -> None:
+    """Every field of a dataclass that is a boolean becomes one, see [`plain_bool`]: the text "false" would count as true."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.type is bool or (f.type == bool | None and value is not None):
+            setattr(config, f.name, plain_bool(f.name, value))
+
+
 def plain_number(name: str, value: Any) -> int | float:
     """`value` as an `int` where it is whole of its type, else as a `float`."""
     number = value
@@ -244,6 +251,14 @@ def plain_number(name: str, value: Any) -> int | float:
     if isinstance(number, bool) or not isinstance(number, numbers.Real | Decimal):
         raise TypeError(f"`{name}` must be a number, got {value!r} ({type(value).__name__}).")
     return int(number) if isinstance(number, numbers.Integral) else float(number)
+
+
+def plain_count(name: str, value: Any, least: int, hint: str = "") -> int:
+    """`value` as an `int` of at least `least`; a whole number may be written with a point."""
+    number = plain_number(name, value)
+    if number % 1 or number < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}. {hint}".rstrip())
+    return int(number)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import json
 import logging
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -487,8 +488,8 @@ class hub_errors:
 
 # Held-out rows
 
-# An answer of more rows than this is a class (a letter, a code, a tool call): training does without none of them.
-_CLASS_ROWS = 10
+# An answer to more questions than this is a class (a letter, a code, a tool call): training does without none of them.
+_CLASS_QUESTIONS = 10
 
 
 def held_out_split(
@@ -497,8 +498,10 @@ def held_out_split(
     """
     `(train, held_out)` by seeded hashes of the rows' texts, so that neither order nor neighbours matter.
 
-    Without `key` rows that share a prompt, or are equal, are on one side, and so many of them are held out that their share
-    comes closest to `fraction`: at least one row, and never all rows of an answer that others share.
+    Without `key` rows that share a prompt (and tools), or are equal, are on one side, and so many of them are held out that
+    their share comes near `fraction`: at least one row, and never all rows of an answer that others share. Where few prompts
+    have many rows each the share may be far from it: then a warning says so. A prompt of half of the rows or more is no
+    question but a preamble: its rows, if they differ, are on both sides.
 
     Args:
         dataset (`Dataset`): Rows in a TRL format.
@@ -513,7 +516,7 @@ def held_out_split(
         texts = [str(row[key]) for row in dataset.select_columns(key)]
         held = {i for i, text in enumerate(texts) if _position(text, seed) < fraction}
     else:
-        columns = trained_columns(set(dataset.column_names), text_field) or ["input_ids"]
+        columns = _split_columns(dataset.column_names, text_field)
         held = _chosen([_question_and_answer(row, columns) for row in _rows_of(dataset, columns)], fraction, seed)
     return (
         dataset.select([i for i in range(len(dataset)) if i not in held]),
@@ -521,53 +524,101 @@ def held_out_split(
     )
 
 
+def held_out_of_stream(
+    dataset: IterableDataset, samples: int, fraction: float, seed: int = 0, text_field: str = "text"
+) -> tuple[IterableDataset, Dataset]:
+    """
+    `(train, held_out)` as of [`held_out_split`]: `samples` of the first `samples / fraction` rows. A later row that is equal
+    to a held-out one, or shares its prompt, is left out of training too.
+    """
+    first = list(dataset.take(math.ceil(samples / fraction)))
+    if len(first) <= samples:
+        return dataset.skip(samples), Dataset.from_list(first)
+    columns = _split_columns(first[0], text_field)
+    rows = [_question_and_answer(row, columns) for row in first]
+    chosen = _chosen(rows, samples / len(first), seed)
+    held = {rows[i] for i in chosen}
+    questions = {question for question, _ in held} - {rows[i][0] for i in range(len(rows)) if i not in chosen}
+
+    def trained(row: dict) -> bool:
+        question, answer = _question_and_answer(row, columns)
+        return question not in questions and (question, answer) not in held
+
+    return dataset.filter(trained), Dataset.from_list([first[i] for i in sorted(chosen)])
+
+
 def _position(text: str, seed: int) -> float:
     """In [0, 1), by a hash."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:8], "big") / 2**64
 
 
+def _split_columns(columns: Iterable[str], text_field: str) -> list[str]:
+    """Those that make a question and, last, its answer: a chat template shows the model its tools and options too."""
+    found = trained_columns(set(columns), text_field) or ["input_ids"]
+    with_template = found[-1] in ("completion", "messages", "conversations")
+    return [c for c in ("tools", "chat_template_kwargs") if with_template and c in columns] + found
+
+
 def _question_and_answer(row: dict, columns: list[str]) -> tuple[str, str]:
     """As texts. Of a conversation the last message is the answer; a text alone is an answer to no question."""
-    values = [row[name] for name in columns]
-    if len(values) == 1 and columns != ["input_ids"] and isinstance(values[0], list):
-        values = [values[0][:-1], values[0][-1:]]
-    *question, answer = (json.dumps(value, sort_keys=True, default=str) for value in values)
+    *values, last = [row[name] for name in columns]
+    if columns[-1] in ("messages", "conversations"):
+        values, last = [*values, last[:-1]], last[-1:]
+    *question, answer = (json.dumps(value, sort_keys=True, default=str) for value in (*values, last))
     return "".join(question), answer
 
 
 def _chosen(rows: list[tuple[str, str]], fraction: float, seed: int) -> set[int]:
     """Which of the `(question, answer)` rows to hold out: groups of one question each, in the order of their hashes."""
+    if len(rows) < 2:
+        raise ValueError("One row cannot be parted into training and held-out rows. Give at least two.")
     wanted = max(1, min(round(fraction * len(rows)), len(rows) - 1))
     rows_of = Counter(question for question, _ in rows)
     groups = defaultdict(list)
     for i, (question, answer) in enumerate(rows):
-        # What more rows begin with than are wanted is a preamble: only their answers tell them apart.
-        alone = bool(question) and rows_of[question] <= max(wanted, _CLASS_ROWS)
+        # What half of the rows begin with is a preamble: only their answers tell them apart.
+        alone = bool(question) and 2 * rows_of[question] < len(rows)
         groups[question if alone else question + answer].append(i)
     in_all = Counter(answer for _, answer in rows)
+    questions_of = Counter(answer for _, answer in set(rows))
     left = in_all.copy()
+    held: set[int] = set()
 
     def spared(group: list[int]) -> bool:
         """Whether training goes without: some of each answer is left, or it was of this one question and no class."""
+        if len(held) + len(group) >= len(rows):
+            return False
         taken = Counter(rows[i][1] for i in group)
-        return all(n < left[a] or n == in_all[a] <= _CLASS_ROWS for a, n in taken.items()) and len(group) < len(rows)
+        return all(n < left[a] or (n == in_all[a] and not frequent(a)) for a, n in taken.items())
 
-    held: set[int] = set()
-    order = sorted(groups, key=lambda text: _position(text, seed))
-    for group in map(groups.__getitem__, order):
+    def frequent(answer: str) -> bool:
+        """Or a tenth of all rows, equal as they may be."""
+        return questions_of[answer] > _CLASS_QUESTIONS or in_all[answer] > max(_CLASS_QUESTIONS, len(rows) / 10)
+
+    def hold(group: list[int]) -> None:
+        held.update(group)
+        left.subtract(rows[i][1] for i in group)
+
+    order = [groups[text] for text in sorted(groups, key=lambda text: _position(text, seed))]
+    for group in order:
         if len(held) + len(group) <= wanted and spared(group):
-            held.update(group)
-            left.subtract(rows[i][1] for i in group)
-    if not held:  # every group is larger than what is wanted
-        smallest = min(filter(spared, map(groups.__getitem__, order)), key=len, default=[])
-        held.update(smallest)
-    if len(rows) < 2:
-        raise ValueError("One row cannot be parted into training and held-out rows. Give at least two.")
+            hold(group)
+    # What is left is larger than what is still wanted: the smallest, if that comes nearer.
+    rest = (group for group in order if group[0] not in held and spared(group))
+    smallest = min(rest, key=len, default=[])
+    if not held or len(held) + len(smallest) - wanted < wanted - len(held):
+        hold(smallest)
     if not held:
         raise ValueError(
-            f"No row can be held out: of {len(rows)} rows {len(groups)} differ, and without any of these training would lose "
-            "an answer. Name a split for the evaluation with `--dataset_test_split`, or give more, and different, rows."
+            f"No row can be held out: of {len(rows)} rows {len(set(rows))} differ, and without any of these training would "
+            "lose an answer. Name a split for the evaluation with `--dataset_test_split`, or give more, and different, rows."
         )
+    if not wanted / 2 <= len(held) <= 2 * wanted:
+        logger.warning(
+            "%d of %d rows are held out instead of %d: rows that are equal or share a prompt stay on one side (%d groups), and "
+            "training keeps each frequent answer. Name a split with `--dataset_test_split` for another share.",
+            len(held), len(rows), wanted, len(groups),
+        )  # fmt: skip
     return held
 
 

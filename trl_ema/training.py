@@ -16,7 +16,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from . import data, offline
 from .checkpoints import last_checkpoint
-from .config import MeanTeacherConfig, plain_bool
+from .config import MeanTeacherConfig, plain_count, plain_number, take_booleans
 from .evaluation.drift import DriftCallback, general_rows, measure_drift, starting_point, trainer_batches
 from .evaluation.generation import generate_answers, prompts_and_references
 from .files import check_output_dir, write_json
@@ -47,7 +47,8 @@ class TrainingScriptArguments(ScriptArguments):
     eval_fraction: float = field(
         default=0.02,
         metadata={
-            "help": "Share of the rows held out, in (0, 1), if the data has no test split (of a stream: its first rows)."
+            "help": "Share of the rows held out, in (0, 1), if the data has no test split. Of a stream `eval_samples` rows are, "
+            "drawn from its first `eval_samples / eval_fraction`."
         },
     )
     eval_samples: int = field(default=128, metadata={"help": "Held-out rows used for the figures before and after."})
@@ -68,15 +69,15 @@ class TrainingScriptArguments(ScriptArguments):
     )
 
     def __post_init__(self):
-        for name in ("dataset_streaming", "drop_incomplete_rows", "measure"):
-            setattr(self, name, plain_bool(name, getattr(self, name)))
+        take_booleans(self)
+        self.eval_fraction = plain_number("eval_fraction", self.eval_fraction)
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"`eval_fraction` must be in (0, 1), got {self.eval_fraction}. It is a share of the rows.")
-        for name, least in (("eval_samples", 1), ("generations", 0), ("generation_tokens", 1), ("drift_steps", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
-        if self.max_train_samples is not None and self.max_train_samples < 1:
-            raise ValueError(f"`max_train_samples` must be at least 1, got {self.max_train_samples}.")
+        counts = {"eval_samples": 1, "generations": 0, "generation_tokens": 1, "drift_steps": 0, "split_seed": 0}
+        if self.max_train_samples is not None:
+            counts["max_train_samples"] = 1
+        for name, least in counts.items():
+            setattr(self, name, plain_count(name, getattr(self, name), least))
 
 
 def parse(arguments: list[str]) -> tuple[TrainingScriptArguments, MeanTeacherConfig, ModelConfig]:
@@ -98,8 +99,11 @@ def load_data(args: TrainingScriptArguments, tokenizer, text_field: str = "text"
         held_out = _load_held_out(args, text_field)
     if args.dataset_streaming:
         if held_out is None:
-            held_out, dataset = dataset.take(args.eval_samples), dataset.skip(args.eval_samples)
-        held_out = Dataset.from_list(list(held_out.take(args.eval_samples)))
+            dataset, held_out = data.held_out_of_stream(
+                dataset, args.eval_samples, args.eval_fraction, args.split_seed, text_field
+            )
+        else:
+            held_out = Dataset.from_list(list(held_out.take(args.eval_samples)))
         if args.max_train_samples:
             dataset = dataset.take(args.max_train_samples)
         empty = next(iter(dataset), None) is None
@@ -110,8 +114,9 @@ def load_data(args: TrainingScriptArguments, tokenizer, text_field: str = "text"
         dataset = dataset.shuffle(seed=args.split_seed)
         if args.max_train_samples:
             dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
-        held_out = held_out.shuffle(seed=args.split_seed).select(range(min(args.eval_samples, len(held_out))))
+        held_out = held_out.shuffle(seed=args.split_seed)
         empty = not len(dataset)
+    held_out = held_out.select(range(min(args.eval_samples, len(held_out))))
     if empty:
         raise ValueError(
             f"No training row is left beside {len(held_out)} held-out ones. Lower `--eval_samples` or `--eval_fraction`, or "

