@@ -11,6 +11,7 @@ from peft.tuners.lora.config import BdLoraConfig, EvaConfig, KasaConfig, Montecl
 from safetensors.torch import load_file
 from trl import SFTTrainer
 
+from trl_ema.evaluation.drift import measure_drift, trainer_batches
 from trl_ema.teacher import MeanTeacher
 
 
@@ -186,6 +187,54 @@ def test_a_kind_that_is_refused_trains_and_resumes_without_a_teacher(kind, make_
 @pytest.mark.parametrize("name", ["activated", "mica", "replicated layers"])
 def test_a_run_with_an_option_of_an_adapter(name, make_trainer, tmp_path):
     check_run(name, OPTIONS[name][0], make_trainer, tmp_path)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_option_of_an_adapter_trains_and_is_evaluated(name, make_trainer):
+    peft_config, changes = OPTIONS[name]
+    trainer = make_trainer(
+        model=tiny_model(**changes), peft_config=copy.deepcopy(peft_config), data=rows(4), eval_dataset=rows(1, seed=5),
+        max_steps=1, kl_weight=0.5,
+    )  # fmt: skip
+    before = logits(trainer.model.eval())
+    trainer.train()
+    assert not torch.equal(logits(trainer.model.eval()), before)
+    if name != "pvera that samples always":
+        check_evaluation(trainer)
+
+
+def check_evaluation(trainer):
+    """The loss that is reported is that of the logits, as the model itself computes it."""
+    (batch,) = trainer.get_eval_dataloader()
+    with torch.no_grad():
+        expected = trainer.model(**batch).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("changes", "indices"), [(TIED, [7, 11]), ({}, {"lm_head": [7, 11]})])
+def test_tokens_of_the_head_are_trained_by_the_loss_of_its_logits(changes, indices, make_trainer):
+    trainer = make_trainer(
+        model=tiny_model(**changes), peft_config=lora(trainable_token_indices=indices, **TWO), data=rows(4),
+        eval_dataset=rows(1, seed=5), max_steps=1, teacher="none", learning_rate=0.1,
+    )  # fmt: skip
+    batch = next(iter(trainer.get_train_dataloader()))
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(trainer.model(**batch).loss, trained)
+    gradients = torch.autograd.grad(trainer.compute_loss(trainer.model.train(), batch), trained)
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+    trainer.train()
+    check_evaluation(trainer)
+    batches = trainer_batches(trainer, trainer.eval_dataset)
+    drift = measure_drift(trainer.model, batches)
+    assert drift["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("teacher", ["ema", "none"])
+def test_tokens_of_a_head_with_a_bias_are_refused(teacher, make_trainer):
+    model = tiny_model(model_type="phi", num_key_value_heads=4)
+    peft_config = lora(trainable_token_indices={"lm_head": [7]}, **TWO)
+    with pytest.raises(ValueError, match="whose bias PEFT would leave out.*`modules_to_save`"):
+        make_trainer(model=model, peft_config=peft_config, teacher=teacher)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -109,23 +109,41 @@ def test_a_teacher_of_the_first_checksum_and_one_formatted_anew_are_read(make_tr
 class SaveWithPeft(TrainerCallback):
     """What many projects have a callback for."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, **options):
+        self.folder, self.options = folder, options
 
     def on_save(self, args, state, control, **kwargs):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        kwargs["model"].save_pretrained(checkpoint / self.folder)
+        kwargs["model"].save_pretrained(checkpoint / self.folder, **self.options)
 
 
-@pytest.mark.parametrize("folder", ["", "adapter_model"])
-def test_a_callback_that_saves_the_model_leaves_checkpoints_whole(make_trainer, tmp_path, folder):
-    make_trainer(callbacks=[SaveWithPeft(folder)], **SAVING).train()
+@pytest.mark.parametrize(
+    ("folder", "options"), [("", {}), ("adapter_model", {}), ("", dict(save_embedding_layers=True))]
+)
+def test_a_callback_that_saves_the_model_leaves_checkpoints_whole(make_trainer, tmp_path, folder, options):
+    make_trainer(callbacks=[SaveWithPeft(folder, **options)], **SAVING).train()
     resumed, whole = make_trainer(), make_trainer(output_dir=str(tmp_path / "whole"))
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     whole.train()
     for name in ("default", "teacher"):
         expected = adapter_weights(whole, name)
         assert all(torch.equal(expected[n], w) for n, w in adapter_weights(resumed, name).items())
+
+
+@pytest.mark.parametrize("teacher", ["ema", "frozen", "none"])
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])
+def test_embeddings_of_another_base_are_refused_before_they_are_loaded(make_trainer, tmp_path, teacher, targets):
+    def run(seed, **options):
+        peft_config = lora(target_modules=targets)
+        return make_trainer(model=tiny_model(seed=seed), peft_config=peft_config, teacher=teacher, **options)
+
+    run(0, callbacks=[SaveWithPeft("", save_embedding_layers=True)], max_steps=2, **SAVING).train()
+    other = run(1, output_dir=str(tmp_path / "other"))
+    before = other.model.get_input_embeddings().weight.clone()
+    with pytest.raises(ValueError, match="other values for '.*embed_tokens.*another base.*original base model"):
+        other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert torch.equal(other.model.get_input_embeddings().weight, before)
+    run(0, output_dir=str(tmp_path / "same")).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
 
 
 # What PEFT writes of the base beside an adapter: (adapter, tokens added, model).

@@ -17,6 +17,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file
 
 from trl_ema.teacher import MeanTeacher
@@ -341,6 +342,51 @@ def test_a_teacher_taken_off_leaves_nothing_in_what_the_model_saves():
     MeanTeacher(model)
     state = model.state_dict()
     assert all(torch.equal(state[name], p) for name, p in model.named_parameters() if ".teacher." in name)
+
+
+@pytest.mark.parametrize("name", ["lora", "modules_to_save", "trainable_tokens", "embedding", "ia3"])
+def test_a_model_whose_teacher_was_deleted_is_saved_and_gets_another(tmp_path, name):
+    model = peft_model(name).to(torch.bfloat16)
+    teacher = MeanTeacher(model)
+    shake(model)
+    teacher.update(0.5)
+    model.delete_adapter("teacher")  # as an error advises
+    model.save_pretrained(tmp_path / "alone")
+    assert not (tmp_path / "alone" / "teacher").exists()
+    another = MeanTeacher(model, frozen=True)
+    another.save(tmp_path)
+    own = load_file(tmp_path / "teacher" / "adapter_model.safetensors")
+    assert own and all(torch.equal(own[k], t) for k, t in zip(another._keys, another._teachers(), strict=True))
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_teacher_that_is_no_longer_on_the_model_says_so(tmp_path, replaced):
+    model = peft_model()
+    teacher = MeanTeacher(model)
+    model.delete_adapter("teacher")
+    if replaced:
+        MeanTeacher(model)
+    with pytest.raises(RuntimeError, match="no longer on the model.*Save the student"), teacher.activate():
+        pass
+    for use in (lambda: teacher.save(tmp_path), lambda: teacher.update(0.5), teacher.distance):
+        with pytest.raises(RuntimeError, match="no longer on the model"):
+            use()
+    teacher.remove()
+    assert ("teacher" in model.peft_config) == replaced
+
+
+def test_an_error_while_a_teacher_is_added_leaves_the_base_alone(monkeypatch):
+    model = get_peft_model(tiny_model(), lora(kasa_config=KasaConfig(), target_modules=LINEAR))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+    def fail(self, *args, really=PeftModel.add_adapter, **kwargs):
+        really(self, *args, **kwargs)
+        raise MemoryError
+
+    monkeypatch.setattr(PeftModel, "add_adapter", fail)
+    with pytest.raises(MemoryError):
+        MeanTeacher(model)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if n in before)
 
 
 def test_a_tensor_of_several_layers_is_averaged_under_each_of_its_names(tmp_path):

@@ -142,9 +142,10 @@ class MeanTeacher:
             for name in done:
                 setattr(config, name, neutral[name])
             self.model.add_adapter(TEACHER_NAME, config)
+        self._config = self.model.peft_config[TEACHER_NAME]
         # It must do so again for whoever loads the teacher alone, however it was saved.
         for name, value in done.items():
-            setattr(self.model.peft_config[TEACHER_NAME], name, value)
+            setattr(self._config, name, value)
         self.model.set_requires_grad(TEACHER_NAME, False)
 
     def _tie(self, trainable: list[str]) -> list[list[str]]:
@@ -179,11 +180,24 @@ class MeanTeacher:
         if self.is_base:
             return
         self._hook.remove()
-        if TEACHER_NAME in self.model.peft_config:
+        if self._is_attached():
             self.model.delete_adapter(TEACHER_NAME)
+
+    def _is_attached(self) -> bool:
+        """Whether its adapter is still on the model, and not that of a later teacher."""
+        return self.is_base or self.model.peft_config.get(TEACHER_NAME) is self._config
+
+    def _check_attached(self) -> None:
+        if not self._is_attached():
+            raise RuntimeError(
+                f"This teacher is no longer on the model: its adapter {TEACHER_NAME!r} was deleted or replaced. Save the student "
+                "alone with `model.save_pretrained`; to train on with a teacher make a new trainer."
+            )
 
     def _put_averages(self, module, state: dict, prefix: str, metadata) -> None:
         """Whoever saves the model has the averages in their own precision, not those it computes with."""
+        if not self._is_attached():
+            return
         for names, average, teacher in zip(self._names, self._averages, self._teachers(), strict=True):
             if average is not None and not is_sharded(teacher):
                 state.update({f"{prefix}{name}": average for name in names if f"{prefix}{name}" in state})
@@ -212,6 +226,7 @@ class MeanTeacher:
         return [getattr(module, name) for module, name, _, _ in self._slots]
 
     def _teachers(self) -> list[torch.Tensor]:
+        self._check_attached()
         return [getattr(module, name) for _, _, module, name in self._slots]
 
     @torch.no_grad()
@@ -274,6 +289,7 @@ class MeanTeacher:
     @contextmanager
     def activate(self):
         """Within this context the model computes as the teacher. Restores everything, also after an error."""
+        self._check_attached()
         with _switched(self._switches):
             yield
 
@@ -328,6 +344,7 @@ class MeanTeacher:
         """
         if self.is_base:
             return
+        self._check_attached()
         reshard(self.model)
         state_dict = self._gathered(writes) if any_sharded(self.model) else None
         if not writes:
@@ -336,7 +353,7 @@ class MeanTeacher:
         folder = os.path.join(directory, TEACHER_NAME)
         follow_umask(folder)
         state = {"num_updates": self.num_updates, **state}
-        write_json(os.path.join(folder, STATE_NAME), {"sha256": _digest(folder, state), **state})
+        write_json(os.path.join(folder, STATE_NAME), {"sha256": _digest(folder, state, self._keys), **state})
 
     def _gathered(self, keep: bool) -> dict[str, torch.Tensor]:
         """What PEFT writes of the teacher, whole, on the ranks that `keep` it. Called on all ranks."""
@@ -376,7 +393,7 @@ class MeanTeacher:
                 )
             return
         check_adapter_file(self.model, TEACHER_NAME, folder, "Teacher")
-        _check_state(folder)
+        _check_state(folder, self._keys)
 
     def check_origin(self, directory: str, **origin) -> None:
         """Raises `ValueError` unless the teacher in `directory` was saved with this `origin`, such as its run and step."""
@@ -452,23 +469,32 @@ def _twin(name: str, student: str) -> str:
     return ".".join(TEACHER_NAME if part == student else part for part in name.split("."))
 
 
-def _digest(folder: str, state: dict) -> str:
+def _digest(folder: str, state: dict, names: list[str]) -> str:
     """
-    SHA-256 of what a teacher computes, not of bytes: its tensors, the fields of its config that change the function, and
-    what is said about it. PEFT may write the same teacher again, as callbacks do that save the model.
+    SHA-256 of what a teacher computes, not of bytes: the tensors called `names`, the fields of its config that change the
+    function, and what is said about it. PEFT may write the same teacher again, as callbacks do that save the model, and
+    with embeddings of the base beside it.
     """
     digest = hashlib.sha256()
     with safe_open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
-        for name in sorted(file.keys()):
+        for name in sorted(names):
             tensor = file.get_tensor(name)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    config = {name: value for name, value in read_json(os.path.join(folder, CONFIG_NAME)).items() if name not in _ABOUT}
-    for name in ("target_modules", "exclude_modules", "modules_to_save"):
-        if isinstance(config.get(name), list):  # a set in memory
-            config[name] = sorted(config[name])
+    config = function_fields(read_json(os.path.join(folder, CONFIG_NAME)))
     digest.update(json.dumps([config, state], sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def function_fields(config: dict) -> dict:
+    """Of the fields of a PEFT config those that change what the adapter computes; names, a set in memory, in order."""
+    return {
+        name: sorted(value)
+        if isinstance(value, (set, list)) and all(isinstance(item, str) for item in value)
+        else value
+        for name, value in config.items()
+        if name not in _ABOUT
+    }
 
 
 def _sha256(folder: str, state: dict) -> str:
@@ -481,7 +507,7 @@ def _sha256(folder: str, state: dict) -> str:
     return digest.hexdigest()
 
 
-def _check_state(folder: str) -> None:
+def _check_state(folder: str, names: list[str]) -> None:
     """Raises `ValueError` unless the teacher's file is the one that was written."""
     path = os.path.join(folder, STATE_NAME)
     for needed in (path, os.path.join(folder, CONFIG_NAME)):
@@ -492,7 +518,7 @@ def _check_state(folder: str) -> None:
         expected = state.pop("sha256")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"Teacher checkpoint {path} is damaged ({error!r}). {_ANOTHER}.") from error
-    if _digest(folder, state) != expected and _sha256(folder, state) != expected:
+    if _digest(folder, state, names) != expected and _sha256(folder, state) != expected:
         files = f"{SAFETENSORS_WEIGHTS_NAME}, {CONFIG_NAME} and {STATE_NAME}"
         raise ValueError(
             f"Teacher checkpoint {folder} is damaged ({files} do not have their checksum together). {_ANOTHER}."
@@ -581,6 +607,32 @@ def check_adapter_file(model: PeftModel, adapter_name: str, folder: str, who: st
             raise ValueError(
                 f"{who} checkpoint in {folder} has shape {shape} for {name!r}, the model has {known[name]}. {remedy}"
             )
+    if any(name not in expected for name in shapes):
+        _check_base(model, adapter_name, folder, who)
+
+
+def _check_base(model: PeftModel, adapter_name: str, folder: str, who: str) -> None:
+    """
+    The base's embeddings in an adapter file, which PEFT reads into the model, are the model's own. Where the vocabulary was
+    enlarged the new rows, drawn at random, are the last ones: the first half is compared.
+    """
+    key_of = file_keys(model, adapter_name, embeddings=True)
+    with safe_open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
+        saved = set(file.keys()) - set(file_keys(model, adapter_name).values())
+        for name, parameter in model.named_parameters():
+            key, of_adapter = key_of.get(name), not set(model.peft_config).isdisjoint(name.split("."))
+            if key not in saved or of_adapter or parameter.requires_grad:
+                continue
+            theirs = file.get_tensor(key)
+            with whole_weights(parameter) as (ours,):
+                own_rows = len(theirs) // 2
+                coarse = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+                ours, theirs = (x[:own_rows].detach().cpu().to(coarse) for x in (ours, theirs))
+            if not torch.equal(ours, theirs):
+                raise ValueError(
+                    f"{who} checkpoint in {folder} has other values for {key!r}, which is not trained, than the model: it was "
+                    "made on another base. Resume with the original base model."
+                )
 
 
 def _check_same_function(config, folder: str, who: str) -> None:
@@ -696,10 +748,12 @@ def _teacher_config(student_config, anchor: float):
 def _base_kept(model):
     """Within this context the model's parameters can be replaced (KaSA does so at each adapter) and are put back."""
     before = [(parameter, parameter.data) for parameter in model.parameters() if not is_sharded(parameter)]
-    yield
-    for parameter, data in before:
-        if parameter.data_ptr() != data.data_ptr():
-            parameter.data = data
+    try:
+        yield
+    finally:
+        for parameter, data in before:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
 
 
 def base_changed_by(config) -> str | None:

@@ -33,7 +33,7 @@ from .schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
 from .sharding import is_sharded, local_shard, whole_shape
 from .starting_point import StartingPoint
 from .teacher import NO_ADAPTER, MeanTeacher, base_changed_by, check_adapter, check_repeatable, student_name
-from .workarounds import keep_4bit_layers_trainable
+from .workarounds import keep_4bit_layers_trainable, let_tokens_of_head_train
 
 
 # Rows of a stream that are read, at most, in search of a label.
@@ -113,6 +113,7 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             for name, dataset in evals.items():
                 _check_labels(dataset, f"evaluation data set {name!r}")
         keep_4bit_layers_trainable(self.model)
+        let_tokens_of_head_train(self.model)
         _keep_float32_adapter(self.model, args)
         # What drift is measured from; of a full fine-tune it would be a copy of the whole model.
         self.starting_point = None

@@ -17,7 +17,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 from ..data import hub_errors
 from ..offline import demo_model, is_demo_model
 from ..starting_point import StartingPoint
-from ..teacher import TEACHER_NAME, base_changed_by, check_repeatable
+from ..teacher import TEACHER_NAME, base_changed_by, check_repeatable, function_fields
 from ..workarounds import keep_4bit_layers_trainable
 
 
@@ -237,19 +237,14 @@ def _saved_vocabulary(base: PreTrainedModel, folder: str) -> int | None:
 
 def _check_same_adapter(config: PeftConfig, reference: str, folder: str) -> None:
     """Raises `ValueError` unless the adapter in `folder` can have gone on from the one in `reference`."""
-    whence = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version"}
-    ours, theirs = config.to_dict(), PeftConfig.from_pretrained(reference).to_dict()
-    other = [name for name in ours if name not in whence and _plain(ours[name]) != _plain(theirs.get(name))]
+    ours, theirs = (function_fields(c.to_dict()) for c in (config, PeftConfig.from_pretrained(reference)))
+    other = [name for name in ours if ours[name] != theirs.get(name)]
     if other:
         name = other[0]
         raise ValueError(
             f"The adapter in {folder} did not go on from the one in {reference}: `{name}` is {ours[name]!r} there and "
             f"{theirs.get(name)!r} here. Give the adapter that this training started with, or none to measure from the base."
         )
-
-
-def _plain(value):
-    return sorted(value) if isinstance(value, set | list) and all(isinstance(x, str) for x in value) else value
 
 
 def fingerprint(base: str, adapter: str | None = None, **settings) -> str:
