@@ -265,6 +265,17 @@ def answered(content):
     return texts(CONVERSATION[:1], [{"role": "assistant", "content": content}])
 
 
+def conversation(content):
+    return {"messages": [CONVERSATION[0], {"role": "assistant", "content": content}]}
+
+
+def gpt(content):
+    return {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": content}]}
+
+
+PART = [{"type": "text", "text": "a"}]
+
+
 @pytest.mark.parametrize(
     ("first", "second", "column", "fault"),
     [
@@ -278,6 +289,13 @@ def answered(content):
         ({"messages": CONVERSATION}, {"messages": []}, "messages", "has no message"),
         ({"conversations": [{"from": "human", "value": "a"}]}, {"conversations": [{"from": "human"}]}, "conversations", "message 1"),
         (answered("a"), answered(" "), "completion", "has a blank content in message 1"),
+        (answered("a"), answered([]), "completion", "has a blank content in message 1"),
+        (answered(PART), answered([PART[0] | {"text": " "}]), "completion", "has a blank content in message 1"),
+        (answered(PART), answered([PART[0] | {"text": None}]), "completion", "has no content in message 1"),
+        (conversation(PART), conversation([PART[0] | {"text": ""}]), "messages", "has a blank content in message 2"),
+        (conversation("a"), conversation(" "), "messages", "has a blank content in message 2"),
+        (conversation("a"), {"messages": conversation("")["messages"] + CONVERSATION[:1]}, "messages", "blank content in message 2"),
+        (gpt("a"), gpt(""), "conversations", "has a blank content in message 2"),
         (answered("a"), answered(3), "completion", "has no text in message 1 but 3 .int."),
         (FLASHCARD, FLASHCARD | {"instruction": None}, "instruction", "is blank"),
         (FLASHCARD, FLASHCARD | {"output": " "}, "output", "is blank"),
@@ -324,6 +342,9 @@ def test_content_may_be_missing_beside_a_tool_call_or_a_thought():
         {"prompt": CONVERSATION[:1], "completion": [call]},
         {"prompt": CONVERSATION[:1], "completion": [thought]},
         {"messages": parts},
+        {"messages": [CONVERSATION[0], thought]},
+        {"messages": [CONVERSATION[0], call, {"role": "tool", "content": ""}, CONVERSATION[1]]},
+        {"messages": [*CONVERSATION[:1], {"role": "assistant", "content": ""}, *CONVERSATION]},  # answered at last
         {"text": ""},  # as between the paragraphs of many a corpus
     ):
         dataset = Dataset.from_list([row])

@@ -276,19 +276,36 @@ def _fault_of_text(value: Any, column: str) -> str | None:
 
 
 def _fault_of_messages(messages: list, column: str) -> str | None:
-    """A message may go without content where it carries something else: a tool call, or a thought."""
+    """
+    A message may go without content where it carries something else: a tool call, or a thought. The last answer, which in a
+    completion is the last message whoever's, must not be blank.
+    """
     if not messages:
         return "has no message" if column != "prompt" else None
+    blank_answer = None
     for number, message in enumerate(messages, 1):
         content = message.get("content", message.get("value"))
         said_otherwise = any(value for key, value in message.items() if key not in _MESSAGE_KEYS)
-        if content is None and not said_otherwise:
-            return f"has no content in message {number}"
         if content is not None and not isinstance(content, (str, list)):
             return f"has no text in message {number} but {content!r} ({type(content).__name__}); write it as text"
-    if column == "completion" and not said_otherwise and isinstance(content, str) and not content.strip():
-        return f"has a blank content in message {len(messages)}"
-    return None
+        texts = _texts(content)
+        if None in texts and not said_otherwise:
+            return f"has no content in message {number}"
+        if column == "completion" or (column != "prompt" and _is_answer(message)):
+            blank = all(isinstance(text, str) and not text.strip() for text in texts)
+            blank_answer = number if blank and not said_otherwise else None
+    return blank_answer and f"has a blank content in message {blank_answer}"
+
+
+def _texts(content: str | list | None) -> list:
+    """Of a message, part by part; of a picture the part itself."""
+    parts = content if isinstance(content, list) else [content]
+    return [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in parts]
+
+
+def _is_answer(message: dict) -> bool:
+    """Whether it is the assistant's; with `from` and `value` that is often `gpt`."""
+    return (message.get("role") or message.get("from")) in ("assistant", "gpt")
 
 
 def _incomplete(name: str, faults: dict[int, tuple[str, str]], rows: int | None = None) -> str:
