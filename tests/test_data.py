@@ -265,6 +265,17 @@ def answered(content):
     return texts(CONVERSATION[:1], [{"role": "assistant", "content": content}])
 
 
+def conversation(content):
+    return {"messages": [CONVERSATION[0], {"role": "assistant", "content": content}]}
+
+
+def gpt(content):
+    return {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": content}]}
+
+
+PART = [{"type": "text", "text": "a"}]
+
+
 @pytest.mark.parametrize(
     ("first", "second", "column", "fault"),
     [
@@ -278,11 +289,21 @@ def answered(content):
         ({"messages": CONVERSATION}, {"messages": []}, "messages", "has no message"),
         ({"conversations": [{"from": "human", "value": "a"}]}, {"conversations": [{"from": "human"}]}, "conversations", "message 1"),
         (answered("a"), answered(" "), "completion", "has a blank content in message 1"),
+        (answered("a"), answered([]), "completion", "has a blank content in message 1"),
+        (answered(PART), answered([PART[0] | {"text": " "}]), "completion", "has a blank content in message 1"),
+        (answered(PART), answered([PART[0] | {"text": None}]), "completion", "has no content in message 1"),
+        (conversation(PART), conversation([PART[0] | {"text": ""}]), "messages", "has a blank content in message 2"),
+        (conversation("a"), conversation(" "), "messages", "has a blank content in message 2"),
+        (conversation("a"), {"messages": conversation("")["messages"] + CONVERSATION[:1]}, "messages", "blank content in message 2"),
+        (gpt("a"), gpt(""), "conversations", "has a blank content in message 2"),
         (answered("a"), answered(3), "completion", "has no text in message 1 but 3 .int."),
         (FLASHCARD, FLASHCARD | {"instruction": None}, "instruction", "is blank"),
         (FLASHCARD, FLASHCARD | {"output": " "}, "output", "is blank"),
         (MEDICAL_O1, MEDICAL_O1 | {"Response": None}, "Response", "is blank"),
         (MEDMCQA, MEDMCQA | {"opb": None}, "opb", "is blank"),
+        (MEDMCQA, MEDMCQA | {"cop": None}, "cop", r"holds no answer \(`cop=None`\); expected 0 to 3"),
+        (MEDMCQA, MEDMCQA | {"cop": -1}, "cop", "holds no answer .`cop=-1`"),
+        (MEDMCQA, MEDMCQA | {"cop": "C"}, "cop", "holds no answer .`cop=C`"),
         (MEDQA, MEDQA | {"options": MEDQA["options"] | {"B": None}}, "options", "is blank in part"),
         (PUBMEDQA, PUBMEDQA | {"final_decision": None}, "final_decision", "is blank"),
     ],
@@ -324,6 +345,9 @@ def test_content_may_be_missing_beside_a_tool_call_or_a_thought():
         {"prompt": CONVERSATION[:1], "completion": [call]},
         {"prompt": CONVERSATION[:1], "completion": [thought]},
         {"messages": parts},
+        {"messages": [CONVERSATION[0], thought]},
+        {"messages": [CONVERSATION[0], call, {"role": "tool", "content": ""}, CONVERSATION[1]]},
+        {"messages": [*CONVERSATION[:1], {"role": "assistant", "content": ""}, *CONVERSATION]},  # answered at last
         {"text": ""},  # as between the paragraphs of many a corpus
     ):
         dataset = Dataset.from_list([row])
@@ -434,6 +458,31 @@ def test_a_split_without_answers_that_was_named_is_refused(hub, tokenizer):
         load_data(args, tokenizer)
     args = TrainingScriptArguments("openlifescienceai/medmcqa", dataset_test_split="train")
     assert len(load_data(args, tokenizer)[1]) == 20
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_row_without_an_answer_is_named_and_does_not_hide_its_split(monkeypatch, tokenizer, streaming):
+    def questions(unanswered=()):
+        found = [MEDMCQA | {"question": f"what is {i}", "cop": -1 if i in unanswered else 2} for i in range(20)]
+        return Dataset.from_list(found).to_iterable_dataset() if streaming else Dataset.from_list(found)
+
+    splits = {"train": questions(), "test": questions(range(20)), "validation": questions([7])}
+    made = IterableDatasetDict(splits) if streaming else DatasetDict(splits)
+    monkeypatch.setattr(data_module, "load_dataset", lambda *_, **__: made)
+    args = TrainingScriptArguments("openlifescienceai/medmcqa", dataset_streaming=streaming)
+    with pytest.raises(IncompleteRowsError, match=r"Row 8 of openlifescienceai/medmcqa \(validation\).*`cop=-1`"):
+        load_data(args, tokenizer)
+    args.drop_incomplete_rows = True
+    train, held_out = load_data(args, tokenizer)
+    assert len(list(train)) == 20 and len(held_out) == 19
+
+
+def test_a_blank_answer_to_multiple_choice_in_a_csv_file_is_named_by_line(tmp_path):
+    pd.DataFrame([MEDMCQA, MEDMCQA | {"cop": ""}, MEDMCQA]).to_csv(tmp_path / "data.csv", index=False)
+    path = str(tmp_path / "data.csv")
+    with pytest.raises(IncompleteRowsError, match=r"Row 2 of .*data.csv \(line 3\).*column `cop` holds no answer"):
+        data_module.load_split(path)
+    assert len(data_module.load_split(path, drop_incomplete=True)) == 2
 
 
 def test_a_test_split_whose_answers_are_hidden_is_not_used(tmp_path, tokenizer):

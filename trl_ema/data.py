@@ -39,11 +39,6 @@ class NoAnswersError(ValueError):
 
 
 def _medmcqa(row: dict) -> tuple[str, str]:
-    if str(row["cop"]) not in ("0", "1", "2", "3"):  # text in a CSV file
-        raise NoAnswersError(
-            f"MedMCQA question {row['question']!r} has no answer (`cop={row['cop']}`); expected 0 to 3. The test split "
-            "carries none: use `train` or `validation`."
-        )
     options, correct = [row[f"op{letter.lower()}"] for letter in _LETTERS], int(row["cop"])
     answer = f"{_LETTERS[correct]}. {options[correct]}"
     return _choices(row["question"], options), f"{answer}\n{row['exp']}" if row.get("exp") else answer
@@ -184,7 +179,7 @@ class IncompleteRowsError(ValueError):
     """Rows in which a text is missing."""
 
 
-_ANSWERS = {"completion", "output", "answer", "Response", "long_answer", "final_decision"}
+_ANSWERS = {"cop", "completion", "output", "answer", "Response", "long_answer", "final_decision"}
 _MESSAGE_KEYS = {"role", "content", "name", "from", "value", "weight"}  # others carry something themselves
 _SHOWN_ROWS = 10
 _STREAM_ROWS = 100
@@ -199,9 +194,10 @@ def complete_rows(
 
     Raises:
         IncompleteRowsError: See [`to_prompt_completion`].
-        NoAnswersError: The answers of all rows are missing.
+        NoAnswersError: The answers of all rows are missing, of a stream those of the first 100.
     """
     columns = sorted(columns)
+    _check_answers(dataset, columns, name)
     if isinstance(dataset, IterableDataset):
         if drop:
             return dataset.filter(lambda row: _fault(row, columns) is None)
@@ -215,8 +211,6 @@ def complete_rows(
     faults = _faults(dataset, columns)
     if not faults:
         return dataset
-    if len(faults) == len(dataset) and all(c in _ANSWERS and fault == "is blank" for c, fault in faults.values()):
-        raise NoAnswersError(f"No row of {name} has an answer: column `{faults[0][0]}` is blank in all of them.")
     if not drop:
         raise IncompleteRowsError(_incomplete(name, faults, len(dataset)))
     logger.info("%d of %d rows of %s are incomplete and left out.", len(faults), len(dataset), name)
@@ -231,10 +225,26 @@ def check_rows(dataset: Dataset | IterableDataset, columns: list[str], name: str
         )
 
 
+def _check_answers(dataset: Dataset | IterableDataset, columns: list[str], name: str) -> None:
+    fault = None
+    for row in _rows_to_check(dataset, columns):
+        fault = _fault(row, columns)
+        if fault is None or fault[0] not in _ANSWERS or not fault[1].startswith(("is blank", "holds no answer")):
+            return
+    if fault:
+        raise NoAnswersError(
+            f"No row of {name} has an answer: column `{fault[0]}` {fault[1]}, as in every row that was read. The test splits of "
+            "public benchmarks carry none: use `train` or `validation`."
+        )
+
+
 def _faults(dataset: Dataset | IterableDataset, columns: list[str]) -> dict[int, tuple[str, str]]:
     """By row, see [`_fault`]."""
-    rows = _rows_of(dataset, columns) if isinstance(dataset, Dataset) else dataset.take(_STREAM_ROWS)
-    return {i: fault for i, row in enumerate(rows) if (fault := _fault(row, columns))}
+    return {i: fault for i, row in enumerate(_rows_to_check(dataset, columns)) if (fault := _fault(row, columns))}
+
+
+def _rows_to_check(dataset: Dataset | IterableDataset, columns: list[str]) -> Iterable[dict]:
+    return _rows_of(dataset, columns) if isinstance(dataset, Dataset) else dataset.take(_STREAM_ROWS)
 
 
 def _rows_of(dataset: Dataset, columns: list[str]) -> Iterable[dict]:
@@ -265,8 +275,8 @@ def _fault(row: dict, columns: list[str]) -> tuple[str, str] | None:
 
 
 def _fault_of_text(value: Any, column: str) -> str | None:
-    if column == "cop":  # a number, which its converter checks
-        return None
+    if column == "cop":  # a number, and text in a CSV file
+        return None if str(value) in ("0", "1", "2", "3") else f"holds no answer (`cop={value}`); expected 0 to 3"
     if value is None or (isinstance(value, str) and column in _ANSWERS and not value.strip()):
         return "is blank"
     if isinstance(value, str):
@@ -277,19 +287,36 @@ def _fault_of_text(value: Any, column: str) -> str | None:
 
 
 def _fault_of_messages(messages: list, column: str) -> str | None:
-    """A message may go without content where it carries something else: a tool call, or a thought."""
+    """
+    A message may go without content where it carries something else: a tool call, or a thought. The last answer, which in a
+    completion is the last message whoever's, must not be blank.
+    """
     if not messages:
         return "has no message" if column != "prompt" else None
+    blank_answer = None
     for number, message in enumerate(messages, 1):
         content = message.get("content", message.get("value"))
         said_otherwise = any(value for key, value in message.items() if key not in _MESSAGE_KEYS)
-        if content is None and not said_otherwise:
-            return f"has no content in message {number}"
         if content is not None and not isinstance(content, (str, list)):
             return f"has no text in message {number} but {content!r} ({type(content).__name__}); write it as text"
-    if column == "completion" and not said_otherwise and isinstance(content, str) and not content.strip():
-        return f"has a blank content in message {len(messages)}"
-    return None
+        texts = _texts(content)
+        if None in texts and not said_otherwise:
+            return f"has no content in message {number}"
+        if column == "completion" or (column != "prompt" and _is_answer(message)):
+            blank = all(isinstance(text, str) and not text.strip() for text in texts)
+            blank_answer = number if blank and not said_otherwise else None
+    return blank_answer and f"has a blank content in message {blank_answer}"
+
+
+def _texts(content: str | list | None) -> list:
+    """Of a message, part by part; of a picture the part itself."""
+    parts = content if isinstance(content, list) else [content]
+    return [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in parts]
+
+
+def _is_answer(message: dict) -> bool:
+    """Whether it is the assistant's; with `from` and `value` that is often `gpt`."""
+    return (message.get("role") or message.get("from")) in ("assistant", "gpt")
 
 
 def _incomplete(name: str, faults: dict[int, tuple[str, str]], rows: int | None = None) -> str:

@@ -140,7 +140,7 @@ def _load_split(args: TrainingScriptArguments, split: str, text_field: str):
 
 
 def _load_held_out(args: TrainingScriptArguments, text_field: str):
-    """The split for the figures, or `None` if there is none. Unless it was named, one without answers does not count."""
+    """The split for the figures, or `None` if there is none. The default `test`, named or not, need not be there, nor have answers."""
     if args.dataset_test_split != TrainingScriptArguments.dataset_test_split:
         return _load_split(args, args.dataset_test_split, text_field)
     for split in (args.dataset_test_split, "validation"):
