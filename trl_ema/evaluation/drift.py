@@ -128,8 +128,8 @@ def mean_drift(rows: torch.Tensor) -> dict[str, float]:
 
 def _no_label(number: int) -> str:
     return (
-        f"No token of the {number} rows carries a label, so there is no loss and no drift. Raise `max_length`, or give rows "
-        "with a completion."
+        f"No token of the {number} rows carries a label, so there is no loss and no drift. Give rows with a completion "
+        "that begins within the tokens that are read (`max_length`; `trl-ema evaluate` reads 1024)."
     )
 
 

@@ -95,8 +95,8 @@ class HeldOutText:
     Rows for loss, drift and generations, made ready: what is wrong with them shows before anything is measured.
 
     Args:
-        domain, general (`Dataset`): Rows in any of TRL's formats. A conversation of `domain` is measured by its last answer, and
-            the answers are generated too.
+        domain, general (`Dataset`): Rows in any of TRL's formats, with the labels that the trainer gives them. Answers are generated
+            to those of `domain`; of a conversation that is the last one.
         settings (`SFTConfig`, *optional*): See [`tokenized_batches`].
 
     Raises:
@@ -107,13 +107,9 @@ class HeldOutText:
         self.tokenizer, self.suite = tokenizer, suite
         self.batch_size = suite.batch_size or 16
         try:
-            domain = with_prompts(domain)
+            self.prompts = with_prompts(domain) if suite.generation_tokens else None
         except ValueError as error:
-            if suite.generation_tokens:
-                raise ValueError(
-                    f"{error} With `generation_tokens` 0 their loss and drift are measured, on every token that is trained."
-                ) from error
-        self.prompts = domain if suite.generation_tokens else None
+            raise ValueError(f"{error} With `generation_tokens` 0 their loss and drift are measured.") from error
         self.batches = {
             name: tokenized_batches(rows, tokenizer, suite.max_length, self.batch_size, settings)
             for name, rows in (("domain", domain), ("general", general))
