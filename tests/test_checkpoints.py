@@ -17,6 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer_utils import sort_checkpoints
 
 from trl_ema.files import finish_replacing, read_json, remove_folder, replace_folder, write_json
 from trl_ema.teacher import _sha256
@@ -267,6 +268,20 @@ def test_an_interrupted_save_leaves_the_last_checkpoint_and_no_half_one(make_tra
 def test_only_as_many_checkpoints_stay_as_asked(make_trainer, tmp_path):
     make_trainer(save_total_limit=2, **SAVING).train()
     assert folders(tmp_path / "out") == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("limit", [None, 0, 2])
+def test_only_a_limit_has_checkpoints_sorted_by_their_time(make_trainer, tmp_path, monkeypatch, limit):
+    """Transformers warns of times that it takes for unreliable, of which nobody wants to hear without need."""
+    sorts = []
+
+    def sort(folder, **options):
+        sorts.append(options)
+        return sort_checkpoints(folder, **options)
+
+    monkeypatch.setattr("trl_ema.checkpoints.sort_checkpoints", sort)
+    make_trainer(save_total_limit=limit, **SAVING).train()
+    assert len(folders(tmp_path / "out")) == (limit or 4) and len(sorts) == (4 if limit else 0)
 
 
 def test_the_best_checkpoint_is_remembered_where_it_lies(make_trainer, tmp_path):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import DEVICE, USE_CPU, adapter_weights, config, logged, lora, rows, tiny_model
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -346,8 +347,10 @@ def test_an_update_before_training_needs_a_decay_that_is_known(make_trainer):
     trainer = make_trainer(ema_decay=0.5)
     trainer.update_teacher()
     assert trainer.teacher.num_updates == 1
-    with pytest.raises(ValueError, match="half-life is a fraction of the run.*Set `ema_decay`, or leave"):
-        make_trainer().update_teacher()
+    assert trainer.schedule["ema_decay"] == 0.5
+    for ask in (lambda trainer: trainer.update_teacher(), lambda trainer: trainer.schedule):
+        with pytest.raises(ValueError, match="half-life is a fraction of the run.*Set `ema_decay`, or leave"):
+            ask(make_trainer())
 
 
 def test_updates_are_as_rare_as_asked(make_trainer):
@@ -747,6 +750,67 @@ def test_a_second_trainer_on_the_same_adapter_starts_from_where_it_is(make_train
     trainer = make_trainer(model=get_peft_model(base, lora()), peft_config=None)  # the cell that makes it, again
     trainer.train()
     assert len(logged(trainer, "loss")) == 4
+
+
+@pytest.mark.parametrize("given", ["base", "adapter", "adapter, frozen"])
+@pytest.mark.parametrize(
+    "fault", [dict(peft_config=dict(r=4)), dict(data=rows().select([])), dict(label_smoothing_factor=0.1)]
+)
+def test_a_refused_second_trainer_leaves_the_first_and_what_it_has_trained_alone(make_trainer, tmp_path, given, fault):
+    model = tiny_model() if given == "base" else get_peft_model(tiny_model(), lora())
+    changes = dict(peft_config="lora" if given == "base" else None)
+    first = make_trainer(model=model, teacher="frozen" if "frozen" in given else "ema", **changes)
+    first.train()
+    forward, trained = first.model.get_base_model().forward, adapter_weights(first)
+    with pytest.raises((TypeError, ValueError), match="config of PEFT|no row|label_smoothing"):
+        make_trainer(model=model, **changes | fault)
+    assert first.model.get_base_model().forward is forward
+    first.save_model(str(tmp_path / "saved"))
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert trained and all(torch.equal(w, saved[n.replace(".default", "")]) for n, w in trained.items())
+    assert (tmp_path / "saved" / "teacher").exists() == ("frozen" not in given)
+
+
+@pytest.mark.parametrize("teacher", ["ema", "none"])
+@pytest.mark.parametrize("given", ["base", "adapter"])
+def test_a_trainer_whose_model_was_given_to_another_says_so(make_trainer, tmp_path, given, teacher):
+    model = tiny_model() if given == "base" else get_peft_model(tiny_model(), lora())
+    changes = dict(peft_config="lora" if given == "base" else None, teacher=teacher)
+    first = make_trainer(model=model, **changes)
+    second = make_trainer(model=model, **changes)
+    uses = [
+        lambda: first.save_model(str(tmp_path / "saved")), lambda: first.train(), lambda: first.evaluate(first.train_dataset),
+    ]  # fmt: skip
+    if teacher == "ema":
+        uses += [lambda: first.teacher.distance(), lambda: first.teacher.activate()]
+    for use in uses:
+        with pytest.raises(RuntimeError, match="given to another trainer.*Save before .*or load the model again"):
+            use()
+    assert not (tmp_path / "saved").exists()
+    second.train()
+    second.save_model(str(tmp_path / "saved"))
+    assert logged(second, "loss")
+
+
+@pytest.mark.parametrize("teacher", ["ema", "none"])
+@pytest.mark.parametrize("way", ["ours", "plain", "plain, by config"])
+def test_an_adapter_among_the_layers_of_an_earlier_one_is_refused(make_trainer, tmp_path, way, teacher):
+    base, fewer = tiny_model(), lora(target_modules=["q_proj"])
+    plain = dict(
+        trainer_class=SFTTrainer, args=SFTConfig(tmp_path / "plain", use_cpu=USE_CPU, bf16=False, report_to="none")
+    )
+    earlier = make_trainer(model=base, **({} if way == "ours" else plain)).model
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"still carries an earlier adapter: 12 of its layers.*or take .*unload\(\)"
+        ):
+            if "by config" in way:
+                make_trainer(model=base, peft_config=fewer, teacher=teacher)
+            else:
+                make_trainer(model=get_peft_model(base, fewer), peft_config=None, teacher=teacher)
+    if way == "plain":
+        trainer = make_trainer(model=get_peft_model(earlier.unload(), fewer), peft_config=None, teacher=teacher)
+        assert len([p for p in trainer.model.parameters() if p.requires_grad]) == 4  # A and B of two layers
 
 
 @pytest.mark.parametrize(

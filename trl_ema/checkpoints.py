@@ -57,7 +57,8 @@ def _warn_of_another_branch(output_dir: str, latest: str | None) -> None:
 
 class CheckpointMixin(Trainer):
     """
-    For a [`~transformers.Trainer`] with a [`MeanTeacher`] (or `None`) in `teacher`.
+    For a [`~transformers.Trainer`] with a [`MeanTeacher`] (or `None`) in `teacher`, and `check_is_owner`, which raises where
+    another trainer has its model now.
 
     - A checkpoint is written under another name and renamed when it is whole.
     - It holds the student as PEFT saves it, `teacher/`, and the optimizer in the layout of a plain run beside what
@@ -69,7 +70,13 @@ class CheckpointMixin(Trainer):
     args: Any
     model: Any
     optimizer: Any
-    teacher: MeanTeacher | None
+
+    @property
+    def teacher(self) -> MeanTeacher | None:
+        raise NotImplementedError
+
+    def check_is_owner(self) -> None:
+        raise NotImplementedError
 
     def _init_checkpoints(self) -> None:
         # The same on all ranks, and kept by resumed runs.
@@ -88,6 +95,7 @@ class CheckpointMixin(Trainer):
     # Models
 
     def save_model(self, output_dir=None, _internal_call=False):
+        self.check_is_owner()
         folder = output_dir or self.args.output_dir
         with contextlib.ExitStack() as stack:
             if self.teacher is not None:
@@ -155,10 +163,12 @@ class CheckpointMixin(Trainer):
         replace_folder(os.path.join(run_dir, _STAGING, name), os.path.join(run_dir, name))
         shutil.rmtree(os.path.join(run_dir, _STAGING))
         limit, kept = self.args.save_total_limit, self.state.best_model_checkpoint
+        if not limit or limit < 0:
+            return
         checkpoints = sort_checkpoints(run_dir, use_mtime=True)
         old = [path for path in checkpoints[:-1] if kept is None or path != str(Path(kept))]
         # As Transformers rotates them, but no half of one keeps its name when a kill comes in between.
-        for path in old[: max(0, len(checkpoints) - limit)] if limit and limit > 0 else ():
+        for path in old[: max(0, len(checkpoints) - limit)]:
             remove_folder(path)
 
     def _get_output_dir(self, trial):
@@ -201,6 +211,7 @@ class CheckpointMixin(Trainer):
     # Reading one
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        self.check_is_owner()
         # A run that starts anew leaves alone what others left in its folder.
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args)

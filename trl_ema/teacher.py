@@ -665,14 +665,17 @@ def _read_shapes(path: str, who: str) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{who} checkpoint {path} is damaged ({error}). {_ANOTHER}.") from error
 
 
-def student_name(model: PeftModel) -> str:
-    """Name of the adapter that is trained. Raises `ValueError` if there is not just one, named as PEFT's default."""
+def student_name(model: PeftModel, earlier_teacher: bool = False) -> str:
+    """
+    Name of the adapter that is trained. Raises `ValueError` if there is not just one, named as PEFT's default, or there is one
+    of the teacher's name, unless that is an `earlier_teacher`, which will be removed.
+    """
     if not isinstance(model, PeftModel):
         raise ValueError(NO_ADAPTER)
     active = model.active_adapters
     if len(active) != 1:
         raise ValueError(f"The student must be one active adapter, got {active}. Choose one with `model.set_adapter`.")
-    if TEACHER_NAME in model.peft_config:
+    if TEACHER_NAME in model.peft_config and not earlier_teacher:
         raise ValueError(
             f"The model already has an adapter named {TEACHER_NAME!r}, the name of the mean teacher. Remove it with "
             f"`model.delete_adapter({TEACHER_NAME!r})`, or load the adapter you train as 'default'."

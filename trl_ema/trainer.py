@@ -15,8 +15,8 @@ from accelerate.utils import DynamoBackend, is_peft_model
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
@@ -91,9 +91,8 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
     ):  # fmt: skip
         args = _as_mean_teacher_config(args, model)
         check_output_dir(args.output_dir)
-        _undo_earlier_run(model)
-        before = _untouched(model)
         _check_peft_config(peft_config)
+        _refuse_leftovers(model)
         if args.teacher != "none":
             _refuse_what_cannot_work(args, compute_loss_func, train_dataset)
             _refuse_parallelism(args.parallelism_config)
@@ -101,12 +100,15 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         elif peft_config is not None:
             _warn_of_what_cannot_be_loaded(peft_config)
         _check_datasets(train_dataset, eval_dataset, args, formatting_func, data_collator)
+        _undo_earlier_run(model)  # last: what is refused leaves an earlier trainer and what it has trained alone
+        before = _untouched(model)
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_loss_func, compute_metrics,
             callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config,
             peft_config, formatting_func,
         )  # fmt: skip
-        _remember(self.model, before)
+        _refuse_leftovers(self.model)
+        self._claim = _remember(self.model, before)
         _check_labels(self.train_dataset)
         if compute_metrics is None:  # which may have a use for rows without a label
             evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
@@ -120,7 +122,7 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         if is_peft_model(self.model):
             is_base = None if peft_config is None else base_changed_by(peft_config) is None
             self.starting_point = StartingPoint(self.model, is_base)
-        self.teacher = None
+        self._teacher = None
         if args.teacher == "none":  # for the model card
             self._name, self._paper = SFTTrainer._name, SFTTrainer._paper
         self._kl_tokens_in_batch = None
@@ -139,6 +141,20 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         # First, so that whatever saves or measures at the end of a step finds the teacher moved.
         self.callback_handler.callbacks.insert(0, _MeanTeacherCallback(self))
 
+    def check_is_owner(self):
+        """Raises `RuntimeError` if another trainer has the model now, with an adapter and teacher of its own."""
+        if self._claim["given_on"]:
+            raise RuntimeError(
+                "The model of this trainer was given to another trainer, which has taken this one's teacher off it, and may have put an "
+                "adapter of its own there. Save before that (`trainer.save_model()`), or load the model again and give that."
+            )
+
+    @property
+    def teacher(self) -> MeanTeacher | None:
+        if self._teacher is not None:
+            self.check_is_owner()
+        return self._teacher
+
     def _attach_teacher(self):
         args = self.args
         base = self.model.get_base_model()
@@ -146,8 +162,8 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             # As in training: FlashAttention takes no float32, which the weights may be.
             with self.precision():
                 check_head(base)
-        self.teacher = MeanTeacher(self.model, frozen=args.teacher == "frozen", anchor=args.teacher_anchor)
-        vars(base)[_BEFORE]["teacher"] = self.teacher
+        self._teacher = MeanTeacher(self.model, frozen=args.teacher == "frozen", anchor=args.teacher_anchor)
+        self._claim["teacher"] = self._teacher
         add_mean_teacher_forward(
             base,
             self.teacher,
@@ -270,6 +286,11 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         args = self.args
         decay = args.ema_decay
         if decay is None:
+            if not self.state.max_steps:
+                raise ValueError(
+                    "`update_teacher()` or `schedule` before `train()`: the half-life is a fraction of the run, whose number of steps "
+                    "is not known yet. Set `ema_decay`, or leave the updates to `train()`."
+                )
             decay = half_life_to_decay(args.half_life, self.state.max_steps, args.ema_update_steps)
         return {
             "ema_decay": decay,
@@ -288,11 +309,6 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
             return
         if self.state.global_step % args.ema_update_steps:
             return
-        if args.ema_decay is None and not self.state.max_steps:
-            raise ValueError(
-                "`update_teacher()` before `train()`: the half-life is a fraction of the run, whose number of steps is not known "
-                "yet. Set `ema_decay`, or leave the updates to `train()`."
-            )
         decay = self.schedule["ema_decay"]
         if args.ema_warmup:
             decay = warmed_up_decay(decay, self.teacher.num_updates)
@@ -316,6 +332,7 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        self.check_is_owner()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.teacher is None or not self.args.eval_teacher:
             return output
@@ -421,11 +438,19 @@ def _untouched(model) -> dict[str, Any] | None:
     return {"forward": vars(base).get("forward"), "trained": [p for p in base.parameters() if p.requires_grad]}
 
 
-def _remember(model, before: dict[str, Any] | None) -> None:
+def _remember(model, before: dict[str, Any] | None) -> dict[str, Any]:
+    """The claim of a new trainer on its model: what an undoing needs, and whether it was `given_on` to another trainer."""
     base = _base_of(model)
     # A model that the trainer has loaded keeps TRL's forward: nobody has another reference to it.
     before = _untouched(base) if before is None else before
-    vars(base)[_BEFORE] = before | {"model": model, "teacher": None}
+    claim = vars(base)[_BEFORE] = before | {"model": model, "teacher": None, "given_on": False}
+    return claim
+
+
+def _earlier_teacher(model) -> bool:
+    """Whether an adapter of the teacher's name is that of an earlier trainer, which goes when the new one begins."""
+    before = vars(_base_of(model)).get(_BEFORE)
+    return before is not None and before["teacher"] is not None and not before["teacher"].is_base
 
 
 def _undo_earlier_run(model) -> None:
@@ -437,25 +462,26 @@ def _undo_earlier_run(model) -> None:
     if not isinstance(model, torch.nn.Module):
         return
     base = _base_of(model)
-    before = vars(base).pop(_BEFORE, None)
+    before = vars(base).get(_BEFORE)
     if before is None:
         return
+    earlier = before["model"]
+    takes_off = not is_peft_model(model) and is_peft_model(earlier) and isinstance(earlier.base_model, BaseTuner)
+    if takes_off:
+        config: Any = earlier.peft_config.get("default")
+        changed_by = base_changed_by(config)
+        if changed_by:
+            raise ValueError(
+                f"An earlier run with {changed_by} has changed the weights of this very model. Load the model again, and give that."
+            )
+    vars(base).pop(_BEFORE)["given_on"] = True
     if before["forward"] is None:
         vars(base).pop("forward", None)
     else:
         base.forward = before["forward"]
-    earlier = before["model"]
-    if is_peft_model(model):
-        if before["teacher"] is not None:
-            before["teacher"].remove()
-    elif is_peft_model(earlier) and isinstance(earlier.base_model, BaseTuner):
-        config: Any = earlier.peft_config.get("default")
-        changed_by = base_changed_by(config)
-        if changed_by:
-            vars(base)[_BEFORE] = before
-            raise ValueError(
-                f"An earlier run with {changed_by} has changed the weights of this very model. Load the model again, and give that."
-            )
+    if is_peft_model(model) and before["teacher"] is not None:
+        before["teacher"].remove()
+    if takes_off:
         for module in earlier.modules():
             if isinstance(module, ModulesToSaveWrapper):
                 module._active_adapter = []  # of which `unload` would leave the trained copy
@@ -504,11 +530,35 @@ def _check_peft_config(peft_config) -> None:
         raise TypeError(f"`peft_config` must be a config of PEFT, got `{type(peft_config).__name__}`. {hint}")
 
 
+def _refuse_leftovers(model) -> None:
+    """
+    PEFT puts an adapter among the layers of an earlier one that it finds on a base. Those that are not its own targets would
+    be trained and saved with it.
+    """
+    tuner = model.base_model if isinstance(model, torch.nn.Module) and is_peft_model(model) else None
+    if not isinstance(tuner, BaseTuner) or not tuner.targeted_module_names:
+        return
+    own = {*tuner.targeted_module_names, *(name.rpartition(".")[0] for name in tuner.targeted_parameter_names)}
+    layers = {}
+    for name, module in tuner.model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            own.add(name)
+        elif isinstance(module, BaseTunerLayer) and set(model.active_adapters) & set(module._get_available_adapters()):
+            layers[name] = {*itertools.accumulate(name.split("."), "{}.{}".format)}  # with those it lies in
+    left = [name for name, path in layers.items() if own.isdisjoint(path)]
+    if left:
+        raise ValueError(
+            f"The model still carries an earlier adapter: {len(left)} of its layers, such as {left[0]!r}, are no targets of the new "
+            "one, and would be trained and saved with it. Load the base model again, or take the earlier adapter off before the "
+            "new one is made: `base = earlier_model.unload()`."
+        )
+
+
 def _check_peft(model, peft_config, anchor: float) -> None:
     if peft_config is None and (not isinstance(model, torch.nn.Module) or not is_peft_model(model)):
         raise ValueError(NO_ADAPTER)
     if peft_config is None:
-        student_name(model)
+        student_name(model, earlier_teacher=_earlier_teacher(model))
     config = peft_config if peft_config is not None else model.active_peft_config
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, (list, set, tuple)) and any(name.split(".")[-1] == "lm_head" for name in targets):
