@@ -306,7 +306,7 @@ def _fault_of_messages(messages: list, column: str) -> str | None:
         if column == "completion" or (column != "prompt" and _is_answer(message)):
             blank = all(isinstance(text, str) and not text.strip() for text in texts)
             blank_answer = number if blank and not said_otherwise else None
-    return blank_answer and f"has a blank content in message {blank_answer}"
+    return f"has a blank content in message {blank_answer}" if blank_answer else None
 
 
 def _texts(content: str | list | None) -> list:
