@@ -112,7 +112,9 @@ def test_default_half_life_is_in_force_only_without_a_decay(make_config):
 
 
 @pytest.mark.parametrize(
-    "number", [np.float32, np.float64, np.int64, np.array, torch.tensor, Decimal, Fraction, float, int], ids=str
+    "number",
+    [np.float32, np.float64, np.int64, np.array, torch.tensor, Decimal, Fraction, float, int],
+    ids=lambda make: make.__name__,
 )
 def test_numbers_of_any_kind_become_pythons(make_config, number):
     for f in OWN_FIELDS:
