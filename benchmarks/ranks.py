@@ -201,7 +201,7 @@ def _trained_by_trainer(mode: str, teacher: str, folder: str):
         trainer.optimizer.step()
         model.zero_grad()
         if trainer.teacher is not None:
-            trainer.update_teacher()
+            trainer.after_step()
 
     def held():
         optimizer = model.optimizer.optimizer if stage else trainer.optimizer.optimizer
@@ -234,7 +234,7 @@ def _fully_sharded(mode: str, teacher: str, folder: str):
     from torch.distributed.fsdp import fully_shard
 
     from trl_ema.forward import add_mean_teacher_forward
-    from trl_ema.teacher import MeanTeacher
+    from trl_ema.regularizers.teacher import MeanTeacher
 
     dist.init_process_group("gloo")
     model = _small_model()

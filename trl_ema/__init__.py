@@ -26,7 +26,7 @@ hide_lines("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forwar
 
 from .config import MeanTeacherConfig  # noqa: E402
 from .losses import fused_linear_cross_entropy_kl  # noqa: E402
-from .teacher import MeanTeacher  # noqa: E402
+from .regularizers.teacher import MeanTeacher  # noqa: E402
 from .trainer import EMARegularizedSFTTrainer  # noqa: E402
 
 

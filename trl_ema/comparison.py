@@ -19,6 +19,7 @@ from peft.helpers import rescale_adapter_scale
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from . import data
+from .adapters.names import TEACHER_NAME
 from .evaluation.drift import general_rows
 from .evaluation.generation import PACKAGES as GENERATION_PACKAGES
 from .evaluation.models import fingerprint, is_adapter, load_base, vocabulary, with_adapter
@@ -28,7 +29,6 @@ from .evaluation.suite import HeldOutText, Suite, evaluate_model
 from .evaluation.tasks import check_tasks, is_offline, task_manager
 from .extras import require
 from .files import read_json, write_json, write_text
-from .teacher import TEACHER_NAME
 from .training import load_data, load_tokenizer, parse, quantization, sources
 
 

@@ -3,6 +3,8 @@
 import numbers
 import warnings
 from argparse import ArgumentTypeError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from typing import Any
@@ -269,3 +271,16 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _check_range(name: str, value: float, hint: str) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"`{name}` must be in [0, 1], got {value}. {hint}")
+
+
+@contextmanager
+def changed(config: Any, **values: Any) -> Iterator[None]:
+    """Within this context the config has other values."""
+    before = {name: getattr(config, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

@@ -7,7 +7,9 @@ DeepSpeed, autocast) and TRL's `compute_loss` calls it without knowing.
 import contextlib
 import functools
 import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +17,6 @@ from transformers.utils import ModelOutput
 
 from .losses import IGNORE_INDEX, LogitTransform, fused_linear_cross_entropy_kl
 from .sharding import whole_weights
-from .teacher import MeanTeacher
 
 
 # A compiled model calls it as it is: there is nothing to fuse, and the chunks would be unrolled for each number of tokens.
@@ -177,7 +178,13 @@ def logit_transform(config) -> LogitTransform:
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
 
 
-def add_mean_teacher_forward(model: PreTrainedModel, teacher: MeanTeacher, *, kl_tokens: str, **loss_options) -> None:
+class Teacher(Protocol):
+    """Something that makes the model compute as a teacher, such as [`MeanTeacher`]."""
+
+    def activate(self) -> contextlib.AbstractContextManager: ...
+
+
+def add_mean_teacher_forward(model: PreTrainedModel, teacher: Teacher, *, kl_tokens: str, **loss_options: Any) -> None:
     """
     Patch `model.forward`: with `fused_lm_head=True` and a `kl_weight` it returns a [`MeanTeacherOutput`], else what it
     returned before. With `kl_sequences`, numbers of [`sequence_numbers`], the teacher sees those alone and the divergence is
@@ -259,6 +266,27 @@ def _load_balancing_loss(config, outputs, inputs) -> torch.Tensor | None:
     return load_balancing_loss_func(
         outputs.router_logits, experts, config.num_experts_per_tok, inputs.get("attention_mask")
     )
+
+
+class ObservedForward:
+    """
+    A model as TRL's `compute_loss` calls it, with the options of the patched forward.
+
+    Args:
+        observers: Called with what each forward returns.
+    """
+
+    def __init__(self, model: torch.nn.Module, options: dict, observers: Sequence[Callable[[MeanTeacherOutput], None]]):
+        self.model, self.options, self.observers = model, options, observers
+
+    def __call__(self, **inputs) -> MeanTeacherOutput:
+        outputs = self.model(**inputs, **self.options)
+        for observe in self.observers:
+            observe(outputs)
+        # TRL gathers the entropy of all ranks: it is not finite where a part of any loss is not, see `check_finite`.
+        parts = [part.detach() for part in (outputs.log_probs, outputs.aux_loss) if part is not None]
+        outputs.entropy = outputs.entropy + 0.0 * sum(parts)
+        return outputs
 
 
 # The largest logit with which a head is tried: far above every soft-cap.

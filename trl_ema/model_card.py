@@ -7,9 +7,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from .adapters.names import TEACHER_NAME
 from .files import read_json
 from .offline import DEMO_MODEL_HUB, is_demo_model
-from .teacher import TEACHER_NAME
 
 
 _MARK = "<!-- trl_ema -->"

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from . import data, offline
-from .checkpoints import last_checkpoint
+from .checkpointing.folders import last_checkpoint
+from .checks import check_free_space
 from .config import MeanTeacherConfig, plain_count, plain_number, take_booleans
 from .evaluation.drift import DriftCallback, general_rows, measure_drift, starting_point, trainer_batches
 from .evaluation.generation import generate_answers, prompts_and_references
@@ -23,7 +24,7 @@ from .files import check_output_dir, write_json
 from .model_card import write_model_card
 from .noise import hide_noise
 from .provenance import provenance
-from .trainer import EMARegularizedSFTTrainer, check_free_space
+from .trainer import EMARegularizedSFTTrainer
 
 
 logger = logging.getLogger(__name__)

@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from trl.trainer.utils import add_fused_lm_head
 
+from trl_ema.adapters.starting_point import StartingPoint
 from trl_ema.evaluation.drift import measure_drift
 from trl_ema.forward import add_mean_teacher_forward
+from trl_ema.regularizers.teacher import MeanTeacher
 from trl_ema.sharding import local_shard, reshard
-from trl_ema.starting_point import StartingPoint
-from trl_ema.teacher import MeanTeacher
 
 
 STEPS = 5
@@ -102,10 +102,10 @@ def main(folder: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(expected["kl_base_model"], off["kl_base_model"], rtol=5e-2, atol=1e-3)
     assert found["kl_base_model"] > 1e-3
     # Each rank keeps its half, in float32.
-    mine = sum(shard.numel() for shard in teacher._average_shards())
-    assert all(shard.dtype == torch.float32 for shard in teacher._average_shards())
-    assert mine == sum(local_shard(p).numel() for p in teacher._students())
-    total = sum(p.numel() for p in plain_teacher._students())
+    mine = sum(shard.numel() for shard in teacher.average_shards())
+    assert all(shard.dtype == torch.float32 for shard in teacher.average_shards())
+    assert mine == sum(local_shard(p).numel() for p in teacher.students())
+    total = sum(p.numel() for p in plain_teacher.students())
     assert abs(mine - total / world) <= 0.05 * total, (mine, total)
 
     teacher.save(folder, writes=rank == 0)
@@ -113,7 +113,7 @@ def main(folder: str, dtype: torch.dtype) -> None:
     for sharded in (True, False):
         other_model, other, *_ = build(dtype, sharded)
         other.load(folder)
-        for ours, saved in zip(other._average_shards(), teacher._average_shards(), strict=True):
+        for ours, saved in zip(other.average_shards(), teacher.average_shards(), strict=True):
             assert not sharded or torch.equal(ours, saved)
         ours = {name: whole(p) for name, p in other_model.named_parameters() if ".teacher." in name}
         saved = {name: whole(p) for name, p in model.named_parameters() if ".teacher." in name}

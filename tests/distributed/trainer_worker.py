@@ -146,10 +146,10 @@ def check(name, ours, expected):
 
 def check_update(trainer):
     """Each rank averages what it has, in float32, without a word to the others."""
-    shards = trainer.teacher._average_shards()
-    students = [local_shard(student) for student in trainer.teacher._students()]
+    shards = trainer.teacher.average_shards()
+    students = [local_shard(student) for student in trainer.teacher.students()]
     assert [s.shape for s in shards] == [s.shape for s in students] and {s.dtype for s in shards} == {torch.float32}
-    held, total = sum(s.numel() for s in shards), sum(whole_shape(p).numel() for p in trainer.teacher._students())
+    held, total = sum(s.numel() for s in shards), sum(whole_shape(p).numel() for p in trainer.teacher.students())
     sharded = any_sharded(trainer.model)
     assert abs(held - (total / 2 if sharded else total)) <= 0.05 * total, (held, total)
     before = [shard.clone() for shard in shards]

@@ -20,11 +20,12 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..adapters.fitness import base_changed_by
+from ..adapters.starting_point import StartingPoint
+from ..adapters.switching import without_adapter
 from ..forward import logit_transform
 from ..losses import IGNORE_INDEX, fused_linear_cross_entropy_kl
 from ..sharding import whole_weights
-from ..starting_point import StartingPoint
-from ..teacher import base_changed_by, without_adapter
 from .models import evaluating
 
 

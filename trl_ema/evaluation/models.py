@@ -14,10 +14,12 @@ from peft.utils import CONFIG_NAME, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_FILE
 
+from ..adapters.files import function_fields
+from ..adapters.fitness import base_changed_by, check_repeatable
+from ..adapters.names import TEACHER_NAME
+from ..adapters.starting_point import StartingPoint
 from ..data import hub_errors
 from ..offline import demo_model, is_demo_model
-from ..starting_point import StartingPoint
-from ..teacher import TEACHER_NAME, base_changed_by, check_repeatable, function_fields
 from ..workarounds import keep_4bit_layers_trainable
 
 

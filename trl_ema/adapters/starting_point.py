@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 
-from .sharding import drop_stale_copy, is_sharded, local_shard, reshard, take_shard
-from .teacher import adapter_changes_nothing, trained_names, without_adapter
+from ..sharding import drop_stale_copy, is_sharded, local_shard, reshard, take_shard
+from .fitness import adapter_changes_nothing
+from .names import trained_names
+from .switching import without_adapter
 
 
 class StartingPoint:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .sharding import take_shard
+from ..sharding import take_shard
 
 
 # Float32 weights by name, where DeepSpeed keeps them beside a model in half precision. Torch ignores the key.

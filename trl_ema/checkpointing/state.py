@@ -1,0 +1,47 @@
+"""What a run must know that is no tensor, and when the regularizers are asked."""
+
+import os
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..sharding import local_shard
+from .resuming import STATE_KEY
+
+
+class RegularizerCallback(TrainerCallback):
+    """Calls the regularizers, and carries what a resumed run must know through `trainer_state.json`."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer, saved = self.trainer, state.stateful_callbacks.get(STATE_KEY, {})
+        if trainer.resumed_from is not None:
+            # Here in every mode: DeepSpeed and FSDP load a checkpoint after they have wrapped the model.
+            trainer.last_good_checkpoint = trainer.resumed_from
+            for regularizer in trainer.regularizers:
+                regularizer.load(trainer.resumed_from)
+        if saved:
+            # TRL starts counting anew at each resume.
+            trainer._total_train_tokens = saved["num_tokens"]
+            trainer.run_id = saved["run_id"]
+        for regularizer in trainer.regularizers:
+            regularizer.begin(state.max_steps, saved.get("regularizers", {}).get(regularizer.name))
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        # A finite loss can still have had gradients that were not. Each rank looks at its own shards.
+        finite = all(local_shard(p).isfinite().all() for p in model.parameters() if p.requires_grad)
+        if self.trainer.accelerator.gather(torch.tensor(finite, device=args.device)).all():
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            self.trainer.last_good_checkpoint = os.path.join(args.output_dir, folder)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.after_step()
+        state.stateful_callbacks[STATE_KEY] = {
+            "run_id": self.trainer.run_id,
+            "num_tokens": self.trainer._total_train_tokens,
+            "regularizers": {regularizer.name: regularizer.state() for regularizer in self.trainer.regularizers},
+        }
