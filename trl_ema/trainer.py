@@ -185,12 +185,14 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
             loss_type = "nll"  # the fused loss has weighted each token already (DFT): TRL has to sum and normalize
         with changed(self.args, loss_type=loss_type):
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        # Without a number of tokens `Trainer` divides each loss by the number of micro-batches.
-        parts = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
         penalties = self._penalties(step)
+        if penalties:
+            # Without a number of tokens `Trainer` divides each loss by the number of micro-batches.
+            parts = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
+            loss = loss + parts * sum(penalties)
         if self.args.stop_on_nonfinite_loss:
-            check_finite(self, sum(penalties, loss), from_entropy=bool(options) and not penalties)
-        return loss + parts * sum(penalties) if penalties else loss
+            check_finite(self, loss, from_entropy=bool(options) and not penalties)
+        return loss
 
     def _penalties(self, step):
         """Terms of the weights alone, in one micro-batch of each optimizer step: those of the others would be the same again."""

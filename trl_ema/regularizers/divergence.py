@@ -33,11 +33,12 @@ class TeacherDivergence(Regularizer):
     Source: Tarvainen & Valpola 2017, https://arxiv.org/abs/1703.01780.
     """
 
-    name, folder = "teacher", TEACHER_NAME
+    name = "teacher"
 
     def __init__(self, model: PeftModel, args: MeanTeacherConfig):
         self.args = args
         self.teacher = MeanTeacher(model, frozen=args.teacher == "frozen", anchor=args.teacher_anchor)
+        self.folder = None if self.teacher.is_base else TEACHER_NAME
         self.weight = RampedWeight(args.kl_weight)
         self.total_steps = 0
         self.sums = torch.zeros(4, dtype=torch.float64)  # Σ CE, Σ D and their tokens since the last log
