@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tomllib
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -466,7 +467,7 @@ def test_every_page_of_the_docs_is_linked_from_the_readme():
 @pytest.mark.parametrize("page", PAGES)
 def test_launch_configs_and_files_that_are_named_exist(page):
     names = re.findall(
-        r"accelerate_configs/(\w+)\.yaml|--accelerate_config (\w+)|`((?:zero|fsdp)\d\w*)`", text_of(page)
+        r"accelerate_configs/(\w+)\.yaml|--accelerate_config ([a-z]\w*)|`((?:zero|fsdp)\d\w*)`", text_of(page)
     )
     for name in {name for found in names for name in found if name}:
         assert (ROOT / "accelerate_configs" / f"{name}.yaml").is_file(), name
@@ -490,6 +491,16 @@ def test_command_lines_that_are_shown_are_understood(page):
             TrlParser(EvaluationArguments).parse_args_and_config(options)
         elif command == "train" and "--config" not in options:
             assert parse([*options, "--use_cpu", "true"])[1].learning_rate >= 1e-4
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_extras_that_are_named_exist(page):
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {name for found in re.findall(r"trl_ema\[([\w,]+)\]", text_of(page)) for name in found.split(",")}
+    if page == "README.md":
+        named |= set(re.findall(r"^\| `(\w+)` \|", text_of(page), re.MULTILINE))
+        assert len(named) >= 4
+    assert named <= set(declared)
 
 
 def test_every_option_stands_in_the_table_with_its_default():
