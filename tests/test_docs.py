@@ -600,7 +600,7 @@ def test_the_example_of_a_regularizer_is_the_penalty_that_it_says(a_run, tmp_pat
     another.check(str(tmp_path))
     another.load(str(tmp_path))
     torch.testing.assert_close(another.penalty(1), value, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="was without `l2_sp_weight`. Resume without it"):
+    with pytest.raises(ValueError, match="was saved without `l2_sp_weight`. Resume without it"):
         another.check(str(tmp_path / "elsewhere"))
 
 

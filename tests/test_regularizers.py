@@ -3,13 +3,16 @@
 import pytest
 import torch
 from conftest import adapter_weights, logged, lora
-from l2_sp import L2SP
+from documented import documented
 from trl import SFTTrainer
 
 from trl_ema.regularizers import make_regularizers
 from trl_ema.regularizers.base import Regularizer
 from trl_ema.regularizers.divergence import TeacherDivergence
 from trl_ema.schedules import RampedWeight
+
+
+L2SP = documented("regularizers.md", "L2StartingPoint")
 
 
 def l2_sp(make_trainer, weight, **options):
@@ -81,7 +84,7 @@ def test_a_checkpoint_without_it_is_refused_before_anything_is_loaded(make_train
     if method == "frozen":  # the base is in every checkpoint
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
         return
-    with pytest.raises(ValueError, match="missing|has no"):
+    with pytest.raises(ValueError, match="missing"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert all(torch.equal(weight, before[name]) for name, weight in adapter_weights(trainer).items())
 

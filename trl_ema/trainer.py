@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from transformers.trainer_utils import SaveStrategy
-from trl import SFTTrainer
 
 from .adapters.fitness import base_changed_by
 from .adapters.starting_point import StartingPoint
@@ -26,6 +25,7 @@ from .checks import (
 from .config import MeanTeacherConfig, changed
 from .files import check_output_dir
 from .forward import ObservedForward, check_head
+from .model_card import method_of
 from .ownership import claim, claim_before, refuse_leftovers, undo_earlier_run
 from .regularizers import make_regularizers
 from .regularizers.divergence import TeacherDivergence
@@ -73,11 +73,6 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
     model: Any  # a PeftModel, unless `teacher="none"`
 
     _tag_names = ["trl", "sft", "trl_ema"]
-    _name = "EMA-regularized SFT"
-    _paper = {
-        "title": "Mean teachers are better role models",
-        "id": "1703.01780",
-    }
 
     def __init__(
         self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None, processing_class=None,
@@ -121,9 +116,8 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         self.callback_handler.callbacks.insert(0, RegularizerCallback(self))
 
     def _regularize(self):
-        if self.args.teacher == "none":  # for the model card
-            self._name, self._paper = SFTTrainer._name, SFTTrainer._paper
-        else:
+        self._name, self._paper = method_of(self.args)  # for TRL's part of the model card
+        if self.args.teacher != "none":
             refuse_parallelism(self.accelerator.parallelism_config)
             refuse_sharding(self.accelerator.state)
             base = self.model.get_base_model()

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import adapter_weights, config, logged, lora, make_tokenizer, rows, tiny_model
 from datasets import Dataset
-from l2_sp import L2SP
+from documented import documented
 from peft import get_peft_model
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import TrainerCallback
@@ -121,7 +121,7 @@ def run(trainer_class, folder, case, **more):
     if l2_weight and trainer_class is Dense:
         trainer.l2_weight = l2_weight
     elif l2_weight:
-        trainer.regularizers.append(L2SP(trainer.model, l2_weight))
+        trainer.regularizers.append(documented("regularizers.md", "L2StartingPoint")(trainer.model, l2_weight))
     trainer.train()
     return trainer
 
