@@ -745,7 +745,7 @@ def test_a_second_trainer_on_the_same_adapter_starts_from_where_it_is(make_train
         assert trainer.teacher.distance() == 0
         trainer.train()
         assert logged(trainer, "kl_loss")[0] == pytest.approx(0.0, abs=1e-7)
-        patches = (trainer.model.get_base_model().forward, vars(base)["_trl_ema_before"]["forward"])
+        patches = (trainer.model.get_base_model().forward, vars(base)["_trl_ema_claim"].forward)
         assert patches[0] is not None and patches[1] is None  # not one over the other
     trainer = make_trainer(model=get_peft_model(base, lora()), peft_config=None)  # the cell that makes it, again
     trainer.train()

@@ -159,7 +159,8 @@ def check_datasets(
     """Before anything is loaded or tokenized: data sets, in a format that TRL knows, with a text in every row."""
     if train_dataset is not None:  # TRL says that it is required
         check_dataset(train_dataset, "train_dataset")
-    if (args.dataset_kwargs or {}).get("skip_prepare_dataset", False):
+    options: Any = args.dataset_kwargs or {}
+    if options.get("skip_prepare_dataset", False):
         return
     several = isinstance(eval_dataset, dict)
     evals = eval_dataset if several else {"eval": eval_dataset}

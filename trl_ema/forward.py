@@ -164,7 +164,7 @@ def _select(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return states.flatten(0, 1).index_select(0, positions.to(states.device))
 
 
-def logit_transform(config) -> LogitTransform:
+def logit_transform(config: Any) -> LogitTransform:
     """Scale and soft-cap that a model family applies to its logits, by the names they have in its text config."""
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -256,7 +256,7 @@ def _teacher_inputs(inputs: dict) -> dict:
     return inputs | {"output_router_logits": False} if "output_router_logits" in inputs else inputs
 
 
-def _load_balancing_loss(config, outputs, inputs) -> torch.Tensor | None:
+def _load_balancing_loss(config: Any, outputs: Any, inputs: dict) -> Any:
     if not inputs.get("output_router_logits"):
         return None
     # Every mixture-of-experts family in transformers uses Mixtral's.
@@ -308,7 +308,8 @@ def check_head(model: PreTrainedModel) -> None:
             f"The LM head of {name} is {'missing' if head is None else f'quantized to {head.weight.dtype}'}; the loss "
             "multiplies by its weight. Keep it in floating point (`llm_int8_skip_modules=['lm_head']`)."
         )
-    ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
+    embeddings: Any = model.get_input_embeddings()
+    ids = torch.arange(4, device=embeddings.weight.device)[None]
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     with _same_random_numbers(), _attention_for(ids.device, model):
         hidden = getattr(model.base_model(**inputs), "last_hidden_state", None)

@@ -170,7 +170,8 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.check_is_owner()
-        step, options, loss_type = self.state.global_step, {}, self.args.loss_type
+        step, loss_type = self.state.global_step, self.args.loss_type
+        options: dict[str, Any] = {}
         for regularizer in self.regularizers:
             inputs = regularizer.add_rows(inputs)
             options |= regularizer.forward_options(inputs, step, num_items_in_batch)
@@ -215,7 +216,8 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         self.check_is_owner()
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         if self.teacher is None or not self.args.eval_teacher:
             return output
         student_metrics = self._metrics["eval"]
@@ -227,6 +229,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
                 )
         finally:
             self._metrics["eval"] = student_metrics
-        if "eval_loss" in teachers.metrics:  # of no row there is none, as for the student
-            output.metrics[f"{metric_key_prefix}_teacher_loss"] = teachers.metrics["eval_loss"]
+        found = teachers.metrics or {}
+        if output.metrics is not None and "eval_loss" in found:  # of no row there is none, as for the student
+            output.metrics[f"{metric_key_prefix}_teacher_loss"] = found["eval_loss"]
         return output

@@ -44,7 +44,7 @@ def keep_4bit_layers_trainable(model: torch.nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.state_dict()  # unpacks, in place
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def keep_float32_adapter(model: Any, args: TrainingArguments) -> None:

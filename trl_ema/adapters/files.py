@@ -1,6 +1,7 @@
 """Adapters in PEFT's files: what is written, what may be read, and whether it fits."""
 
 import os
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ _ABOUT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_ver
 ANOTHER = "Resume from another checkpoint, or start anew from this adapter with `PeftModel.from_pretrained`"
 
 
-def file_keys(model: PeftModel, adapter_name: str, embeddings: bool | str = False) -> dict[str, str]:
+def file_keys(model: PeftModel, adapter_name: str, embeddings: bool | Literal["auto"] = False) -> dict[str, str]:
     """
     The key in a PEFT file of each tensor that PEFT writes of an adapter unchanged, by its name in the model; with
     `embeddings` also of the base's, which it writes beside an adapter that wraps them, or where they were resized ("auto").

@@ -1,5 +1,7 @@
 """Which adapters can be trained, averaged, scaled and measured."""
 
+from typing import Any
+
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -131,18 +133,17 @@ def adapter_changes_nothing(model: PeftModel, name: str) -> bool:
     config = model.peft_config[name]
     if not isinstance(config, LoraConfig) or config.use_dora or config.lora_bias or base_changed_by(config):
         return False
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            ours, base = module.modules_to_save[name], module.original_module
-            with whole_weights(*ours.parameters(), *base.parameters()):
-                ours = ours.state_dict()
-                if any(not torch.equal(ours[key], tensor) for key, tensor in base.state_dict().items()):
-                    return False
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            return False
-        elif isinstance(module, LoraLayer):
-            zero_factor = [factors[name] for factors in (module.lora_B, module.lora_embedding_A) if name in factors]
-            tensors = [t.weight if isinstance(t, torch.nn.Module) else t for t in zero_factor]
-            if any(t.any() for t in tensors):
-                return False
-    return True
+    return all(_changes_nothing(module, name) for module in model.modules())
+
+
+def _changes_nothing(module: Any, name: str) -> bool:
+    if isinstance(module, ModulesToSaveWrapper):
+        ours, base = module.modules_to_save[name], module.original_module
+        with whole_weights(*ours.parameters(), *base.parameters()):
+            tensors = ours.state_dict()
+            return all(torch.equal(tensors[key], tensor) for key, tensor in base.state_dict().items())
+    if isinstance(module, LoraLayer):
+        parts: tuple[Any, ...] = (module.lora_B, module.lora_embedding_A)
+        zero_factor = [part[name] for part in parts if name in part]
+        return not any(getattr(t, "weight", t).any() for t in zero_factor)
+    return not isinstance(module, AuxiliaryTrainingWrapper)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -81,7 +81,7 @@ def switched(switches: list[Switch]) -> Iterator[None]:
                 attributes[key] = value
 
 
-def _is_plain_lora(module: torch.nn.Module) -> bool:
+def _is_plain_lora(module: Any) -> bool:
     """Whether PEFT's forward of the teacher's adapter here is `base(x) + scale · B(A(x))` and nothing else."""
     return (
         type(module) in (lora.Linear, getattr(lora, "Linear4bit", None))

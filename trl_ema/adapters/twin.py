@@ -83,7 +83,8 @@ def _config_of_twin(student_config: Any, anchor: float) -> Any:
             setattr(config, f.name, 0.0)
     if hasattr(config, "sample_at_inference"):  # PVeRA
         config.sample_at_inference = False
-    if isinstance(config, LoraConfig) and anchor > 0:
+    is_lora = isinstance(config, LoraConfig)
+    if is_lora and anchor > 0:
         config.lora_alpha = config.lora_alpha * (1 - anchor)
         config.alpha_pattern = {name: alpha * (1 - anchor) for name, alpha in config.alpha_pattern.items()}
     return config

@@ -21,12 +21,13 @@ TRAINER_STATE = "trainer_state.json"
 
 def last_checkpoint(args: TrainingArguments) -> str | None:
     """The newest whole checkpoint in `args.output_dir`, the same on all ranks. Called on all ranks."""
+    folder = str(args.output_dir)
     if args.local_process_index == 0:
-        finish_replacing(args.output_dir)
+        finish_replacing(folder)
     found = None
-    if args.process_index == 0 and os.path.isdir(args.output_dir):
-        found = get_last_checkpoint(args.output_dir)
-        _warn_of_another_branch(args.output_dir, found)
+    if args.process_index == 0 and os.path.isdir(folder):
+        found = get_last_checkpoint(folder)
+        _warn_of_another_branch(folder, found)
     return broadcast_object_list([found])[0]
 
 

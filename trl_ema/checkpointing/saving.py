@@ -27,8 +27,10 @@ from .resuming import deepspeed_plans
 class SavingTrainer(SFTTrainer):
     """[`~trl.SFTTrainer`] that writes. See [`CheckpointingTrainer`], which also reads."""
 
+    args: Any
     model: Any
     optimizer: Any
+    lr_scheduler: Any
     regularizers: list[Regularizer]
     run_id: str
     _staging: str | None = None  # while a checkpoint is being written
@@ -63,7 +65,7 @@ class SavingTrainer(SFTTrainer):
         if self.is_world_process_zero():
             (mend_model_card if _internal_call else write_model_card)(self, folder)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
         super().create_model_card(model_name, dataset_name and without_folder(dataset_name), tags)
         if self.is_world_process_zero():
             write_model_card(self, self.args.output_dir)

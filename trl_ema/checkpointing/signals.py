@@ -32,9 +32,8 @@ class StopOnSignal(TrainerCallback):
         self.signal = number
 
     def on_step_end(self, args, state, control, **kwargs):
-        number = torch.tensor(self.signal, device=args.device)
         # The ranks agree: a signal may have reached one of them, or each at another step.
-        number = int(self.trainer.accelerator.gather(number).max())
+        number = int(self.trainer.accelerator.gather(torch.tensor(self.signal, device=args.device)).max())
         if number:
             self.trainer.stopped_by = number
             control.should_save = control.should_training_stop = True

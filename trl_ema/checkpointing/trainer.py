@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
@@ -38,7 +39,7 @@ class CheckpointingTrainer(SavingTrainer):
         self.resumed_from: str | None = None
         self._on_signal: StopOnSignal | None = None
         if self.args.enable_jit_checkpoint:
-            theirs = self.pop_callback(JITCheckpointCallback)
+            theirs: Any = self.pop_callback(JITCheckpointCallback)
             theirs.on_train_end(self.args, self.state, self.control)  # gives the signal back
             self._on_signal = StopOnSignal(self)
             self.add_callback(self._on_signal)
@@ -88,7 +89,7 @@ class CheckpointingTrainer(SavingTrainer):
         weights = load_student(self.model, folder)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         saved = torch.load(os.path.join(folder, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
-        if self.is_deepspeed_enabled:
+        if self._optimizer_groups is not None:
             portable.load_zero_state_dict(self.model_wrapped, self._optimizer_groups, saved, weights)
         else:
             portable.load_gathered_state_dict(self.optimizer, saved)
@@ -113,8 +114,8 @@ class CheckpointingTrainer(SavingTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
-        best = self.state.best_model_checkpoint
-        check_weights(self, best, self.run_id, self.state.best_global_step)
+        best = str(self.state.best_model_checkpoint)
+        check_weights(self, best, self.run_id, int(self.state.best_global_step or 0))
         if is_peft_model(self.model) and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             # Not by DeepSpeed or FSDP: it may be of another launch.
             weights = load_student(self.model, best)

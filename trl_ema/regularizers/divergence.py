@@ -45,9 +45,10 @@ class TeacherDivergence(Regularizer):
         self._last_weight: float | None = None
         self._last_decay: float | None = None
         self._micro_batch = (0, -1)  # step, and which of its micro-batches
-        self._num_kl: torch.Tensor | None = None
+        self._num_kl = torch.zeros(())  # tokens of the divergence in the accumulated, world-wide batch
+        base: Any = model.get_base_model()
         add_mean_teacher_forward(
-            model.get_base_model(),
+            base,
             self.teacher,
             kl_tokens=args.kl_tokens,
             direction=args.kl_direction,

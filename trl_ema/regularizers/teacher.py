@@ -155,7 +155,7 @@ class MeanTeacher:
         if self.is_base:
             return 0.0
         averages, students = self._pairs()
-        gap = _norm(torch._foreach_sub(averages, students), self.teachers())
+        gap = _norm(list(torch._foreach_sub(averages, students)), self.teachers())
         return gap / max(_norm(students, self.teachers()), 1e-30)
 
     def _pairs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
