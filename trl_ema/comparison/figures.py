@@ -224,11 +224,11 @@ def _read_evaluation(point: _Point, seed: int, folder: Path, base: _Base) -> Non
         point.scores[name][seed] = scores_by_resample(pair[1], base.weights[name])
 
 
-def _gain(base_loss, loss):
+def _gain(base_loss: np.ndarray, loss: np.ndarray) -> np.ndarray:
     return base_loss - loss
 
 
-def _mean_drop(*scores):
+def _mean_drop(*scores: np.ndarray) -> np.ndarray:
     """Over tasks: scores before, then scores after."""
     half = len(scores) // 2
     return (np.array(scores[:half]) - np.array(scores[half:])).mean(0)

@@ -5,10 +5,14 @@ import math
 import re
 import textwrap
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .figures import CURVES, in_points, is_absent
 
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
 
 CAPTIONS = {
     "tradeoff": "Domain gain against forgetting. Up and left is better; the base model is the origin. Bars: 95 % intervals, "
@@ -53,7 +57,9 @@ def draw_pictures(summary: dict) -> dict[str, Picture]:
         return {name: _render(name, figure) for name, figure in figures.items() if figure is not None}
 
 
-def _new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+def _new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> "tuple[Figure, np.ndarray]":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -67,7 +73,7 @@ def _title(text: str) -> str:
     return textwrap.fill(text.replace("_", " "), 11)
 
 
-def _render(name: str, figure) -> Picture:
+def _render(name: str, figure: "Figure") -> Picture:
     png, svg = io.BytesIO(), io.StringIO()
     figure.savefig(png, format="png", dpi=120, facecolor="white")
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
@@ -89,7 +95,7 @@ def _with_few_colors(png: bytes) -> bytes:
     return small.getvalue()
 
 
-def _tradeoff(summary: dict, colors: dict[str, str]):
+def _tradeoff(summary: dict, colors: dict[str, str]) -> "Figure | None":
     points = [point for point in summary["points"] if point["forgetting"]]
     if not points:
         return None
@@ -129,7 +135,7 @@ def _bars(found: dict) -> list[list[float]] | None:
     return None if is_absent(found["low"]) else [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
 
 
-def _task_bars(summary: dict, colors: dict[str, str]):
+def _task_bars(summary: dict, colors: dict[str, str]) -> "Figure | None":
     points = summary["points"]
     names = list(summary["base"]["tasks"])
     if not points or not names:
@@ -156,7 +162,7 @@ def _task_bars(summary: dict, colors: dict[str, str]):
     return figure
 
 
-def _subject_bars(summary: dict, colors: dict[str, str]):
+def _subject_bars(summary: dict, colors: dict[str, str]) -> "Figure | None":
     """Students of the trained arms, on the group with the most subjects."""
     groups = {name: task for name, task in summary["base"]["tasks"].items() if len(task["subtasks"]) > 1}
     trained = {arm for arm, options in summary["plan"]["arms"].items() if "interpolate" not in options}
@@ -184,7 +190,7 @@ def _subject_bars(summary: dict, colors: dict[str, str]):
     return figure
 
 
-def _curve_grid(summary: dict, colors: dict[str, str]):
+def _curve_grid(summary: dict, colors: dict[str, str]) -> "Figure | None":
     curves = {name: summary["curves"][name] for name in CURVES if name in summary["curves"]}
     if not curves:
         return None

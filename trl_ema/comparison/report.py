@@ -3,7 +3,7 @@
 import logging
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -13,6 +13,9 @@ from .figures import in_points, is_absent, sample_answers, summarize_comparison
 from .pictures import CAPTIONS, draw_pictures
 from .plan import BASE
 
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +86,7 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def _write_samples(folder: str, summary: dict, environment) -> None:
+def _write_samples(folder: str, summary: dict, environment: "Environment") -> None:
     path, samples = Path(folder, _SAMPLES), sample_answers(folder, summary)
     if samples:
         write_text(path, environment.get_template("samples.html.j2").render(samples=samples))
@@ -91,7 +94,7 @@ def _write_samples(folder: str, summary: dict, environment) -> None:
         path.unlink(missing_ok=True)  # of an earlier report
 
 
-def _templates():
+def _templates() -> "Environment":
     import jinja2
 
     loader = jinja2.FileSystemLoader(str(files(__package__) / "templates"))
