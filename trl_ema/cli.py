@@ -128,7 +128,8 @@ def evaluate(arguments: list[str]) -> None:
         load_tokenizer,
         with_adapter,
     )
-    from .evaluation.runner import TaskSettings, check_settings, evaluate_tasks
+    from .evaluation.runner import check_settings, evaluate_tasks
+    from .evaluation.settings import TaskSettings
     from .evaluation.tasks import check_tasks, is_offline, task_manager
     from .files import check_output_dir
     from .offline import demo_model
@@ -215,7 +216,8 @@ def _held_out_text(args: EvaluationArguments, tokenizer, adapter: str | None):
     from . import data
     from .evaluation.drift import check_measurable, general_rows
     from .evaluation.generation import PACKAGES
-    from .evaluation.suite import HeldOutText, Suite
+    from .evaluation.settings import Suite
+    from .evaluation.suite import HeldOutText
     from .extras import require
 
     if adapter is not None:
@@ -254,8 +256,8 @@ def _print_text(text: dict, before: str | None) -> None:
 
 def print_scores(results: dict[str, dict], folder: str) -> None:
     """Each task's score with its interval over questions."""
+    from .comparison.statistics import mean_interval
     from .files import read_jsonl
-    from .forgetting import mean_interval
 
     print(f"\n{'task':24}{'score':>9}{'95 % interval':>18}{'chance':>9}{'n':>8}")
     for task, result in results.items():
@@ -275,8 +277,8 @@ def print_changes(before: str, after: str, tasks: Iterable[str]) -> None:
     Raises:
         ValueError: The two were not asked the same questions.
     """
-    from .evaluation.runner import paired_scores
-    from .forgetting import forgetting, mcnemar, paired_interval
+    from .comparison.statistics import forgetting, mcnemar, paired_interval
+    from .evaluation.answers import paired_scores
 
     print(
         f"\n{'against ' + before:24}{'before':>9}{'after':>9}{'change':>9}{'95 % interval':>20}{'lost':>6}{'gained':>8}{'p':>7}"
@@ -297,10 +299,11 @@ def print_changes(before: str, after: str, tasks: Iterable[str]) -> None:
 
 def compare(arguments: list[str]) -> None:
     """`trl-ema compare`: train and evaluate the arms of a YAML file, then write the report."""
-    from .comparison import DEFAULT_CONFIG, load_comparison, run_comparison
+    from .comparison.plan import DEFAULT_CONFIG, load_comparison
+    from .comparison.report import write_report
+    from .comparison.run import run_comparison
     from .extras import require
     from .files import check_output_dir
-    from .report import write_report
 
     parser = argparse.ArgumentParser(
         prog="trl-ema compare",
@@ -322,7 +325,7 @@ def compare(arguments: list[str]) -> None:
 
 def report(arguments: list[str]) -> None:
     """`trl-ema report`: Markdown, HTML and pictures from a comparison's folder."""
-    from .report import write_report
+    from .comparison.report import write_report
 
     parser = argparse.ArgumentParser(
         prog="trl-ema report", description="Write report.md, report.html and the pictures."

@@ -1,18 +1,12 @@
 """`MeanTeacherConfig`: everything `SFTConfig` has, and the teacher."""
 
-import numbers
 import warnings
-from argparse import ArgumentTypeError
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from decimal import Decimal
-from typing import Any
 
-from transformers.hf_argparser import string_to_bool
 from trl import SFTConfig
 
 from .losses import KL_DIRECTIONS
+from .options import plain_count, plain_number, take_booleans
 
 
 TEACHERS = ("ema", "frozen", "none")
@@ -226,43 +220,6 @@ class MeanTeacherConfig(SFTConfig):
             )
 
 
-def plain_bool(name: str, value: Any) -> bool:
-    """`value` as a `bool`: of text the words of the command line, of numbers 0 and 1."""
-    try:
-        found = string_to_bool(value) if isinstance(value, str) else bool(value) if value in (0, 1) else None
-    except (ArgumentTypeError, ValueError, TypeError):  # a word, or an array
-        found = None
-    if found is None:
-        raise TypeError(f"`{name}` must be a boolean, got {value!r} ({type(value).__name__}). Use True or False.")
-    return found
-
-
-def take_booleans(config: Any) -> None:
-    """Every field of a dataclass that is a boolean becomes one, see [`plain_bool`]: the text "false" would count as true."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.type is bool or (f.type == bool | None and value is not None):
-            setattr(config, f.name, plain_bool(f.name, value))
-
-
-def plain_number(name: str, value: Any) -> int | float:
-    """`value` as an `int` where it is whole of its type, else as a `float`."""
-    number = value
-    if getattr(value, "shape", None) == ():  # of NumPy or PyTorch
-        number = value.item()
-    if isinstance(number, bool) or not isinstance(number, numbers.Real | Decimal):
-        raise TypeError(f"`{name}` must be a number, got {value!r} ({type(value).__name__}).")
-    return int(number) if isinstance(number, numbers.Integral) else float(number)
-
-
-def plain_count(name: str, value: Any, least: int, hint: str = "") -> int:
-    """`value` as an `int` of at least `least`; a whole number may be written with a point."""
-    number = plain_number(name, value)
-    if number % 1 or number < least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}. {hint}".rstrip())
-    return int(number)
-
-
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
@@ -271,16 +228,3 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _check_range(name: str, value: float, hint: str) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"`{name}` must be in [0, 1], got {value}. {hint}")
-
-
-@contextmanager
-def changed(config: Any, **values: Any) -> Iterator[None]:
-    """Within this context the config has other values."""
-    before = {name: getattr(config, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)

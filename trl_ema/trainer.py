@@ -22,10 +22,11 @@ from .checks import (
     refuse_parallelism,
     refuse_sharding,
 )
-from .config import MeanTeacherConfig, changed
+from .config import MeanTeacherConfig
 from .files import check_output_dir
 from .forward import ObservedForward, check_head
 from .model_card import method_of
+from .options import changed
 from .ownership import claim, claim_before, refuse_leftovers, undo_earlier_run
 from .regularizers import make_regularizers
 from .regularizers.divergence import TeacherDivergence

@@ -14,9 +14,9 @@ from trl import SFTTrainer
 from ..adapters.files import gather_file
 from ..adapters.names import STUDENT_NAME
 from ..adapters.switching import saved_alone
-from ..config import changed
 from ..files import follow_umask
 from ..model_card import mend_model_card, without_folder, write_model_card
+from ..options import changed
 from ..regularizers.base import Regularizer
 from ..sharding import any_sharded, reshard
 from . import portable

@@ -10,8 +10,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from ..adapters.names import trained_names
-from ..config import changed
 from ..files import finish_replacing
+from ..options import changed
 from ..workarounds import dtypes_kept
 from . import portable
 from .folders import last_checkpoint
