@@ -142,40 +142,7 @@ class MeanTeacherConfig(SFTConfig):
         super().__post_init__()
         self._take_plain_numbers()
         self._warn_about_ignored()
-        _check_choice("teacher", self.teacher, TEACHERS)
-        _check_choice("kl_direction", self.kl_direction, KL_DIRECTIONS)
-        _check_choice("kl_tokens", self.kl_tokens, KL_TOKENS)
-        if self.ema_half_life is not None and self.ema_decay is not None:
-            raise ValueError(
-                f"`ema_half_life` ({self.ema_half_life}) and `ema_decay` ({self.ema_decay}) both set the speed of the "
-                "teacher. Give one of them."
-            )
-        if self.ema_half_life is not None and not 0 < self.ema_half_life < float("inf"):
-            raise ValueError(
-                f"`ema_half_life` must be above 0, got {self.ema_half_life}. It is a fraction of the run; try "
-                f"{DEFAULT_HALF_LIFE}, or `teacher='frozen'` for a teacher that never moves."
-            )
-        if self.ema_decay is not None:
-            _check_range("ema_decay", self.ema_decay, "It is the share of the old teacher kept per update; try 0.999.")
-        _check_range("teacher_anchor", self.teacher_anchor, "0 is the pure mean teacher, 1 the base model; try 0.5.")
-        _check_range("kl_warmup_ratio", self.kl_warmup_ratio, "It is a fraction of the run; try 0.1.")
-        self.ema_update_steps = plain_count("ema_update_steps", self.ema_update_steps, 1, "It counts optimizer steps.")
-        if not 0 <= self.kl_weight < float("inf"):
-            raise ValueError(
-                f"`kl_weight` must be at least 0 and finite, got {self.kl_weight}. Use 0 for no divergence; try 1.0."
-            )
-        if not 0 < self.kl_temperature < float("inf"):
-            raise ValueError(f"`kl_temperature` must be above 0 and finite, got {self.kl_temperature}. Try 1.0.")
-        if not 0 < self.kl_fraction <= 1:
-            raise ValueError(
-                f"`kl_fraction` must be in (0, 1], got {self.kl_fraction}. It is the share of the sequences that the teacher "
-                "sees; try 0.25, or `teacher='none'` for no teacher."
-            )
-        if not 0 < self.jsd_mixture < 1:
-            raise ValueError(
-                f"`jsd_mixture` must be inside (0, 1), got {self.jsd_mixture}. At the ends the divergence is zero: use "
-                "`kl_direction='forward'` or `'reverse'` for the two KLs, or try 0.5."
-            )
+        _check(self)
 
     def _take_plain_numbers(self):
         """Numbers of any library become Python's, so that a checkpoint or a model card can hold them."""
@@ -218,6 +185,44 @@ class MeanTeacherConfig(SFTConfig):
                 + ".",
                 stacklevel=4,
             )
+
+
+def _check(config: MeanTeacherConfig) -> None:
+    """Raises `ValueError` for what is out of its range, or excludes something else."""
+    _check_choice("teacher", config.teacher, TEACHERS)
+    _check_choice("kl_direction", config.kl_direction, KL_DIRECTIONS)
+    _check_choice("kl_tokens", config.kl_tokens, KL_TOKENS)
+    if config.ema_half_life is not None and config.ema_decay is not None:
+        raise ValueError(
+            f"`ema_half_life` ({config.ema_half_life}) and `ema_decay` ({config.ema_decay}) both set the speed of the "
+            "teacher. Give one of them."
+        )
+    if config.ema_half_life is not None and not 0 < config.ema_half_life < float("inf"):
+        raise ValueError(
+            f"`ema_half_life` must be above 0, got {config.ema_half_life}. It is a fraction of the run; try "
+            f"{DEFAULT_HALF_LIFE}, or `teacher='frozen'` for a teacher that never moves."
+        )
+    if config.ema_decay is not None:
+        _check_range("ema_decay", config.ema_decay, "It is the share of the old teacher kept per update; try 0.999.")
+    _check_range("teacher_anchor", config.teacher_anchor, "0 is the pure mean teacher, 1 the base model; try 0.5.")
+    _check_range("kl_warmup_ratio", config.kl_warmup_ratio, "It is a fraction of the run; try 0.1.")
+    config.ema_update_steps = plain_count("ema_update_steps", config.ema_update_steps, 1, "It counts optimizer steps.")
+    if not 0 <= config.kl_weight < float("inf"):
+        raise ValueError(
+            f"`kl_weight` must be at least 0 and finite, got {config.kl_weight}. Use 0 for no divergence; try 1.0."
+        )
+    if not 0 < config.kl_temperature < float("inf"):
+        raise ValueError(f"`kl_temperature` must be above 0 and finite, got {config.kl_temperature}. Try 1.0.")
+    if not 0 < config.kl_fraction <= 1:
+        raise ValueError(
+            f"`kl_fraction` must be in (0, 1], got {config.kl_fraction}. It is the share of the sequences that the teacher "
+            "sees; try 0.25, or `teacher='none'` for no teacher."
+        )
+    if not 0 < config.jsd_mixture < 1:
+        raise ValueError(
+            f"`jsd_mixture` must be inside (0, 1), got {config.jsd_mixture}. At the ends the divergence is zero: use "
+            "`kl_direction='forward'` or `'reverse'` for the two KLs, or try 0.5."
+        )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
