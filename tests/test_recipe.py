@@ -18,7 +18,7 @@ from peft import PeftModel
 from trl_ema import MeanTeacherConfig
 from trl_ema.evaluation.drift import general_rows, measure_drift
 from trl_ema.evaluation.suite import Suite
-from trl_ema.training import TrainingScriptArguments, load_data, resume_from
+from trl_ema.script import TrainingScriptArguments, load_data, resume_from
 
 
 ROOT = Path(__file__).parent.parent

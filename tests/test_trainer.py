@@ -20,10 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig, SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
-from trl_ema.evaluation.drift import DriftCallback
 from trl_ema.forward import _of_sequences, _tokens_of, sequence_numbers
+from trl_ema.measurement import DriftCallback, Measurement
 from trl_ema.trainer import _refuse_parallelism, _refuse_sharding, check_free_space
-from trl_ema.training import Measurement
 
 
 FORMATS = {

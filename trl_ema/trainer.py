@@ -317,6 +317,11 @@ class EMARegularizedSFTTrainer(CheckpointMixin, SFTTrainer):
 
     # Logs and evaluation
 
+    def add_metrics(self, **values: float) -> None:
+        """Let the next log of the training show the mean of what is given until then, beside TRL's own metrics."""
+        for name, value in values.items():
+            self._metrics["train"][name].append(value)
+
     def log(self, logs, start_time=None):
         if self.teacher is not None and self.model.training and "loss" in logs:
             metrics = self._metrics["train"]

@@ -2,7 +2,6 @@
 
 import importlib.resources
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
@@ -14,7 +13,6 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.models.utils import _ForwardRedirection
@@ -23,7 +21,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..forward import logit_transform
 from ..losses import IGNORE_INDEX, fused_linear_cross_entropy_kl
 from ..sharding import whole_weights
-from ..starting_point import StartingPoint
 from ..teacher import base_changed_by, without_adapter
 from .models import evaluating
 
@@ -168,7 +165,7 @@ def drift_of_rows(
 
     Source: Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259.
     """
-    for config in _configs(model):
+    for config in adapter_configs(model):
         check_measurable(config)
     if reference is None:
         _check_off_is_before(model)
@@ -207,13 +204,13 @@ def check_measurable(config: PeftConfig) -> None:
         )
 
 
-def _configs(model) -> list[PeftConfig]:
+def adapter_configs(model) -> list[PeftConfig]:
     return list(model.peft_config.values()) if is_peft_model(model) else []
 
 
 def _check_off_is_before(model) -> None:
     """Raises `ValueError` if the adapter has changed the base's weights, so that switching it off does not show them."""
-    for config in _configs(model):
+    for config in adapter_configs(model):
         changed_by = base_changed_by(config)
         if changed_by:
             raise ValueError(
@@ -254,93 +251,3 @@ def _pass(base, inputs: dict, context) -> tuple[torch.Tensor, Any, Any]:
             with whole_weights(weight, bias) as (weight, bias):
                 weight, bias = weight.clone(), None if bias is None else bias.clone()
     return hidden, weight, bias
-
-
-def trainer_batches(trainer, dataset: Dataset) -> list[dict]:
-    """Batches of a trainer's tokenized `dataset`, rows of about one length together, the same on every rank."""
-    columns = [
-        name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names
-    ]  # the last: packed
-    rows = list(dataset.select_columns(columns))
-    rows.sort(key=lambda row: len(row["input_ids"]))
-    size = trainer.args.per_device_eval_batch_size
-    return [trainer.data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
-
-
-def starting_point(trainer) -> StartingPoint:
-    """
-    The model as it was when the trainer was made. Of a training without an adapter it is a copy of all that is trained.
-
-    Raises:
-        ValueError: Such a training has begun already, or DeepSpeed's ZeRO-3 would have to put another start than the base back.
-    """
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3 and not getattr(trainer.starting_point, "is_base", False):
-        # It keeps small parameters gathered for as long as a pass lasts, and lets nobody write to them.
-        raise ValueError(
-            "Under ZeRO-3 drift is measured from a base alone, and this training starts from something else (an adapter that it "
-            "goes on from, PiSSA, ...). Launch with DDP, ZeRO-2 or FSDP2, or train without measuring drift and give the "
-            "result to `trl-ema evaluate`, with `--reference_adapter` if it goes on from an adapter."
-        )
-    if trainer.starting_point is not None:
-        return trainer.starting_point
-    if trainer.state.global_step:
-        raise ValueError(
-            f"The model has no adapter and is {trainer.state.global_step} steps from where it began, so there is nothing to "
-            "measure its drift from. Prepare the measurement before the training."
-        )
-    return StartingPoint(trainer.model)
-
-
-class DriftCallback(TrainerCallback):
-    """
-    Logs KL(base ‖ student), in nats per token, during training: `drift_NAME` for each evaluation set of the trainer.
-
-    The base is the model as it was when the trainer was made, with the adapter that it goes on from, if it does. Without an
-    adapter a copy of all that is trained is kept on the CPU.
-
-    Its cost is two forward passes over `rows` rows of each set every `steps` optimizer steps; `drift_time_share`, logged
-    beside, is what it took of the time so far.
-
-    Args:
-        trainer ([`EMARegularizedSFTTrainer`]): With an `eval_dataset`, one or several by name.
-        steps (`int`): Optimizer steps between two measurements.
-        rows (`int`): Rows of each set.
-
-    Source: Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259: drift on the new task predicts forgetting.
-    """
-
-    def __init__(self, trainer, steps: int, rows: int = 16):
-        if trainer.eval_dataset is None:
-            raise ValueError("Drift is measured on the evaluation data, and there is none. Pass an `eval_dataset`.")
-        if steps < 1:
-            raise ValueError(
-                f"`steps` must be at least 1, got {steps}. It counts optimizer steps between measurements."
-            )
-        for config in _configs(trainer.model):
-            check_measurable(config)
-        self.trainer, self.steps, self.rows = trainer, steps, rows
-        self.start = starting_point(trainer)
-        self._batches: dict[str, list[dict]] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._start, self._seconds = time.perf_counter(), 0.0
-        sets = self.trainer.eval_dataset
-        sets = sets if isinstance(sets, dict) else {"eval": sets}
-        for name, dataset in sets.items():
-            self._batches[name] = trainer_batches(self.trainer, dataset.select(range(min(self.rows, len(dataset)))))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.steps:
-            return
-        start = time.perf_counter()
-        # Into TRL's own list: its next log takes them, as it does its other metrics.
-        metrics = self.trainer._metrics["train"]
-        for name, batches in self._batches.items():
-            with self.trainer.precision():
-                found = measure_drift(
-                    self.trainer.model, batches, wrapper=self.trainer.wrapper, reference=self.start.activate
-                )
-            metrics[f"drift_{name}"].append(found["kl_base_model"])
-        self._seconds += time.perf_counter() - start
-        metrics["drift_time_share"].append(self._seconds / (time.perf_counter() - self._start))
