@@ -10,6 +10,7 @@ from trl_ema.data import (
     FORMATS,
     IncompleteRowsError,
     NoAnswersError,
+    as_chat,
     as_conversation,
     check_columns,
     held_out_split,
@@ -158,6 +159,20 @@ def test_own_text_field_is_a_trl_format():
     check_columns({"body"}, text_field="body")
     with pytest.raises(ValueError, match="columns"):
         check_columns({"body"})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_plain_rows_become_chats_where_the_tokenizer_has_a_template(tokenizer, stream):
+    def chats(dataset):
+        return as_chat(dataset.to_iterable_dataset() if stream else dataset, tokenizer)
+
+    plain = Dataset.from_list([{"prompt": "What is ptosis?", "completion": "A drooping eyelid."}])
+    assert list(chats(plain)) == [{"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:]}]
+    others = [{"messages": CONVERSATION}, {"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:]}, {"text": "a"}]
+    for row in others:
+        assert list(chats(Dataset.from_list([row]))) == [row]
+    tokenizer.chat_template = None
+    assert list(chats(plain)) == list(plain)
 
 
 def test_conversation_has_a_user_and_an_assistant_message():

@@ -9,10 +9,16 @@ import runpy
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .noise import hide_noise
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .evaluation.suite import HeldOutText
 
 
 _DESCRIPTION = """\
@@ -115,7 +121,7 @@ class EvaluationArguments:
     )
     seed: int = field(default=1234, metadata={"help": "Of the sample and of the few-shot examples."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         from .config import plain_count, plain_number, take_booleans
 
         take_booleans(self)
@@ -227,7 +233,9 @@ def _precision(args: EvaluationArguments) -> dict:
     return options
 
 
-def _held_out_text(args: EvaluationArguments, tokenizer, adapter: str | None):
+def _held_out_text(
+    args: EvaluationArguments, tokenizer: "PreTrainedTokenizerBase", adapter: str | None
+) -> "HeldOutText":
     """The rows of `dataset_name` and the general ones, with what is needed to measure them."""
     from datasets import Dataset
     from peft import PeftConfig

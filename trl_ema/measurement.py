@@ -3,10 +3,10 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .evaluation.drift import adapter_configs, check_measurable, measure_drift
 from .evaluation.generation import generate_answers, prompts_and_references
@@ -65,7 +65,8 @@ class Measurement:
     def __init__(self, trainer: EMARegularizedSFTTrainer, samples: Dataset, tokens: int):
         self.trainer, self.samples, self.tokens = trainer, samples, tokens
         self.start = starting_point(trainer)
-        self.pairs = prompts_and_references(samples, trainer.processing_class)
+        self.tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
+        self.pairs = prompts_and_references(samples, self.tokenizer)
         self.batches = {name: trainer_batches(trainer, rows) for name, rows in _evaluation_sets(trainer).items()}
 
     def __call__(self, who: str, adapter: Callable[[], AbstractContextManager] = nullcontext) -> dict[str, dict]:
@@ -86,10 +87,12 @@ class Measurement:
         """Figures, and answers, of the model `before`, the `student` and its `teacher`."""
         teacher = self.trainer.teacher
         # The model as it was is measured afterwards too: only now is a sharded one ready to compute.
+        adapters: dict[str, Callable[[], AbstractContextManager]]
         adapters = {"before": self.start.activate, "student": nullcontext}
         if teacher is not None and not teacher.is_base:
             adapters["teacher"] = teacher.activate
-        figures, answers = {}, {}
+        figures: dict[str, Any] = {}
+        answers: dict[str, list[str]] = {}
         for who, adapter in adapters.items():
             figures[who] = self(who, adapter)
             with adapter():
@@ -100,10 +103,11 @@ class Measurement:
         return figures, answers
 
     def generate(self) -> list[str]:
+        """Answers, of the model as it is now, to the prompts of the samples."""
         if not len(self.samples):
             return []
         with self.trainer.precision():
-            return generate_answers(self.trainer.model, self.trainer.processing_class, self.samples, self.tokens)
+            return generate_answers(self.trainer.model, self.tokenizer, self.samples, self.tokens)
 
 
 def samples_and_table(metrics: dict) -> str:

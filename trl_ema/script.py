@@ -62,7 +62,7 @@ class TrainingScriptArguments(ScriptArguments):
         default=True, metadata={"help": "Measure loss, drift and generations before and after. False trains alone."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         take_booleans(self)
         self.eval_fraction = plain_number("eval_fraction", self.eval_fraction)
         if not 0 < self.eval_fraction < 1:
@@ -76,7 +76,11 @@ class TrainingScriptArguments(ScriptArguments):
 
 def make_parser() -> TrlParser:
     """Parser of the options of the job, of [`MeanTeacherConfig`] and of TRL's `ModelConfig`."""
-    types = (TrainingScriptArguments, MeanTeacherConfig, ModelConfig)
+    types: Any = (
+        TrainingScriptArguments,
+        MeanTeacherConfig,
+        ModelConfig,
+    )  # TRL's annotation knows no dataclass by type
     return TrlParser(types, prog="trl-ema train", epilog=_LAUNCHING)
 
 
@@ -85,7 +89,8 @@ def parse(arguments: list[str]) -> tuple[TrainingScriptArguments, MeanTeacherCon
     named = {a.split("=")[0] for a in arguments}
     if not named & {"--config", "--model_name_or_path"}:
         arguments = ["--config", DEMO_CONFIG, *arguments]
-    return make_parser().parse_args_and_config(arguments)
+    args, training_args, model_args = make_parser().parse_args_and_config(arguments)
+    return args, training_args, model_args
 
 
 def load_data(
@@ -148,7 +153,12 @@ def _part_stream(
 
 def _load_split(args: TrainingScriptArguments, split: str, text_field: str) -> Any:
     return data.load_split(
-        args.dataset_name, args.dataset_config, split, args.dataset_streaming, text_field, args.drop_incomplete_rows
+        str(args.dataset_name),
+        args.dataset_config,
+        split,
+        args.dataset_streaming,
+        text_field,
+        args.drop_incomplete_rows,
     )
 
 
@@ -198,9 +208,10 @@ def sources(args: TrainingScriptArguments, model_args: ModelConfig) -> dict[str,
 
 def describe_run(trainer: Trainer, args: TrainingScriptArguments, model_args: ModelConfig) -> dict:
     """What `metrics.json` says of the run beside its figures."""
+    rows: Any = trainer.train_dataset
     return {
         **sources(args, model_args),
-        "train_rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+        "train_rows": len(rows) if hasattr(rows, "__len__") else None,
         "steps": trainer.state.global_step,
         **provenance(),
         "arguments": trainer.args.to_sanitized_dict(),

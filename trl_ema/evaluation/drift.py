@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.models.utils import _ForwardRedirection
@@ -25,6 +26,9 @@ from ..teacher import base_changed_by, without_adapter
 from .models import evaluating
 
 
+_Context = Callable[[], AbstractContextManager]
+
+
 def general_rows() -> list[dict[str, str]]:
     """Short questions of general knowledge with their answers, for drift away from the domain: 48 rows of our own."""
     text = importlib.resources.files(__package__).joinpath("general_prompts.jsonl").read_text(encoding="utf-8")
@@ -33,7 +37,7 @@ def general_rows() -> list[dict[str, str]]:
 
 def tokenized_batches(
     rows: Dataset,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
     batch_size: int = 16,
     settings: SFTConfig | None = None,
@@ -72,7 +76,7 @@ def tokenized_batches(
     return [collate(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
 
 
-def _tokenized(rows: Dataset, tokenizer, max_length: int | None, settings: SFTConfig | None) -> Dataset:
+def _tokenized(rows: Dataset, tokenizer: Any, max_length: int | None, settings: SFTConfig | None) -> Dataset:
     defaults = {f.name: f.default for f in fields(SFTConfig)}
     options = defaults if settings is None else {name: getattr(settings, name) for name in defaults}
     args: Any = SimpleNamespace(
@@ -89,7 +93,7 @@ def _tokenized(rows: Dataset, tokenizer, max_length: int | None, settings: SFTCo
     return trainer._prepare_dataset(rows, tokenizer, args, packing=False, formatting_func=None, dataset_name="held-out")
 
 
-def _failures(rows: Dataset, *args) -> Iterator[tuple[int, Exception]]:
+def _failures(rows: Dataset, *args: Any) -> Iterator[tuple[int, Exception]]:
     for i in range(len(rows)):
         try:
             _tokenized(rows.select([i]), *args)
@@ -97,7 +101,9 @@ def _failures(rows: Dataset, *args) -> Iterator[tuple[int, Exception]]:
             yield i, error
 
 
-def measure_drift(model: PeftModel, batches: Iterable[dict], *args, **kwargs) -> dict[str, float]:
+def measure_drift(
+    model: PeftModel | PreTrainedModel, batches: Iterable[dict], *args: Any, **kwargs: Any
+) -> dict[str, float]:
     """
     Loss and drift over every labelled token together; the arguments are those of [`drift_of_rows`].
 
@@ -132,12 +138,12 @@ def _no_label(number: int) -> str:
 
 @torch.no_grad()
 def drift_of_rows(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     batches: Iterable[dict],
-    adapter: Callable[[], AbstractContextManager] = nullcontext,
+    adapter: _Context = nullcontext,
     description: str = "",
     wrapper: torch.nn.Module | None = None,
-    reference: Callable[[], AbstractContextManager] | None = None,
+    reference: _Context | None = None,
 ) -> torch.Tensor:
     r"""
     Loss and drift of each row, summed over its labelled tokens, from the model before its training:
@@ -170,13 +176,13 @@ def drift_of_rows(
     if reference is None:
         _check_off_is_before(model)
     before = reference or (lambda: without_adapter(model))
-    base = model.get_base_model() if is_peft_model(model) else model
+    base: Any = cast(PeftModel, model).get_base_model() if is_peft_model(model) else model
     device = base.get_input_embeddings().weight.device
 
-    def of_batch(labels, **inputs):
+    def of_batch(labels: torch.Tensor, **inputs: torch.Tensor) -> list[torch.Tensor]:
         return _loss_and_drift(base, labels[:, 1:], inputs, adapter, before)
 
-    rows = []
+    rows: list[torch.Tensor] = []
     with evaluating(model):
         for batch in tqdm(batches, desc=description or "Drift", leave=False):
             batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
@@ -204,11 +210,12 @@ def check_measurable(config: PeftConfig) -> None:
         )
 
 
-def adapter_configs(model) -> list[PeftConfig]:
+def adapter_configs(model: Any) -> list[PeftConfig]:
+    """The configurations of a model's adapters; none of a plain model."""
     return list(model.peft_config.values()) if is_peft_model(model) else []
 
 
-def _check_off_is_before(model) -> None:
+def _check_off_is_before(model: Any) -> None:
     """Raises `ValueError` if the adapter has changed the base's weights, so that switching it off does not show them."""
     for config in adapter_configs(model):
         changed_by = base_changed_by(config)
@@ -220,19 +227,27 @@ def _check_off_is_before(model) -> None:
             )
 
 
-def _loss_and_drift(base, labels, inputs: dict, adapter, reference) -> list[torch.Tensor]:
+def _loss_and_drift(
+    base: Any, labels: torch.Tensor, inputs: dict, adapter: _Context, reference: _Context
+) -> list[torch.Tensor]:
     """For each row of one batch the sums of the loss and of both divergences, and its labelled tokens."""
     before, *head_before = _pass(base, inputs, reference)
     hidden, *head = _pass(base, inputs, adapter)
     rows = []
     with whole_weights(*head, *head_before) as (weight, bias, weight_before, bias_before):
-        options = dict(bias=bias, teacher_weight=weight_before, teacher_bias=bias_before)
+        options: dict[str, Any] = dict(weight=weight, bias=bias)
+        options |= dict(teacher_weight=weight_before, teacher_bias=bias_before)
         options["transform"] = logit_transform(base.config.get_text_config())
         for states, states_before, targets in zip(hidden, before, labels, strict=True):
             mask = targets != IGNORE_INDEX
             one, other = [
                 fused_linear_cross_entropy_kl(
-                    states[mask], states_before[mask], weight, targets[mask], 0.0, direction=direction, **options
+                    states[mask],
+                    states_before[mask],
+                    labels=targets[mask],
+                    kl_weight=0.0,
+                    direction=direction,
+                    **options,
                 )
                 for direction in ("forward", "reverse")
             ]
@@ -240,7 +255,7 @@ def _loss_and_drift(base, labels, inputs: dict, adapter, reference) -> list[torc
     return rows
 
 
-def _pass(base, inputs: dict, context) -> tuple[torch.Tensor, Any, Any]:
+def _pass(base: Any, inputs: dict, context: _Context) -> tuple[torch.Tensor, Any, Any]:
     """Hidden states for the labels, and weight and bias of the head that belongs to them."""
     with context():
         hidden = base.base_model(**inputs).last_hidden_state[:, :-1]
@@ -248,6 +263,6 @@ def _pass(base, inputs: dict, context) -> tuple[torch.Tensor, Any, Any]:
         weight, bias = head.weight, getattr(head, "bias", None)
         if weight.requires_grad and context is not nullcontext:
             # A head that is trained, and that the context may take back: a copy stays.
-            with whole_weights(weight, bias) as (weight, bias):
-                weight, bias = weight.clone(), None if bias is None else bias.clone()
+            with whole_weights(weight, bias) as whole:
+                weight, bias = (None if tensor is None else tensor.clone() for tensor in whole)
     return hidden, weight, bias
