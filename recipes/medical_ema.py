@@ -22,7 +22,6 @@ import sys
 import time
 
 from datasets import Dataset
-from trl import get_peft_config
 
 from trl_ema import EMARegularizedSFTTrainer
 from trl_ema.data import as_chat, hub_errors
@@ -31,7 +30,7 @@ from trl_ema.files import check_output_dir, write_json
 from trl_ema.measurement import DriftCallback, Measurement, card_figures, samples_and_table
 from trl_ema.model_card import write_model_card
 from trl_ema.noise import hide_noise
-from trl_ema.script import describe_run, load_data, load_tokenizer, parse, quantization, resume_from, sources
+from trl_ema.script import describe_run, load_data, load_tokenizer, lora, parse, quantization, resume_from, sources
 from trl_ema.trainer import check_free_space
 
 
@@ -50,16 +49,13 @@ def main(arguments: list[str]) -> None:
         train, held_out = load_data(args, tokenizer, training_args.dataset_text_field)
     general = as_chat(Dataset.from_list(general_rows()), tokenizer)
 
-    # Model: TRL loads it, with an adapter
+    # Model: TRL loads it
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    model_args.use_peft = True
-    if model_args.lora_target_modules is None:
-        model_args.lora_target_modules = "all-linear"
 
     # Trainer: TRL's own, with the teacher of `MeanTeacherConfig`
     if training_args.metric_for_best_model in ("loss", "eval_loss"):  # of two sets that are evaluated
@@ -72,7 +68,7 @@ def main(arguments: list[str]) -> None:
             eval_dataset={"domain": held_out, "general": general},
             processing_class=tokenizer,
             quantization_config=quantization(model_args, training_args),
-            peft_config=get_peft_config(model_args),
+            peft_config=lora(model_args),
         )
     if args.drift_steps:
         trainer.add_callback(DriftCallback(trainer, args.drift_steps))

@@ -112,7 +112,7 @@ def test_each_option_goes_to_the_one_that_has_it(launched):
     assert settings.training_script_args == ["train", *of_job]
 
 
-@pytest.mark.parametrize("wrong", [["--learning_rat", "3"], ["--no_such"], ["stray"]])
+@pytest.mark.parametrize("wrong", [["--lerning_rate", "3"], ["--no_such"], ["stray"]])
 def test_an_option_that_nobody_has_is_refused(launched, wrong):
     with pytest.raises(
         ValueError, match=r"Of .*" + wrong[0] + ".* not everything is an option of `trl-ema train` or of"

@@ -1,14 +1,15 @@
 """What a training script is made of: its arguments, data, tokenizer and quantization, and what is said of a run."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer
-from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from . import data, offline
 from .checkpoints import last_checkpoint
@@ -177,6 +178,12 @@ def _load_held_out(args: TrainingScriptArguments, text_field: str) -> Any:
         return rows
     logger.info("There is no test split: some training rows are held out.")
     return None
+
+
+def lora(model_args: ModelConfig) -> PeftConfig:
+    """TRL's, but there always is one, and by default it is on all linear layers."""
+    modules = ["all-linear"] if model_args.lora_target_modules is None else model_args.lora_target_modules
+    return cast(PeftConfig, get_peft_config(replace(model_args, use_peft=True, lora_target_modules=modules)))
 
 
 def quantization(model_args: ModelConfig, training_args: MeanTeacherConfig) -> BitsAndBytesConfig | None:
