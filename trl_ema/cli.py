@@ -125,14 +125,7 @@ class EvaluationArguments:
         from .config import plain_count, plain_number, take_booleans
 
         take_booleans(self)
-        least = {
-            "dataset_samples": 1,
-            "generation_tokens": 0,
-            "num_fewshot": 0,
-            "sample": 1,
-            "batch_size": 1,
-            "seed": 0,
-        }
+        least = dict(dataset_samples=1, generation_tokens=0, num_fewshot=0, sample=1, batch_size=1, seed=0)
         for name, count in least.items():
             if getattr(self, name) is not None:
                 setattr(self, name, plain_count(name, getattr(self, name), count))
@@ -145,11 +138,7 @@ def evaluate(arguments: list[str]) -> None:
     from trl import TrlParser
 
     from .evaluation.models import (
-        adapter_base,
-        adapter_revision,
-        check_reference,
         fingerprint,
-        is_adapter,
         load_base,
         load_tokenizer,
         with_adapter,
@@ -157,22 +146,12 @@ def evaluate(arguments: list[str]) -> None:
     from .evaluation.runner import TaskSettings, check_settings, evaluate_tasks
     from .evaluation.tasks import check_tasks, is_offline, task_manager
     from .files import check_output_dir
-    from .offline import demo_model
 
     parser = TrlParser(EvaluationArguments, prog="trl-ema evaluate")  # type: ignore[arg-type]
     (args,) = parser.parse_args_and_config(arguments)
     limit = int(args.limit) if args.limit is not None and args.limit.is_integer() else args.limit
     settings = TaskSettings(args.num_fewshot, limit, args.sample, args.apply_chat_template, args.seed, args.metric)
-    name = args.model or demo_model()
-    adapter = name if is_adapter(name) else None
-    for option in ("base", "reference_adapter"):
-        if adapter is None and getattr(args, option) is not None:
-            raise ValueError(
-                f"`{option}={getattr(args, option)!r}` is for an adapter, and {name!r} is none. Leave it out."
-            )
-    base = adapter_base(name, args.base) if adapter else name
-    revision = args.model_revision or adapter_revision(adapter) or "main"
-    check_reference(args.reference_adapter, adapter, base)
+    name, adapter, base, revision = _which_model(args)
     folder = args.output_dir or os.path.join("runs", "evaluation", re.sub(r"[^\w.-]+", "-", name).strip("-."))
     check_output_dir(folder)
     manager = task_manager(args.offline)
@@ -211,6 +190,29 @@ def evaluate(arguments: list[str]) -> None:
     if args.against is not None:
         print_changes(args.against, folder, results)
     print(f"\nResults and answers are in {folder}.")
+
+
+def _which_model(args: EvaluationArguments) -> tuple[str, str | None, str, str]:
+    """
+    Name of what is evaluated, folder of its adapter (`None` without one), its base, and the revision of the base.
+
+    Raises:
+        ValueError: The base or the reference is not that of the adapter, or there is no adapter for one.
+    """
+    from .evaluation.models import adapter_base, adapter_revision, check_reference, is_adapter
+    from .offline import demo_model
+
+    name = args.model or demo_model()
+    adapter = name if is_adapter(name) else None
+    for option in ("base", "reference_adapter"):
+        if adapter is None and getattr(args, option) is not None:
+            raise ValueError(
+                f"`{option}={getattr(args, option)!r}` is for an adapter, and {name!r} is none. Leave it out."
+            )
+    base = adapter_base(name, args.base) if adapter else name
+    revision = args.model_revision or adapter_revision(adapter) or "main"
+    check_reference(args.reference_adapter, adapter, base)
+    return name, adapter, base, revision
 
 
 def _precision(args: EvaluationArguments) -> dict:
