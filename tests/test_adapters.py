@@ -11,7 +11,8 @@ from peft.tuners.lora.config import BdLoraConfig, EvaConfig, KasaConfig, Montecl
 from safetensors.torch import load_file
 from trl import SFTTrainer
 
-from trl_ema.evaluation.drift import measure_drift, trainer_batches
+from trl_ema.evaluation.drift import measure_drift
+from trl_ema.measurement import trainer_batches
 from trl_ema.regularizers.teacher import MeanTeacher
 
 

@@ -14,9 +14,10 @@ import yaml
 from conftest import CHAT_TEMPLATE, lora
 from peft import get_peft_model
 from transformers import AutoTokenizer
-from trl_ema.teacher import TEACHER_NAME
 
 from trl_ema import MeanTeacherConfig
+from trl_ema.adapters.names import TEACHER_NAME
+from trl_ema.cli import train
 from trl_ema.comparison.figures import CURVES, summarize_comparison
 from trl_ema.comparison.pictures import CAPTIONS, COLORS, _curve_grid, _subject_bars, _task_bars, _tradeoff
 from trl_ema.comparison.plan import DEFAULT_CONFIG, Comparison, load_comparison
@@ -24,7 +25,7 @@ from trl_ema.comparison.report import write_report
 from trl_ema.comparison.run import _Evaluator, _understood, run_comparison
 from trl_ema.evaluation.models import is_adapter, load_base
 from trl_ema.evaluation.tasks import check_tasks, mmlu_subjects, task_manager
-from trl_ema.training import make_trainer, parse
+from trl_ema.script import parse
 
 
 PLAN = {
@@ -708,7 +709,7 @@ def test_an_adapter_that_changes_the_base_leaves_a_whole_one_to_the_next(tiny_fo
 
 @pytest.mark.parametrize("option", ["eos_token", "chat_template_path"])
 def test_an_untrained_arm_has_the_base_s_loss_whatever_the_training_makes_of_the_tokenizer(
-    tiny_folder, tmp_path, option
+    tiny_folder, tmp_path, option, monkeypatch
 ):
     shutil.copytree(tiny_folder / "model", tmp_path / "model")
     template = tmp_path / "own.jinja"
@@ -725,10 +726,11 @@ def test_an_untrained_arm_has_the_base_s_loss_whatever_the_training_makes_of_the
     }  # fmt: skip
     evaluation = {"domain_samples": 6, "generation_tokens": 0}
     plan = load_comparison(write_plan(tiny_folder, training=training, evaluation=evaluation), str(tmp_path / "out"))
-    options = plan.options(plan.arms["ema"], 0) | {"resume_from_checkpoint": None}
+    options = plan.options(plan.arms["ema"], 0) | {"resume_from_checkpoint": None, "output_dir": str(tmp_path / "arm")}
+    options |= {"max_steps": 1, "learning_rate": 0.0}  # an adapter that changes nothing
     arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    trainer, _ = make_trainer(*parse(arguments))
-    trainer.save_model(str(tmp_path / "arm"))
+    monkeypatch.setattr(sys, "argv", ["trl-ema"])
+    train(arguments)
     evaluator = _Evaluator(plan, parse(arguments), None)
     evaluator.base()
     evaluator.adapter(str(tmp_path / "arm"), str(tmp_path / "figures"))

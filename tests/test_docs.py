@@ -18,7 +18,7 @@ from trl import TrlParser
 from trl_ema import MeanTeacherConfig, __version__
 from trl_ema.cli import COMMANDS, EvaluationArguments
 from trl_ema.config import DEFAULT_HALF_LIFE
-from trl_ema.training import parse
+from trl_ema.script import parse
 
 
 ROOT = Path(__file__).parents[1]

@@ -21,9 +21,8 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
 from trl_ema.checks import check_free_space, refuse_parallelism, refuse_sharding
-from trl_ema.evaluation.drift import DriftCallback
 from trl_ema.forward import _of_sequences, _tokens_of, sequence_numbers
-from trl_ema.training import Measurement
+from trl_ema.measurement import DriftCallback, Measurement
 
 
 FORMATS = {

@@ -205,7 +205,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
     # Logs and evaluation
 
     def add_metrics(self, **values: float) -> None:
-        """Numbers for the next log, where they are means over all that were added since the last."""
+        """Let the next log of the training show the mean of what is given until then, beside TRL's own metrics."""
         for name, value in values.items():
             self._metrics["train"][name].append(value)
 

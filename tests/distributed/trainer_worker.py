@@ -25,7 +25,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer
-from trl_ema.evaluation.drift import measure_drift, starting_point, trainer_batches
+from trl_ema.evaluation.drift import measure_drift
+from trl_ema.measurement import starting_point, trainer_batches
 from trl_ema.sharding import any_sharded, gather_whole, local_shard, reshard, whole_shape
 
 

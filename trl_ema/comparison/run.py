@@ -32,7 +32,7 @@ from ..evaluation.suite import HeldOutText, Reference, evaluate_model
 from ..evaluation.tasks import check_tasks, is_offline, task_manager
 from ..extras import require
 from ..files import write_json, write_text
-from ..training import TrainingScriptArguments, load_data, load_tokenizer, parse, quantization, sources
+from ..script import TrainingScriptArguments, load_data, load_tokenizer, parse, quantization, sources
 from .plan import BASE, PLAN, Arm, Comparison
 
 
@@ -239,8 +239,7 @@ class _Evaluator:
             device_map={"": training_args.device},
         )
         _, held_out = load_data(args, self.tokenizer, training_args.dataset_text_field)
-        general = Dataset.from_list(general_rows())
-        general = data.as_conversation(general) if self.tokenizer.chat_template else general
+        general = data.as_chat(Dataset.from_list(general_rows()), self.tokenizer)
         _as_trained_with(self.tokenizer, training_args)
         self.rows: dict[str, Any] = dict(domain=held_out, general=general, settings=training_args)
         HeldOutText(self.tokenizer, comparison.suite, **self.rows)  # refuses what cannot be measured
