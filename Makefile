@@ -10,7 +10,7 @@ PYTHON := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 # What takes longest by far, or starts processes.
-NOT_QUICK := distributed test_checkpoints.py test_cli.py test_comparison.py test_evaluation.py test_recipe.py
+NOT_QUICK := distributed $(addsuffix .py,$(addprefix test_,adapters checkpoints cli comparison evaluation model_card offline recipe))
 
 .PHONY: demo quick test lint package venv clean
 
