@@ -16,7 +16,7 @@ TESTED = {
     "datasets": ">=4.7,<5.3",
     "deepspeed": ">=0.18.6,!=0.19.2,<0.20",  # 0.19.2 fails at the first step with adapters of two precisions (its issue 8072)
     "lm-eval": ">=0.4.13,<0.5",
-    "torch": ">=2.8,<3",  # what is reached into there has been stable; a cap below would keep users from a driver's fixes
+    "torch": ">=2.8,<3",  # little is reached into, and a machine's driver decides which one it needs
 }
 # Those that the trainer extends or patches; the others are named by the installer alone.
 CHECKED_AT_IMPORT = ("trl", "transformers", "peft", "accelerate")
