@@ -482,7 +482,7 @@ def _fresh(*arguments) -> float:
 
 def memory_of(args) -> None:
     """Peak of a step over what the model itself takes, less the teacher's own copy of the adapter."""
-    import trl_ema.script  # noqa: F401  libraries are not what a trainer takes
+    import trl_ema.measurement  # noqa: F401  libraries are not what a trainer takes
 
     with tempfile.TemporaryDirectory() as folder:
         before, copy = _held_mib(), 0.0

@@ -1,0 +1,39 @@
+"""Try the installed package with its core alone, in an environment without any extra: `make package` runs this."""
+
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+
+import trl_ema
+
+
+installed = Path(trl_ema.__file__).parent
+assert installed.is_relative_to(sys.prefix), f"trl_ema was imported from {installed}, not from the wheel"
+extras = {"deepspeed", "lm-eval", "matplotlib", "pytest", "scipy"}
+extras &= {found.name.lower().replace("_", "-") for found in distributions()}
+assert not extras, f"the environment is not empty: it has {extras}"
+
+assert "torch" not in sys.modules
+from trl import SFTTrainer  # noqa: E402
+
+from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig  # noqa: E402
+
+
+assert issubclass(EMARegularizedSFTTrainer, SFTTrainer)
+assert MeanTeacherConfig("out", use_cpu=True, bf16=False).teacher == "ema"
+
+shipped = ("py.typed", "accelerate_configs/cpu.yaml", "recipes/medical_ema.py", "recipes/configs/qwen2_1.5b_qlora.yaml")
+missing = [name for name in shipped if not (installed / name).is_file()]
+assert not missing, f"the wheel lacks {missing}"
+assert not (installed / "recipes" / "results").exists(), "the wheel has results in it"
+
+for arguments in (
+    ["--help"],
+    ["--version"],
+    *([name, "--help"] for name in ("train", "evaluate", "compare", "report")),
+):
+    command = [str(Path(sys.prefix, "bin", "trl-ema")), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout, f"{command} failed:\n{done.stderr}"
+print(f"{trl_ema.__version__} works from its wheel")

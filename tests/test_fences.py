@@ -1,0 +1,274 @@
+"""
+All that is reached into beyond what other libraries document: that it exists, and takes what it is given.
+
+A new release that moves one of these fails here, with its name. Then: mend the place that uses it (`git grep NAME trl_ema`), or end
+the range in `trl_ema/versions.py` before that release. CONTRIBUTING.md says how to try one.
+"""
+
+import ast
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from trl import SFTTrainer
+
+import trl_ema
+from trl_ema import EMARegularizedSFTTrainer
+
+
+# Methods of `Trainer` and `SFTTrainer` that the trainer replaces: one that is renamed there would be called no more.
+OVERRIDDEN = (
+    "_finalize_training _get_output_dir _load_best_model _load_from_checkpoint _load_optimizer_and_scheduler "
+    "_maybe_log_save_evaluate _prepare_for_training _push_from_checkpoint _run_epoch _save_checkpoint "
+    "_save_optimizer_and_scheduler compute_loss create_model_card create_optimizer evaluation_loop get_batch_samples log "
+    "save_model train"
+)
+
+# Functions, and the parameters that they are given: by position before the `|`, by name after it.
+CALLED = {
+    "accelerate.utils.broadcast_object_list": "object_list",
+    "accelerate.utils.is_peft_model": "model",
+    "bitsandbytes.nn.Linear4bit.state_dict": "",
+    "deepspeed.utils.safe_get_full_fp32_param": "param",
+    "deepspeed.utils.safe_get_full_optimizer_state": "param optim_state_key",
+    "deepspeed.utils.safe_set_full_fp32_param": "param value",
+    "deepspeed.utils.safe_set_full_optimizer_state": "param value optim_state_key",
+    "deepspeed.utils.safe_set_local_fp32_param": "param value",
+    "deepspeed.utils.safe_set_local_optimizer_state": "param value optim_state_key",
+    "lm_eval.evaluator.get_git_commit_hash": "",
+    "lm_eval.models.huggingface.HFLM.__init__": "| pretrained tokenizer batch_size",
+    "lm_eval.simple_evaluate": (
+        "model | tasks num_fewshot limit samples apply_chat_template use_cache bootstrap_iters task_manager fewshot_random_seed"
+    ),
+    "lm_eval.tasks.TaskManager.__init__": "| include_path",
+    "peft.PeftModel.add_adapter": "adapter_name peft_config",
+    "peft.PeftModel.delete_adapter": "adapter_name",
+    "peft.PeftModel.load_adapter": "model_id adapter_name | is_trainable",
+    "peft.PeftModel.save_pretrained": "save_directory | selected_adapters",
+    "peft.PeftModel.set_requires_grad": "adapter_names requires_grad",
+    "peft.get_peft_model_state_dict": "model state_dict adapter_name | save_embedding_layers",
+    "peft.helpers.rescale_adapter_scale": "model multiplier",
+    "peft.tuners.tuners_utils.BaseTuner.unload": "",
+    "peft.tuners.tuners_utils.BaseTunerLayer._get_available_adapters": "",
+    "peft.utils.load_peft_weights": "model_id device",
+    "peft.utils.set_peft_model_state_dict": "model peft_model_state_dict adapter_name",
+    "torch._foreach_copy_": None,
+    "torch._foreach_lerp_": None,
+    "torch._foreach_norm": None,
+    "torch._foreach_sub": None,
+    "torch.clear_autocast_cache": None,
+    "torch.distributed.fsdp.FSDPModule.reshard": "",
+    "torch.nn.Module.register_state_dict_post_hook": "hook",
+    "transformers.PreTrainedModel.get_input_embeddings": "",
+    "transformers.PreTrainedModel.get_output_embeddings": "",
+    "transformers.Trainer._load_scaler": "checkpoint",
+    "transformers.Trainer._save": "output_dir state_dict",
+    "transformers.Trainer.pop_callback": "callback",
+    "transformers.Trainer.push_to_hub": "| commit_message revision",
+    "transformers.hf_argparser.string_to_bool": "v",
+    "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func": (
+        "gate_logits num_experts top_k attention_mask"
+    ),
+    "transformers.trainer_jit_checkpoint.JITCheckpointCallback.on_train_end": "args state control",
+    "transformers.trainer_utils.get_last_checkpoint": "folder",
+    "transformers.trainer_utils.sort_checkpoints": "output_dir | use_mtime",
+    "trl.SFTTrainer._prepare_dataset": "dataset processing_class args | packing formatting_func dataset_name",
+    "trl.chat_template_utils.get_training_chat_template": "processing_class",
+    "trl.chat_template_utils.has_generation_markers": "chat_template",
+    "trl.data_utils.common_prefix_length": "ids other_ids",
+    "trl.data_utils.maybe_convert_to_chatml": "example",
+    "trl.models.utils._ForwardRedirection.__call__": "wrapper_module original_module method",
+    "trl.trainer.sft_trainer.DataCollatorForLanguageModeling.__init__": "pad_token_id | padding_free",
+    "trl.trainer.utils.add_fused_lm_head": "model",
+    "trl.trainer.utils.get_config_model_id": "config",
+    "trl.trainer.utils.maybe_gather_lm_head_ctx": "*params",
+}
+
+# Attributes, fields and keys that are read or set, by the class or module that has them.
+NAMED = {
+    "accelerate.Accelerator": "gradient_state optimizer_step_was_skipped parallelism_config",
+    "accelerate.DeepSpeedPlugin": "deepspeed_config zero_stage",
+    "accelerate.FullyShardedDataParallelPlugin": "fsdp_version mixed_precision_policy state_dict_type",
+    "accelerate.parallelism_config.ParallelismConfig": "cp_enabled cp_size sp_enabled sp_size tp_enabled tp_size",
+    "accelerate.state.AcceleratorState": "deepspeed_plugin dynamo_plugin fsdp_plugin",
+    "accelerate.state.GradientState": "end_of_dataloader",
+    "bitsandbytes.nn.Linear4bit": "compute_dtype support_avx512bf16_for_cpu",
+    "deepspeed.runtime.engine.DeepSpeedEngine": "module optimizer zero_optimization_stage",
+    "deepspeed.runtime.zero.partition_parameters": "ds_id ds_numel ds_process_group ds_shape ds_tensor partition",
+    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": "fp32_partitioned_groups_flat optimizer",
+    "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
+        "_lazy_init_hp_params_optimizer_state optimizer single_partition_of_fp32_groups"
+    ),
+    "lm_eval.api.task.Task": "eval_docs",
+    "lm_eval.evaluator": "arguments doc_hash doc_id groups metrics prompt_hash results samples",
+    "lm_eval.tasks.TaskManager": "all_tasks load task_index",
+    "lm_eval.tasks._index": "cfg tags",
+    "peft.LoraConfig": (
+        "alpha_pattern bias ensure_weight_tying init_lora_weights kasa_config layer_replication lora_bias modules_to_save "
+        "trainable_token_indices use_dora use_rslora"
+    ),
+    "peft.PeftConfig": "inference_mode is_adaption_prompt is_prompt_learning peft_type",
+    "peft.PeftModel": "active_adapters active_peft_config get_base_model peft_config state_dict",
+    "peft.PeftType": "ADALORA POLY SHADOW TINYLORA UNILORA VBLORA XLORA",
+    "peft.auto": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "peft.mapping": "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "peft.tuners.lora": "Linear Linear4bit",
+    "peft.tuners.lora.LoraLayer": "lora_A lora_B lora_dropout lora_embedding_A lora_variant scaling",
+    "peft.tuners.tuners_utils.BaseTuner": "targeted_module_names targeted_parameter_names",
+    "peft.tuners.tuners_utils.BaseTunerLayer": "_active_adapter _disable_adapters base_layer merged",
+    "peft.utils.other": "AuxiliaryTrainingWrapper EMBEDDING_LAYER_NAMES",
+    "peft.utils.other.AuxiliaryTrainingWrapper": "_active_adapter _disable_adapters original_module",
+    "peft.utils.other.ModulesToSaveWrapper": "modules_to_save",
+    "peft.utils.other.TrainableTokensWrapper": "weight",
+    "torch.nn.Module": "_modules",
+    "torch.distributed.fsdp.MixedPrecisionPolicy": "output_dtype",
+    "torch.distributed.tensor.DTensor": "device_mesh from_local full_tensor placements to_local",
+    "transformers.PretrainedConfig": "_attn_implementation _attn_implementation_internal _commit_hash _name_or_path get_text_config",
+    "transformers.Trainer": (
+        "callback_handler is_deepspeed_enabled is_fsdp_enabled lr_scheduler model_wrapped push_in_progress resume_from_checkpoint"
+    ),
+    "transformers.TrainerState": "best_global_step best_model_checkpoint load_from_json save_to_json stateful_callbacks",
+    "transformers.TrainingArguments": "average_tokens_across_devices enable_jit_checkpoint hub_always_push hub_revision",
+    "transformers.modeling_layers.GradientCheckpointingLayer": "gradient_checkpointing",
+    "trl.SFTTrainer": (
+        "_metrics _name _paper _tag_names _tokenizer _total_train_tokens aux_loss chat_template completion_only_loss entropy "
+        "fused_lm_head is_top1 label_mask log_probs"
+    ),
+}
+
+# Names of files that are looked for or read.
+VALUES = {
+    "accelerate.utils.constants.FSDP_MODEL_NAME": "pytorch_model_fsdp",
+    "peft.utils.CONFIG_NAME": "adapter_config.json",
+    "peft.utils.SAFETENSORS_WEIGHTS_NAME": "adapter_model.safetensors",
+    "transformers.trainer.OPTIMIZER_NAME": "optimizer.pt",
+    "transformers.trainer.SCHEDULER_NAME": "scheduler.pt",
+    "transformers.trainer.TRAINER_STATE_NAME": "trainer_state.json",
+    "transformers.trainer_utils.PREFIX_CHECKPOINT_DIR": "checkpoint",
+    "transformers.utils.CHAT_TEMPLATE_FILE": "chat_template.jinja",
+}
+
+
+def find(path):
+    """What a dotted name stands for: the longest part that is a module, then attributes."""
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[end:]:
+            found = getattr(found, name)
+        return found
+    raise ModuleNotFoundError(path)
+
+
+def names_of(function):
+    """Parameters in their order, without `self`."""
+    parameters = [str(p) if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) else p.name for p in _parameters(function)]
+    return [name.split(":")[0] for name in parameters if name != "self"]
+
+
+def _parameters(function):
+    return inspect.signature(function).parameters.values()
+
+
+def has(owner, name):
+    """Classes rarely declare what their methods set: then it stands in their source."""
+    if hasattr(owner, name):
+        return True
+    try:
+        source = inspect.getsource(owner)
+    except OSError:  # a class that a decorator has made anew
+        source = inspect.getsource(inspect.getmodule(owner))
+    return re.search(rf"\b{name}\b", source) is not None
+
+
+def overridden():
+    own = [cls for cls in EMARegularizedSFTTrainer.__mro__ if cls.__module__.startswith("trl_ema.")]
+    return {name for cls in own for name, x in vars(cls).items() if inspect.isfunction(x) and hasattr(SFTTrainer, name)}
+
+
+def test_the_table_of_overridden_methods_is_complete():
+    assert sorted(overridden() - {"__init__"}) == OVERRIDDEN.split()
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN.split())
+def test_overridden_method_takes_and_hands_on_what_it_is_given(name):
+    assert hasattr(SFTTrainer, name)
+    ours, theirs = names_of(getattr(EMARegularizedSFTTrainer, name)), names_of(getattr(SFTTrainer, name))
+    own = [parameter for parameter in ours if parameter[0] != "*"]
+    if "*args" in ours:  # hands on the rest
+        assert theirs[: ours.index("*args")] == ours[: ours.index("*args")]
+        assert set(own) <= set(theirs)
+    else:
+        assert theirs == ours
+    defaults = {p.name: p.default for p in _parameters(getattr(EMARegularizedSFTTrainer, name))}
+    assert all(defaults.get(p.name, p.default) == p.default for p in _parameters(getattr(SFTTrainer, name)))
+
+
+@pytest.mark.parametrize("path", CALLED)
+def test_function_takes_what_it_is_given(path):
+    function = find(path)
+    if CALLED[path] is None:  # without a signature
+        assert callable(function)
+        return
+    by_position, _, by_name = (part.split() for part in CALLED[path].partition("|"))
+    parameters = names_of(function)
+    assert parameters[: len(by_position)] == by_position
+    assert set(by_name) <= set(parameters)
+    needed = [
+        p for p in _parameters(function) if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    assert {p.name for p in needed} <= {"self", *by_position, *by_name}
+
+
+@pytest.mark.parametrize("path", NAMED)
+def test_attribute_exists(path):
+    owner = find(path)
+    assert not [name for name in NAMED[path].split() if not has(owner, name)]
+
+
+@pytest.mark.parametrize("path", VALUES)
+def test_file_has_the_name_that_is_looked_for(path):
+    assert find(path) == VALUES[path]
+
+
+# Imports need no table.
+NODES = [
+    node
+    for path in Path(trl_ema.__file__).parent.rglob("*.py")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+]
+IMPORTED = sorted(
+    {
+        f"{node.module}.{alias.name}"
+        for node in NODES
+        if isinstance(node, ast.ImportFrom) and not node.level
+        for alias in node.names
+        if node.module.split(".")[0] not in sys.stdlib_module_names
+    }
+)
+
+
+@pytest.mark.parametrize("path", IMPORTED)
+def test_what_is_imported_exists(path):
+    find(path)
+
+
+def test_no_underscored_name_of_others_is_missing_in_the_tables():
+    own, used = set(), set()
+    for node in NODES:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+        elif isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+            used.add(node.attr)
+            if isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                own.add(node.attr)
+    tables = {*OVERRIDDEN.split(), *(path.rpartition(".")[2] for path in CALLED), *" ".join(NAMED.values()).split()}
+    assert used - own <= tables
