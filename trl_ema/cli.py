@@ -186,7 +186,7 @@ def evaluate(arguments: list[str]) -> None:
     if text is not None:
         if args.reference_adapter is not None:
             model_id += f" from {fingerprint(base, args.reference_adapter)}"
-        found = text.measure(model, folder, model_id, reference=start and start.activate)
+        found = text.measure(model, folder, model_id, reference=None if start is None else start.activate)
         _print_text(found, None if adapter is None else args.reference_adapter or base)
     if args.against is not None:
         print_changes(args.against, folder, results)

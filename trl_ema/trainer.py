@@ -1,12 +1,16 @@
 """`EMARegularizedSFTTrainer`: TRL's `SFTTrainer` with a mean teacher, or whatever else regularizes, wired in."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers.trainer_utils import SaveStrategy
+from peft import PeftConfig, PeftModel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from .adapters.fitness import base_changed_by
 from .adapters.starting_point import StartingPoint
@@ -46,21 +50,19 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         loss = CE(y; p_θ) + kl_weight · ramp(step) · D(p_φ, p_θ)          per token, mean over the accumulated batch
         after each optimizer step:   φ ← d·φ + (1 − d)·θ
 
-    Takes the same arguments as [`~trl.SFTTrainer`], with [`MeanTeacherConfig`] for `args` (an [`~trl.SFTConfig`] is
-    read as one with the default teacher). The model needs a PEFT adapter, unless `teacher="none"`, with which it trains as
-    [`~trl.SFTTrainer`] does, step for step; but in a float32 run over a 4-bit base the adapter is float32 here, with every
-    teacher, where TRL casts it to bfloat16. A model object can be given again, as when a cell of a notebook runs twice.
+    Takes the arguments of [`~trl.SFTTrainer`], with [`MeanTeacherConfig`] for `args` (an [`~trl.SFTConfig`] is read as one
+    with the default teacher). The model needs a PEFT adapter, unless `teacher="none"`, which trains as [`~trl.SFTTrainer`]
+    does, step for step; but in a float32 run over a 4-bit base the adapter is float32 here, where TRL casts it to bfloat16.
+    A model object can be given again, as when a cell of a notebook runs twice.
 
-    Logs what `SFTTrainer` logs, and `ce_loss`, `kl_loss` (nats per token), `kl_weight`, `ema_decay` and
-    `teacher_distance` (relative L2 distance between the two adapters). `teacher` is the [`MeanTeacher`], or `None`;
-    `regularizers` lists all that holds the student back.
+    Logs, beside its metrics, `ce_loss`, `kl_loss` (nats per token), `kl_weight`, `ema_decay` and `teacher_distance`
+    (relative L2). `teacher` is the [`MeanTeacher`], or `None`; `regularizers` lists all that holds the student back.
 
     Example:
 
     ```python
     >>> trainer = EMARegularizedSFTTrainer(
-    ...     "Qwen/Qwen2-1.5B",
-    ...     args=MeanTeacherConfig("out", teacher="ema", kl_weight=1.0, learning_rate=1e-4),
+    ...     "Qwen/Qwen2-1.5B", args=MeanTeacherConfig("out", learning_rate=1e-4),
     ...     train_dataset=load_dataset("medalpaca/medical_meadow_medical_flashcards", split="train"),
     ...     peft_config=LoraConfig(target_modules="all-linear"),
     ... )
@@ -76,13 +78,15 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
     _tag_names = ["trl", "sft", "trl_ema"]
 
     def __init__(
-        self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None, processing_class=None,
-        compute_loss_func=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
-        optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, quantization_config=None, peft_config=None,
-        formatting_func=None,
+        self, model: str | PreTrainedModel | PeftModel, args: MeanTeacherConfig | TrainingArguments | None = None,
+        data_collator: Any = None, train_dataset: Any = None, eval_dataset: Any = None, processing_class: Any = None,
+        compute_loss_func: Any = None, compute_metrics: Any = None, callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None), optimizer_cls_and_kwargs: Any = None,
+        preprocess_logits_for_metrics: Any = None, quantization_config: Any = None,
+        peft_config: PeftConfig | None = None, formatting_func: Any = None,
     ):  # fmt: skip
         args = as_mean_teacher_config(args, model)
-        check_output_dir(args.output_dir)
+        check_output_dir(str(args.output_dir))
         check_before_loading(model, args, peft_config, train_dataset, compute_loss_func)
         check_datasets(train_dataset, eval_dataset, args, formatting_func, data_collator)
         undo_earlier_run(model)  # last: what is refused leaves an earlier trainer and what it has trained alone
@@ -128,7 +132,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
                     check_head(base)
         self.regularizers += make_regularizers(self.model, self.args)
 
-    def check_is_owner(self):
+    def check_is_owner(self) -> None:
         if self._claim.given_on:
             raise RuntimeError(
                 "The model of this trainer was given to another trainer, which has taken this one's teacher off it, and may have put an "
@@ -158,7 +162,9 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
 
     # The loss
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict], torch.Tensor | int | None]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         gather = self.accelerator.gather if self.args.average_tokens_across_devices else None
         for regularizer in self.regularizers:
@@ -166,7 +172,9 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         self._penalty_is_due = True
         return batches, num_items
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         # An evaluation is the student's, as SFT would report it.
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -196,8 +204,8 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         found = [regularizer.penalty(step) for regularizer in self.regularizers if due]
         return [penalty for penalty in found if penalty is not None]
 
-    def after_step(self):
-        """What follows an optimizer step, if it was really taken: the teacher moves."""
+    def after_step(self) -> None:
+        """After an optimizer step, if it was really taken: the teacher moves."""
         if not self.accelerator.optimizer_step_was_skipped:
             for regularizer in self.regularizers:
                 regularizer.after_step(self.state.global_step)
@@ -209,13 +217,15 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         for name, value in values.items():
             self._metrics["train"][name].append(value)
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:
             for regularizer in self.regularizers:
                 self.add_metrics(**regularizer.metrics(self.accelerator.gather))
         super().log(logs, start_time)
 
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
         self.check_is_owner()
         kwargs["metric_key_prefix"] = metric_key_prefix
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)

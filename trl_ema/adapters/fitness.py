@@ -64,7 +64,7 @@ def student_name(model: PeftModel, earlier_teacher: bool = False) -> str:
     return active[0]
 
 
-def check_adapter(config, anchor: float) -> None:
+def check_adapter(config: Any, anchor: float) -> None:
     """Raises `ValueError` if no second adapter of this kind can be an average of the first."""
     kind = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning or config.is_adaption_prompt:
@@ -103,7 +103,7 @@ def _targets_embeddings(config) -> bool:
     )
 
 
-def base_changed_by(config) -> str | None:
+def base_changed_by(config: Any) -> str | None:
     """
     The option by which this kind of adapter changes the base's own weights or layers, so that without the adapter the model is
     not the base; `None` where the base stays as it was.
@@ -118,7 +118,7 @@ def base_changed_by(config) -> str | None:
     return None if str(init).lower() in _KEEP_BASE else f"`init_lora_weights={init!r}`"
 
 
-def check_repeatable(config, advice: str) -> None:
+def check_repeatable(config: Any, advice: str) -> None:
     """Raises `ValueError` if the adapter takes from the base what it would not take again when it is loaded."""
     init = getattr(config, "init_lora_weights", True)
     if str(init).lower() not in _REPEATABLE:

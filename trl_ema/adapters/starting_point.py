@@ -1,5 +1,6 @@
 """The model before a training: what drift is measured from."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,7 +50,7 @@ class StartingPoint:
             self._kept[name] = local_shard(parameter).cpu().clone(), is_sharded(parameter)
 
     @contextmanager
-    def activate(self):
+    def activate(self) -> Iterator[None]:
         """Within this context the model computes as it did at the start. Restores everything, also after an error."""
         if self.is_base:
             with without_adapter(self.model):

@@ -42,7 +42,7 @@ class SavingTrainer(SFTTrainer):
 
     # Models
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self.check_is_owner()
         folder, writes = output_dir or self.args.output_dir, self.args.should_save
         for regularizer in self.regularizers:  # before the student: that may push the folder to the hub
@@ -65,7 +65,9 @@ class SavingTrainer(SFTTrainer):
         if self.is_world_process_zero():
             (mend_model_card if _internal_call else write_model_card)(self, folder)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
+    def create_model_card(  # type: ignore[override]  # as TRL's
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
         super().create_model_card(model_name, dataset_name and without_folder(dataset_name), tags)
         if self.is_world_process_zero():
             write_model_card(self, self.args.output_dir)
@@ -116,7 +118,7 @@ class SavingTrainer(SFTTrainer):
                 shutil.copytree(os.path.join(checkpoint_folder, name), target, dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def create_optimizer(self, *args, **kwargs):
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.is_deepspeed_enabled and not deepspeed_plans(self) and is_peft_model(self.model):
             self._optimizer_groups = portable.group_names(optimizer, self.model)

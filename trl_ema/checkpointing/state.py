@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..sharding import local_shard
@@ -17,8 +17,11 @@ class RegularizerCallback(TrainerCallback):
     def __init__(self, trainer: Any):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        trainer, saved = self.trainer, state.stateful_callbacks.get(STATE_KEY, {})
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kept: Any = state.stateful_callbacks  # a dict by now
+        trainer, saved = self.trainer, kept.get(STATE_KEY, {})
         if trainer.resumed_from is not None:
             # Here in every mode: DeepSpeed and FSDP load a checkpoint after they have wrapped the model.
             trainer.last_good_checkpoint = trainer.resumed_from
@@ -31,16 +34,19 @@ class RegularizerCallback(TrainerCallback):
         for regularizer in trainer.regularizers:
             regularizer.begin(state.max_steps, saved.get("regularizers", {}).get(regularizer.name))
 
-    def on_save(self, args, state, control, model=None, **kwargs):
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         # A finite loss can still have had gradients that were not. Each rank looks at its own shards.
         finite = all(local_shard(p).isfinite().all() for p in model.parameters() if p.requires_grad)
         if self.trainer.accelerator.gather(torch.tensor(finite, device=args.device)).all():
             folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            self.trainer.last_good_checkpoint = os.path.join(args.output_dir, folder)
+            self.trainer.last_good_checkpoint = os.path.join(str(args.output_dir), folder)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.after_step()
-        state.stateful_callbacks[STATE_KEY] = {
+        kept: Any = state.stateful_callbacks  # a dict by now
+        kept[STATE_KEY] = {
             "run_id": self.trainer.run_id,
             "num_tokens": self.trainer._total_train_tokens,
             "regularizers": {regularizer.name: regularizer.state() for regularizer in self.trainer.regularizers},

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import TrainOutput
 
 from ..adapters.names import trained_names
 from ..files import finish_replacing
@@ -46,7 +47,7 @@ class CheckpointingTrainer(SavingTrainer):
 
     # Reading one
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         self.check_is_owner()
         # A run that starts anew leaves alone what others left in its folder.
         if resume_from_checkpoint is True:
