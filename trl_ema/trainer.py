@@ -104,8 +104,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         keep_4bit_layers_trainable(self.model)
         let_tokens_of_head_train(self.model)
         keep_float32_adapter(self.model, args)
-        # What drift is measured from; of a full fine-tune it would be a copy of the whole model.
-        self.starting_point = None
+        self.starting_point = None  # of drift; of a full fine-tune it would be a copy of the whole model
         if is_peft_model(self.model):
             is_base = None if peft_config is None else base_changed_by(peft_config) is None
             self.starting_point = StartingPoint(self.model, is_base)

@@ -28,4 +28,5 @@ def twin_name(name: str, student: str) -> str:
 
 
 def tuner_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that an adapter has put into the model, in order."""
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
