@@ -28,12 +28,18 @@ missing = [name for name in shipped if not (installed / name).is_file()]
 assert not missing, f"the wheel lacks {missing}"
 assert not (installed / "recipes" / "results").exists(), "the wheel has results in it"
 
+
+def trl_ema_says(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([Path(sys.prefix, "bin", "trl-ema"), *arguments], capture_output=True, text=True, check=False)
+
+
 for arguments in (
     ["--help"],
     ["--version"],
     *([name, "--help"] for name in ("train", "evaluate", "compare", "report")),
 ):
-    command = [str(Path(sys.prefix, "bin", "trl-ema")), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stdout, f"{command} failed:\n{done.stderr}"
+    done = trl_ema_says(*arguments)
+    assert done.returncode == 0 and done.stdout, f"{arguments} failed:\n{done.stderr}"
+names = trl_ema_says("train", "--accelerate_config", "none").stderr
+assert "one of cpu, " in names, f"the launch configurations are not found:\n{names}"
 print(f"{trl_ema.__version__} works from its wheel")
