@@ -1,8 +1,9 @@
 """Try the installed package with its core alone, in an environment without any extra: `make package` runs this."""
 
+import re
 import subprocess
 import sys
-from importlib.metadata import distributions
+from importlib.metadata import distributions, metadata
 from pathlib import Path
 
 import trl_ema
@@ -27,6 +28,12 @@ shipped = ("py.typed", "accelerate_configs/cpu.yaml", "recipes/medical_ema.py", 
 missing = [name for name in shipped if not (installed / name).is_file()]
 assert not missing, f"the wheel lacks {missing}"
 assert not (installed / "recipes" / "results").exists(), "the wheel has results in it"
+
+
+page = metadata("trl_ema").get_payload()
+assert "mean teacher" in page, "the wheel has no page for an index"
+links = re.findall(r"\]\((?!https?://)([^)]*)\)", page)
+assert not links, f"the page for an index has links to files that are not beside it: {links}"
 
 
 def trl_ema_says(*arguments: str) -> subprocess.CompletedProcess:
