@@ -312,7 +312,8 @@ def first_step(run: Run) -> None:
         tokens = 16 if run.smoke else 256
         step, trainer = stepper(run, "ema", 2, tokens, nf4=nf4)
         step()
-        ce, kl, labels, taught = trainer.regularizers[0].sums.tolist()
+        divergence = next(regularizer for regularizer in trainer.regularizers if regularizer.name == "teacher")
+        (ce, labels), (kl, taught) = trainer._ce.sums.tolist(), divergence.kl_of_log.sums.tolist()
         sft, _ = stepper(run, "sft", 2, tokens, nf4=nf4)
         figures = dict(ce=ce / labels, kl=kl / taught, sft=float(sft()))
         run.note(f"first step/{'NF4' if nf4 else 'bf16'}", figures)

@@ -14,12 +14,12 @@ from peft import PeftConfig
 from transformers import TrainingArguments
 from trl.trainer.utils import get_config_model_id
 
-from .adapters.fitness import NO_ADAPTER, check_adapter, check_repeatable, student_name
+from .adapters.fitness import NO_ADAPTER, check_adapter, check_repeatable, refuse_leftovers, student_name
 from .config import MeanTeacherConfig
 from .data import check_columns, check_dataset, check_rows, trained_columns
 from .files import OutputError
 from .losses import IGNORE_INDEX
-from .ownership import has_earlier_teacher, refuse_leftovers
+from .ownership import has_earlier_teacher
 from .sharding import whole_shape
 
 
@@ -52,13 +52,13 @@ def check_before_loading(
     """Raises before the model is loaded, or a data set read, for what cannot work together with the teacher."""
     _check_peft_config(peft_config)
     refuse_leftovers(model)
-    if args.teacher == "none":
-        if peft_config is not None:
-            _warn_of_what_cannot_be_loaded(peft_config)
-        return
-    _refuse_what_cannot_work(args, compute_loss_func, train_dataset)
-    refuse_parallelism(args.parallelism_config)
-    _check_peft(model, peft_config, args.teacher_anchor)
+    if args.needs_fused_forward:
+        _refuse_what_cannot_work(args, compute_loss_func, train_dataset)
+        refuse_parallelism(args.parallelism_config)
+    if args.teacher != "none":
+        _check_peft(model, peft_config, args.teacher_anchor)
+    elif peft_config is not None:
+        _warn_of_what_cannot_be_loaded(peft_config)
 
 
 def _refuse_what_cannot_work(args: MeanTeacherConfig, compute_loss_func: Any, train_dataset: Any) -> None:
@@ -127,19 +127,19 @@ def refuse_sharding(state: Any) -> None:
     if fsdp is not None and fsdp.fsdp_version != 2:
         raise ValueError(
             f"The launch asks for FSDP version {fsdp.fsdp_version}, which flattens an adapter with its base. Set "
-            "`fsdp_version: 2` under `fsdp_config`, as in accelerate_configs/fsdp2.yaml."
+            "`fsdp_version: 2` under `fsdp_config`, as `--accelerate_config fsdp2` does."
         )
     if fsdp is not None and state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError(
             "`torch_compile` under FSDP2 is not supported with a teacher: weights stay sharded in the pass after a checkpoint. "
-            "Leave it out, or launch with DDP as in accelerate_configs/ddp.yaml."
+            "Leave it out, or launch with DDP as `--accelerate_config multi_gpu` does."
         )
     if deepspeed is None:
         return
     if deepspeed.zero_stage == 0:
         raise ValueError(
             "The launch asks for DeepSpeed with `zero_stage: 0`, which shards nothing. Set a stage of 1, 2 or 3, or use DDP as "
-            "in accelerate_configs/ddp.yaml."
+            "`--accelerate_config multi_gpu` does."
         )
     offload = deepspeed.deepspeed_config.get("zero_optimization", {}).get("offload_param")
     if offload and offload.get("device") == "nvme":
@@ -201,6 +201,15 @@ def _check_labels(dataset: Any, what: str = "training data") -> None:
             f"No token of the {what} carries a label: every one is masked, or every prompt alone fills "
             "`max_length`. Raise `max_length`, shorten the prompts, or look at `completion_only_loss` and "
             "`assistant_only_loss`."
+        )
+
+
+def check_fused_forward(args: MeanTeacherConfig) -> None:
+    """Raises `RuntimeError` where a regularizer has divergences and the trainer was not told to patch the forward for them."""
+    if not args.needs_fused_forward:
+        raise RuntimeError(
+            "A regularizer gives divergences, but `MeanTeacherConfig.needs_fused_forward` is false, so TRL's own forward would "
+            "leave them out. Let that property be true with the option that turns the regularizer on."
         )
 
 

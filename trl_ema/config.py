@@ -157,6 +157,11 @@ class MeanTeacherConfig(SFTConfig):
         return DEFAULT_HALF_LIFE if self.ema_half_life is None and self.ema_decay is None else self.ema_half_life
 
     @property
+    def needs_fused_forward(self) -> bool:
+        """Whether the loss has terms that are computed from the outputs, in a forward that TRL's own does not have."""
+        return self.teacher != "none"
+
+    @property
     def is_plain_sft(self) -> bool:
         """
         Whether the student is fitted to the labels alone: nothing holds it back, and the loss is the cross-entropy.

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 
 def half_life_to_decay(half_life: float, total_steps: int, update_steps: int = 1) -> float:
@@ -45,8 +45,8 @@ def sigmoid_ramp(step: int, ramp_steps: float) -> float:
 @dataclass
 class RampedWeight:
     """
-    The weight λ of a divergence at each optimizer step: `weight` times [`sigmoid_ramp`]. The trainer knows no more of it than
-    these methods, so one that is controlled by what it observes can stand in its place.
+    The weight λ of a divergence at each optimizer step: `weight` times [`sigmoid_ramp`]. Who uses it knows no more of it than
+    these methods and `observes`, so a weight that is controlled by what it observes can stand in its place.
 
     Args:
         weight (`float`): After the ramp.
@@ -56,15 +56,17 @@ class RampedWeight:
     weight: float
     ramp_steps: float = 0.0
 
+    observes: ClassVar[bool] = False  # which costs a message between the ranks at each step
+
     def value(self, step: int) -> float:
         """λ after `step` optimizer steps."""
         return self.weight * sigmoid_ramp(step, self.ramp_steps)
 
-    def observe(self, divergence: Any, tokens: Any) -> None:
-        """Σ D of a micro-batch on this rank and its tokens, 0-dim tensors; a ramp has no use for them."""
+    def observe(self, divergence: float) -> None:
+        """After an optimizer step: D over its whole batch, nats per token, the same on all ranks. Of no use to a ramp."""
 
     def state(self) -> dict[str, float]:
-        """What a resumed run must know; a ramp follows from the step."""
+        """What a resumed run must know, as JSON holds it; a ramp follows from the step."""
         return {}
 
     def load(self, state: dict[str, float]) -> None:

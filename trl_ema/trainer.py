@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
-from .adapters.fitness import base_changed_by
+from .adapters.fitness import base_changed_by, refuse_leftovers
 from .adapters.starting_point import StartingPoint
 from .checkpointing.state import RegularizerCallback
 from .checkpointing.trainer import CheckpointingTrainer
@@ -22,18 +22,20 @@ from .checks import (
     check_datasets,
     check_finite,
     check_free_space,
+    check_fused_forward,
     check_labels,
     refuse_parallelism,
     refuse_sharding,
 )
 from .config import MeanTeacherConfig
 from .files import check_output_dir
-from .forward import ObservedForward, check_head
+from .forward import add_regularized_forward, check_head
 from .model_card import method_of
 from .options import changed
-from .ownership import claim, claim_before, refuse_leftovers, undo_earlier_run
+from .ownership import base_of, claim, claim_before, undo_earlier_run
 from .regularizers import make_regularizers
 from .regularizers.divergence import TeacherDivergence
+from .regularizers.micro_batch import RegularizedForward, TokenMean
 from .regularizers.teacher import MeanTeacher
 from .workarounds import (
     keep_4bit_layers_trainable,
@@ -109,7 +111,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
             is_base = None if peft_config is None else base_changed_by(peft_config) is None
             self.starting_point = StartingPoint(self.model, is_base)
         self.model_card_details: dict[str, dict] = {}  # more tables for the model card, by title
-        self._penalty_is_due = False  # in the first micro-batch of an optimizer step
+        self._ce, self._penalty_is_due = TokenMean(), False
         self.regularizers = self._claim.regularizers
         self._regularize()
         if args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint:
@@ -121,15 +123,19 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
 
     def _regularize(self):
         self._name, self._paper = method_of(self.args)  # for TRL's part of the model card
-        if self.args.teacher != "none":
+        if self.args.needs_fused_forward:
             refuse_parallelism(self.accelerator.parallelism_config)
             refuse_sharding(self.accelerator.state)
-            base = self.model.get_base_model()
+            base = base_of(self.model)
             if not any(p.is_meta or hasattr(p, "ds_id") for p in base.parameters()):
                 # As in training: FlashAttention takes no float32, which the weights may be.
                 with self.precision():
                     check_head(base)
-        self.regularizers += make_regularizers(self.model, self.args)
+            add_regularized_forward(base, dft=self.args.loss_type == "dft")
+        for regularizer in make_regularizers(
+            self.model, self.args
+        ):  # an error leaves to the claim what is there by then
+            self.regularizers.append(regularizer)
 
     def check_is_owner(self) -> None:
         if self._claim.given_on:
@@ -167,7 +173,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         gather = self.accelerator.gather if self.args.average_tokens_across_devices else None
         for regularizer in self.regularizers:
-            regularizer.before_step(batches, device, gather)
+            regularizer.before_step(batches, self.state.global_step, device, gather)
         self._penalty_is_due = True
         return batches, num_items
 
@@ -179,35 +185,28 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.check_is_owner()
         step, loss_type = self.state.global_step, self.args.loss_type
-        options: dict[str, Any] = {}
-        for regularizer in self.regularizers:
-            inputs = regularizer.add_rows(inputs)
-            options |= regularizer.forward_options(inputs, step, num_items_in_batch)
-        if options:
-            model = ObservedForward(model, options, [regularizer.observe for regularizer in self.regularizers])
+        forward = RegularizedForward(model, self.regularizers, inputs, step, num_items_in_batch, self._ce.add)
+        if forward.divergences:
+            check_fused_forward(self.args)
             loss_type = "nll"  # the fused loss has weighted each token already (DFT): TRL has to sum and normalize
         with changed(self.args, loss_type=loss_type):
-            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        penalties = self._penalties(step)
+            called = forward if forward.changes or forward.divergences else model
+            loss = super().compute_loss(called, inputs, num_items_in_batch=num_items_in_batch)
+        due, self._penalty_is_due = self._penalty_is_due, False  # once per optimizer step
+        penalties = [p for p in (r.penalty(step) for r in self.regularizers if due) if p is not None]
         if penalties:
             # Without a number of tokens `Trainer` divides each loss by the number of micro-batches.
             parts = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
             loss = loss + parts * sum(penalties)
         if self.args.stop_on_nonfinite_loss:
-            check_finite(self, loss, from_entropy=bool(options) and not penalties)
+            check_finite(self, loss, from_entropy=bool(forward.divergences) and not penalties)
         return loss
-
-    def _penalties(self, step):
-        """Terms of the weights alone, in one micro-batch of each optimizer step: those of the others would be the same again."""
-        due, self._penalty_is_due = self._penalty_is_due, False
-        found = [regularizer.penalty(step) for regularizer in self.regularizers if due]
-        return [penalty for penalty in found if penalty is not None]
 
     def after_step(self) -> None:
         """After an optimizer step, if it was really taken: the teacher moves."""
         if not self.accelerator.optimizer_step_was_skipped:
             for regularizer in self.regularizers:
-                regularizer.after_step(self.state.global_step)
+                regularizer.after_step(self.state.global_step, self.accelerator.gather)
 
     # Logs and evaluation
 
@@ -218,6 +217,8 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:
+            if self.args.needs_fused_forward:
+                self.add_metrics(ce_loss=self._ce.take(self.accelerator.gather, self.args.device))
             for regularizer in self.regularizers:
                 self.add_metrics(**regularizer.metrics(self.accelerator.gather))
         super().log(logs, start_time)

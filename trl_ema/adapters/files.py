@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from ..files import read_json
 from ..sharding import any_sharded, gather_whole, local_shard, whole_shape, whole_weights
+from .names import STUDENT_NAME
 
 
 # In a config: about the adapter, without an effect on what it computes.
@@ -51,7 +52,7 @@ def gather_file(model: PeftModel, adapter_name: str, keep: bool) -> dict[str, to
 def read_student(model: PeftModel, folder: str) -> dict[str, torch.Tensor]:
     """The parameters in the adapter file of `folder`, trained or not, by their names in the model."""
     tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
-    keys = file_keys(model, "default")
+    keys = file_keys(model, STUDENT_NAME)
     return {name: tensors[keys[name]] for name, _ in model.named_parameters() if name in keys}
 
 

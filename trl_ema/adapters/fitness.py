@@ -1,14 +1,17 @@
 """Which adapters can be trained, averaged, scaled and measured."""
 
+import itertools
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 from ..sharding import whole_weights
-from .names import TEACHER_NAME
+from .names import STUDENT_NAME, TEACHER_NAME
 
 
 # Values of `init_lora_weights` with which an adapter begins beside the base, not as a part of it; and those that take the same from
@@ -51,7 +54,7 @@ def student_name(model: PeftModel, earlier_teacher: bool = False) -> str:
             f"The model already has an adapter named {TEACHER_NAME!r}, the name of the mean teacher. Remove it with "
             f"`model.delete_adapter({TEACHER_NAME!r})`, or load the adapter you train as 'default'."
         )
-    if active[0] != "default":
+    if active[0] != STUDENT_NAME:
         raise ValueError(
             f"The student's adapter is named {active[0]!r}; expected 'default', the one that PEFT saves at the root of a "
             "folder. Create or load it without an `adapter_name`."
@@ -147,3 +150,27 @@ def _changes_nothing(module: Any, name: str) -> bool:
         zero_factor = [part[name] for part in parts if name in part]
         return not any(getattr(t, "weight", t).any() for t in zero_factor)
     return not isinstance(module, AuxiliaryTrainingWrapper)
+
+
+def refuse_leftovers(model: Any) -> None:
+    """
+    PEFT puts an adapter among the layers of an earlier one that it finds on a base. Those that are not its own targets would
+    be trained and saved with it.
+    """
+    tuner = model.base_model if isinstance(model, torch.nn.Module) and is_peft_model(model) else None
+    if not isinstance(tuner, BaseTuner) or not tuner.targeted_module_names:
+        return
+    own = {*tuner.targeted_module_names, *(name.rpartition(".")[0] for name in tuner.targeted_parameter_names)}
+    layers = {}
+    for name, module in tuner.model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            own.add(name)
+        elif isinstance(module, BaseTunerLayer) and set(model.active_adapters) & set(module._get_available_adapters()):
+            layers[name] = {*itertools.accumulate(name.split("."), "{}.{}".format)}  # with those it lies in
+    left = [name for name, path in layers.items() if own.isdisjoint(path)]
+    if left:
+        raise ValueError(
+            f"The model still carries an earlier adapter: {len(left)} of its layers, such as {left[0]!r}, are no targets of the new "
+            "one, and would be trained and saved with it. Load the base model again, or take the earlier adapter off before the "
+            "new one is made: `base = earlier_model.unload()`."
+        )

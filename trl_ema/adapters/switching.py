@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 from .names import TEACHER_NAME, tuner_layers
 
@@ -48,6 +48,16 @@ def saved_alone(model: PeftModel, adapter_name: str) -> AbstractContextManager:
     return switched(
         [(model, "save_pretrained", functools.partial(model.save_pretrained, selected_adapters=[adapter_name]))]
     )
+
+
+def take_off(model: PeftModel) -> None:
+    """Take all adapters off the base, which is then as it was, but that its parameters are frozen."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            vars(module)["_active_adapter"] = []  # of which `unload` would leave the trained copy
+    base = model.get_base_model()
+    model.unload()
+    vars(base).pop("peft_config", None)
 
 
 def without_adapter(model: torch.nn.Module) -> AbstractContextManager:

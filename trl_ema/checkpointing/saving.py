@@ -50,7 +50,8 @@ class SavingTrainer(SFTTrainer):
             if writes and regularizer.folder is not None and self.processing_class is not None:
                 # For whoever loads its adapter alone: new tokens are known by it.
                 self.processing_class.save_pretrained(os.path.join(folder, regularizer.folder))
-        with saved_alone(self.model, STUDENT_NAME) if self.regularizers else contextlib.nullcontext():
+        alone = any(regularizer.saves_student_alone for regularizer in self.regularizers)
+        with saved_alone(self.model, STUDENT_NAME) if alone else contextlib.nullcontext():
             if is_peft_model(self.model) and any_sharded(self.model):
                 # To write an adapter Transformers gathers the whole base, or under FSDP writes none where checkpoints are sharded.
                 reshard(self.model)

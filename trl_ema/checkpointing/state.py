@@ -1,5 +1,6 @@
 """What a run must know that is no tensor, and when the regularizers are asked."""
 
+import logging
 import os
 from typing import Any
 
@@ -7,8 +8,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..regularizers.micro_batch import TokenMean
 from ..sharding import local_shard
 from .resuming import STATE_KEY
+
+
+logger = logging.getLogger(__name__)
 
 
 class RegularizerCallback(TrainerCallback):
@@ -31,8 +36,16 @@ class RegularizerCallback(TrainerCallback):
             # TRL starts counting anew at each resume.
             trainer._total_train_tokens = saved["num_tokens"]
             trainer.run_id = saved["run_id"]
+        states = _states(saved)
+        lost = sorted(set(states) - {regularizer.name for regularizer in trainer.regularizers})
+        if lost:
+            logger.warning(
+                "The checkpoint was made with %s, this run goes on without. Resume with the options it was started with to end as "
+                "it would have ended.", ", ".join(lost),
+            )  # fmt: skip
+        trainer._ce = TokenMean()
         for regularizer in trainer.regularizers:
-            regularizer.begin(state.max_steps, saved.get("regularizers", {}).get(regularizer.name))
+            regularizer.begin(trainer, states.get(regularizer.name))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -51,3 +64,10 @@ class RegularizerCallback(TrainerCallback):
             "num_tokens": self.trainer._total_train_tokens,
             "regularizers": {regularizer.name: regularizer.state() for regularizer in self.trainer.regularizers},
         }
+
+
+def _states(saved: dict) -> dict[str, dict]:
+    """By the regularizers' names; of a checkpoint from before there were several, the schedule of its teacher."""
+    if saved.get("schedule"):
+        return {"teacher": {"schedule": saved["schedule"], "weight": {}}}
+    return saved.get("regularizers", {})

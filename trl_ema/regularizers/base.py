@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from ..forward import Divergence
+
 
 Inputs = dict[str, Any]
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -17,55 +19,65 @@ class Regularizer:
 
     Three doors lead to the loss, for whatever is computed from
 
-    - the *outputs* (a teacher's divergence): [`forward_options`] and [`observe`],
+    - the *outputs* (a teacher's divergence): [`divergences`],
     - the *weights* (L1, L2-SP, EWC): [`penalty`],
     - further *data* (rehearsal, replay): [`add_rows`].
 
-    Their sum is, per optimizer step, loss = Σ CE / number of labelled tokens + Σ (terms of the regularizers).
+    Their sum is, per optimizer step, loss = (Σ CE + Σ λ·D) / number of labelled tokens + Σ penalties.
     """
 
     name: str  # of its state in a checkpoint
     folder: str | None = None  # of an adapter of its own, below that of the student
+    saves_student_alone: bool = False  # whether other adapters of the model are none of the user's
 
     # The loss, in this order
 
-    def before_step(self, batches: Sequence[Inputs], device: torch.device, gather: Gather | None) -> None:
-        """All micro-batches of the next optimizer step on this rank; `gather` is `None` where ranks count for themselves."""
-
-    def add_rows(self, inputs: Inputs) -> Inputs:
-        """The micro-batch with further rows, padded alike. A label of −100 is not learned."""
-        return inputs
-
-    def forward_options(self, inputs: Inputs, step: int, num_items: torch.Tensor | None) -> dict[str, Any]:
+    def before_step(self, batches: Sequence[Inputs], step: int, device: torch.device, gather: Gather | None) -> None:
         """
-        Keywords of the patched forward, which adds the divergence to the loss.
+        All micro-batches of the next optimizer step on this rank, after `step` steps; `gather` is `None` where the ranks count
+        their tokens for themselves.
+        """
+
+    def divergences(self, inputs: Inputs, step: int, num_items: torch.Tensor | None) -> list[Divergence]:
+        """
+        Terms of the patched forward over the student's own rows of a micro-batch. `MeanTeacherConfig.needs_fused_forward` must
+        be true where there are any.
 
         Args:
-            step: Optimizer steps taken so far.
             num_items: Labelled tokens that the loss is divided by; `None` where these are the micro-batch's own.
         """
-        return {}
+        return []
 
-    def observe(self, outputs: Any) -> None:
-        """What the forward returned for a micro-batch, see [`MeanTeacherOutput`]."""
+    def add_rows(self, inputs: Inputs, step: int, num_items: torch.Tensor | None) -> tuple[Inputs, list[Divergence]]:
+        """
+        The micro-batch with further rows behind, padded alike (of a packed one: further documents), and their own terms, whose
+        `sequences` are those rows'. The labels of these are −100: `num_items` does not count them.
+        """
+        return inputs, []
+
+    def observe(self, sums: list[torch.Tensor]) -> None:
+        """Σ D and its number of tokens, `(2,)`, of each of its terms of a micro-batch on this rank."""
 
     def penalty(self, step: int) -> torch.Tensor | None:
         """
-        A 0-dim term of the loss from the weights alone. It is asked for once per optimizer step, on every rank; its gradient
-        is averaged over the ranks.
+        A 0-dim term of the loss from the weights alone. It is asked for once per optimizer step, in the first micro-batch that
+        `Trainer` draws, on every rank; its gradient is averaged over the ranks.
         """
         return None
 
     # The life of a run
 
-    def begin(self, total_steps: int, state: dict | None = None) -> None:
-        """Training begins, or goes on from a checkpoint with this `state`, after [`load`]."""
+    def begin(self, trainer: Any, state: dict | None = None) -> None:
+        """
+        Training begins, or goes on from a checkpoint with this `state`, after [`load`]: the trainer's model is wrapped, its
+        `state.max_steps` is known.
+        """
 
-    def after_step(self, step: int) -> None:
-        """The optimizer has taken its step number `step`."""
+    def after_step(self, step: int, gather: Gather) -> None:
+        """The optimizer has taken its step number `step`. Called on all ranks."""
 
     def metrics(self, gather: Gather) -> dict[str, float]:
-        """To be logged, of the steps since the last call. Called on all ranks."""
+        """To be logged, of the steps since the last call; names that no other one has. Called on all ranks."""
         return {}
 
     # Checkpoints
@@ -75,7 +87,7 @@ class Regularizer:
         return {}
 
     def save(self, directory: str, *, writes: bool = True, **origin: Any) -> None:
-        """Write `directory/folder`, on the ranks that are told to; `origin` are run and step. Called on all ranks."""
+        """Write into `directory`, on the ranks that are told to; `origin` are run and step. Called on all ranks."""
 
     def check(self, directory: str, **origin: Any) -> None:
         """Raises `ValueError`, before anything is changed, if [`load`] could not read what [`save`] wrote with this `origin`."""

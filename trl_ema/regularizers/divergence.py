@@ -10,10 +10,11 @@ from peft import PeftModel
 
 from ..adapters.names import TEACHER_NAME
 from ..config import MeanTeacherConfig
-from ..forward import add_mean_teacher_forward, divergence_mask, num_sequences
+from ..forward import Divergence, divergence_mask, num_sequences
 from ..schedules import RampedWeight, half_life_to_decay, warmed_up_decay
 from ..sharding import is_sharded, whole_shape
 from .base import Gather, Inputs, Regularizer
+from .micro_batch import TokenMean
 from .teacher import MeanTeacher
 
 
@@ -27,54 +28,47 @@ class TeacherDivergence(Regularizer):
         after each optimizer step:   φ ← d·φ + (1 − d)·θ          d = 0.5^(1 / (half_life · total_steps)), or `ema_decay`
 
     Args:
-        model (`PeftModel`): Its base gets the forward that computes both; see [`add_mean_teacher_forward`].
+        model (`PeftModel`): Its active adapter is the student.
         args ([`MeanTeacherConfig`]): `teacher`, and the options that begin with `ema_`, `teacher_`, `kl_` and `jsd_`.
 
     Source: Tarvainen & Valpola 2017, https://arxiv.org/abs/1703.01780.
     """
 
     name = "teacher"
+    saves_student_alone = True
 
     def __init__(self, model: PeftModel, args: MeanTeacherConfig):
         self.args = args
         self.teacher = MeanTeacher(model, frozen=args.teacher == "frozen", anchor=args.teacher_anchor)
         self.folder = None if self.teacher.is_base else TEACHER_NAME
-        self.weight = RampedWeight(args.kl_weight)
         self.total_steps = 0
-        self.sums = torch.zeros(4, dtype=torch.float64)  # Σ CE, Σ D and their tokens since the last log
-        self._last_weight: float | None = None
+        self.weight = make_weight(args, self.total_steps)
+        self.kl_of_log, self.kl_of_step = TokenMean(), TokenMean()
+        self._last_weight = args.kl_weight
         self._last_decay: float | None = None
         self._micro_batch = (0, -1)  # step, and which of its micro-batches
-        self._num_kl = torch.zeros(())  # tokens of the divergence in the accumulated, world-wide batch
-        base: Any = model.get_base_model()
-        add_mean_teacher_forward(
-            base,
-            self.teacher,
-            kl_tokens=args.kl_tokens,
-            direction=args.kl_direction,
-            mixture=args.jsd_mixture,
-            temperature=args.kl_temperature,
-            dft=args.loss_type == "dft",
-        )
+        self._num_kl: torch.Tensor | None = None  # tokens of the divergence in the accumulated, world-wide batch
 
-    def before_step(self, batches: Sequence[Inputs], device: torch.device, gather: Gather | None) -> None:
+    def before_step(self, batches: Sequence[Inputs], step: int, device: torch.device, gather: Gather | None) -> None:
         if self.args.kl_tokens != "all":
             return
         count = torch.as_tensor(sum(divergence_mask("all", **batch).sum() for batch in batches), device=device)
         self._num_kl = count if gather is None else gather(count).sum()
 
-    def forward_options(self, inputs: Inputs, step: int, num_items: torch.Tensor | None) -> dict[str, Any]:
+    def divergences(self, inputs: Inputs, step: int, num_items: torch.Tensor | None) -> list[Divergence]:
+        args = self.args
         weight = self._last_weight = self.weight.value(step)
-        if self.args.kl_tokens == "all":
+        if args.kl_tokens == "all":
             # TRL divides by the labelled tokens, the divergence is a mean over its own.
             num_labels, num_kl = num_items, self._num_kl
-            if num_labels is None:  # then TRL divides by those of this batch alone
+            if num_labels is None or num_kl is None:  # then TRL divides by those of this batch alone
                 num_labels = divergence_mask("loss", **inputs).sum()
                 num_kl = divergence_mask("all", **inputs).sum()
             # A number: FSDP2 casts tensors to its own precision on the way in.
             weight = float(weight * torch.as_tensor(num_labels).clamp(min=1) / num_kl.clamp(min=1))
         chosen, factor = self.choose_sequences(inputs, step)
-        return {"kl_weight": weight * factor, "kl_sequences": chosen}
+        options = dict(direction=args.kl_direction, mixture=args.jsd_mixture, temperature=args.kl_temperature)
+        return [Divergence(self.teacher, weight * factor, args.kl_tokens, chosen, options)]
 
     def choose_sequences(self, inputs: Inputs, step: int) -> tuple[list[int] | None, float]:
         """
@@ -94,10 +88,11 @@ class TeacherDivergence(Regularizer):
         order = np.random.default_rng([*seed, 1 + self.args.process_index]).permutation(number)
         return order[:count].tolist(), 1 / fraction
 
-    def observe(self, outputs: Any) -> None:
-        sums = torch.stack([outputs.ce_loss, outputs.kl_loss, outputs.label_mask, outputs.kl_mask])
-        self.sums = self.sums.to(sums.device) + sums.double()
-        self.weight.observe(outputs.kl_loss, outputs.kl_mask)
+    def observe(self, sums: list[torch.Tensor]) -> None:
+        for total, tokens in sums:
+            self.kl_of_log.add(total, tokens)
+            if self.weight.observes:
+                self.kl_of_step.add(total, tokens)
 
     @property
     def schedule(self) -> dict[str, float | bool]:
@@ -106,7 +101,7 @@ class TeacherDivergence(Regularizer):
         if decay is None:
             if not self.total_steps or args.half_life is None:
                 raise ValueError(
-                    "`after_step()` or `schedule` before `train()`: the half-life is a fraction of the run, whose number of steps "
+                    "`trainer.after_step()` or `schedule` before `train()`: the half-life is a fraction of the run, whose number of steps "
                     "is not known yet. Set `ema_decay`, or leave the updates to `train()`."
                 )
             decay = half_life_to_decay(args.half_life, self.total_steps, args.ema_update_steps)
@@ -115,13 +110,13 @@ class TeacherDivergence(Regularizer):
             "ema_warmup": args.ema_warmup,
             "ema_update_steps": args.ema_update_steps,
             "kl_weight": args.kl_weight,
-            "kl_warmup_steps": self.weight.ramp_steps,
+            "kl_warmup_steps": args.kl_warmup_ratio * self.total_steps,
         }
 
-    def begin(self, total_steps: int, state: dict | None = None) -> None:
-        self.total_steps = total_steps
-        self.weight = RampedWeight(self.args.kl_weight, self.args.kl_warmup_ratio * total_steps)
-        self.sums.zero_()
+    def begin(self, trainer: Any, state: dict | None = None) -> None:
+        self.total_steps = trainer.state.max_steps
+        self.weight = make_weight(self.args, self.total_steps)
+        self.kl_of_log, self.kl_of_step = TokenMean(), TokenMean()
         if state is None:
             return
         self.weight.load(state["weight"])
@@ -131,8 +126,10 @@ class TeacherDivergence(Regularizer):
                 "steps it was started with to end as it would have ended.", state["schedule"], self.schedule,
             )  # fmt: skip
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, gather: Gather) -> None:
         args = self.args
+        if self.weight.observes:
+            self.weight.observe(self.kl_of_step.take(gather, args.device))
         if args.teacher != "ema" or step % args.ema_update_steps:
             return
         decay = float(self.schedule["ema_decay"])
@@ -142,9 +139,7 @@ class TeacherDivergence(Regularizer):
         self._last_decay = decay
 
     def metrics(self, gather: Gather) -> dict[str, float]:
-        ce, kl, num_labels, num_kl = gather(self.sums.to(self.args.device)).view(-1, 4).sum(0).tolist()
-        self.sums.zero_()
-        found = {"ce_loss": ce / max(num_labels, 1), "kl_loss": kl / max(num_kl, 1), "kl_weight": self._last_weight}
+        found = {"kl_loss": self.kl_of_log.take(gather, self.args.device), "kl_weight": self._last_weight}
         if self._last_decay is not None:
             found["ema_decay"] = self._last_decay
         if not self.teacher.is_base:
@@ -169,3 +164,8 @@ class TeacherDivergence(Regularizer):
 
     def remove(self) -> None:
         self.teacher.remove()
+
+
+def make_weight(args: MeanTeacherConfig, total_steps: int) -> RampedWeight:
+    """λ over a run of so many optimizer steps."""
+    return RampedWeight(args.kl_weight, args.kl_warmup_ratio * total_steps)
