@@ -124,7 +124,11 @@ class Comparison:
         folder = self.folder(arm.name, seed)
         if arm.interpolate is None:
             ways = {"student": (folder, 1.0)}
-            assert self.averaged is not None, "a plan that was not run knows no teachers"
+            if self.averaged is None:
+                raise ValueError(
+                    "A plan that was not run does not know which arms have a teacher to evaluate. Run it with `run_comparison`, and "
+                    "read it back with `kept_comparison`."
+                )
             # A frozen teacher is the start, not a result.
             if arm.name in self.averaged:
                 ways["teacher"] = (os.path.join(folder, _TEACHER), 1.0)

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -70,12 +71,13 @@ def run_comparison(
     chosen = [arm for arm in comparison.arms.values() if arms is None or arm.name in arms]
     for arm, seed in product(chosen, seeds):
         _check_source(comparison, arm, chosen, seed)
-    parsed = _write_configs(comparison)
+    parsed = _parsed(comparison)
     configs = {arm: config for (arm, _), (_, config, _) in parsed.items()}
     comparison = _understood(comparison, configs)
     for arm, seed in product(chosen, seeds):
         _check_weights(comparison, arm, seed)
     _check_same_tokenizer(configs)
+    _write_configs(comparison)
     manager = _checked_tasks(comparison.suite)
     first = next(iter(parsed.values()))
     write_json(Path(comparison.output_dir, PLAN), _plan(comparison, first))
@@ -108,17 +110,31 @@ def _understood(comparison: Comparison, configs: dict[str, MeanTeacherConfig]) -
     )
 
 
-def _write_configs(comparison: Comparison) -> dict[tuple[str, int], _Options]:
-    """A YAML file for `trl-ema train` in the folder of each run; returns the parsed options by arm and seed."""
-    runs = {
+def _runs(comparison: Comparison) -> dict[tuple[str, int], dict]:
+    """The options of `trl-ema train` by arm and seed."""
+    return {
         (arm.name, seed): comparison.options(arm, seed) for arm in comparison.trained() for seed in comparison.seeds
     }
-    paths = {run: Path(comparison.folder(*run), "config.yaml") for run in runs}
-    for run, options in runs.items():
+
+
+def _parsed(comparison: Comparison) -> dict[tuple[str, int], _Options]:
+    """The same as the script understands them; nothing is left behind."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "config.yaml")
+        parsed = {}
+        for run, options in _runs(comparison).items():
+            write_text(path, yaml.safe_dump(options))
+            parsed[run] = parse(["--config", str(path)])
+    return parsed
+
+
+def _write_configs(comparison: Comparison) -> None:
+    """A YAML file for `trl-ema train` in the folder of each run, once it is known that none has other options there."""
+    paths = {run: Path(comparison.folder(*run), "config.yaml") for run in _runs(comparison)}
+    for run, options in _runs(comparison).items():
         _check_same_run(paths[run], options)
-    for run, options in runs.items():
+    for run, options in _runs(comparison).items():
         write_text(paths[run], yaml.safe_dump(options))
-    return {run: parse(["--config", str(path)]) for run, path in paths.items()}
 
 
 def _check_same_tokenizer(settings: dict[str, MeanTeacherConfig]) -> None:
