@@ -39,7 +39,8 @@ def keep_4bit_layers_trainable(model: torch.nn.Module) -> None:
     """
     bitsandbytes repacks 4-bit weights in an eval-mode forward on CPUs with AVX512-BF16, for a product that has no
     backward. Gradients after an evaluation would silently be wrong, and so would whatever reads the weight itself, such as
-    DoRA for its norm. Harmless on other machines and for other models. (Since bitsandbytes-foundation/bitsandbytes#1804.)
+    DoRA for its norm. Harmless on other machines and for other models.
+    (Since bitsandbytes-foundation/bitsandbytes#1804.)
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -51,7 +52,8 @@ def keep_float32_adapter(model: Any, args: TrainingArguments) -> None:
     """
     TRL casts the adapter of a quantized model to bfloat16, the precision QLoRA computes in. A run in float32 keeps it in
     float32: nothing is rounded, and a CPU without bfloat16 instructions multiplies in bfloat16 tens of times slower. Without a
-    teacher too, though `SFTTrainer` then differs: arms that are compared must differ in their teacher alone. (huggingface/trl#7268 asks for float32 for a part of it.)
+    teacher too, though `SFTTrainer` then differs: arms that are compared must differ in their teacher alone.
+    (huggingface/trl#7268 asks for float32 for a part of it.)
     """
     if args.bf16 or args.fp16:
         return
@@ -67,7 +69,8 @@ def keep_float32_adapter(model: Any, args: TrainingArguments) -> None:
 
 def keep_float32_outputs(accelerator: Any) -> None:
     """
-    Accelerate has FSDP2 cast all that a forward returns to bfloat16 or float16: here sums of losses, which do not bear it. (`FullyShardedDataParallelPlugin.set_mixed_precision`; no upstream issue is known.)
+    Accelerate has FSDP2 cast all that a forward returns to bfloat16 or float16: here sums of losses, which do not bear it.
+    (`FullyShardedDataParallelPlugin.set_mixed_precision`; no upstream issue is known.)
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
@@ -76,7 +79,7 @@ def keep_float32_outputs(accelerator: Any) -> None:
 
 @contextlib.contextmanager
 def dtypes_kept(model: torch.nn.Module) -> Iterator[None]:
-    """PEFT upcasts an adapter when it loads it; TRL trains 4-bit models' adapters in bfloat16 (huggingface/peft#2421, as intended)."""
+    """PEFT upcasts an adapter when it loads it (huggingface/peft#2421, as intended); TRL trains 4-bit models' in bfloat16."""
     before = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     yield
     for name, dtype in before.items():
