@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import trl_ema
-from trl_ema.versions import CHECKED_AT_IMPORT, TESTED, is_tested
+from trl_ema.versions import CHECKED_AT_IMPORT, TESTED, check_versions, is_tested
 
 
 SOURCE = Path(trl_ema.__file__).parent
@@ -118,6 +118,59 @@ def test_all_unsupported_versions_are_named_at_once():
     done = import_with({"transformers": "6.0.0", "peft": None})
     assert "supports transformers>=5.19,<5.25 and peft>=0.21,<0.22, found transformers 6.0.0 and no peft" in done.stderr
     assert "Install supported ones with `pip install 'transformers>=5.19,<5.25' 'peft>=0.21,<0.22'`" in done.stderr
+
+
+@pytest.mark.parametrize("name", sorted({*TESTED} - {*CHECKED_AT_IMPORT, "torch"}))
+def test_what_is_not_looked_at_at_import_can_be_where_it_is_used(monkeypatch, name):
+    check_versions("1.2", (name,))
+    monkeypatch.setattr(trl_ema.versions, "_installed", lambda name: "99.0")
+    with pytest.raises(ImportError) as error:
+        check_versions("1.2", (name,))
+    wanted = f"{name}{TESTED[name]}"
+    assert str(error.value) == (
+        f"trl_ema 1.2 supports {wanted}, found {name} 99.0. Install a supported one with `pip install '{wanted}'`."
+    )
+
+
+def use_of_bitsandbytes_in_training():
+    from trl import ModelConfig
+
+    from trl_ema.script import quantization
+
+    quantization(ModelConfig(load_in_4bit=True), trl_ema.MeanTeacherConfig("out", use_cpu=True, bf16=False))
+
+
+def use_of_bitsandbytes_in_evaluation():
+    from trl_ema.cli import EvaluationArguments, _precision
+
+    _precision(EvaluationArguments(load_in_4bit=True))
+
+
+def use_of_datasets():
+    from trl_ema.data import load_split
+
+    load_split("rows.jsonl")
+
+
+def use_of_lm_eval():
+    from trl_ema.evaluation.tasks import task_manager
+
+    task_manager(True)
+
+
+@pytest.mark.parametrize(
+    "name, use",
+    [
+        ("bitsandbytes", use_of_bitsandbytes_in_training),
+        ("bitsandbytes", use_of_bitsandbytes_in_evaluation),
+        ("datasets", use_of_datasets),
+        ("lm-eval", use_of_lm_eval),
+    ],
+)
+def test_another_version_than_is_supported_is_refused_at_its_first_use(monkeypatch, name, use):
+    monkeypatch.setattr(trl_ema.versions, "_installed", lambda asked: "99.0" if asked == name else "0")
+    with pytest.raises(ImportError, match=f"supports {name}>=.*, found {name} 99.0"):
+        use()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ _METHODS = {
 }
 _PLAIN = "Plain supervised fine-tuning, no teacher."
 _FORMULA = ("    loss = CE(y; p_student) + kl_weight * D(p_teacher, p_student)", "")
-# Whom to cite, by what a run used: see `_citations`.
+# Whom to cite, by what a run used: see `_cited_works`.
 CITATIONS = {
     "mean teacher": r"""@inproceedings{tarvainen2017mean,
   title     = {Mean teachers are better role models: Weight-averaged consistency targets improve semi-supervised deep learning results},
