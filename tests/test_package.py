@@ -204,6 +204,36 @@ def declared_requirements():
     return [Requirement(text) for requirements in lists for text in requirements]
 
 
+# By torch where it is built for CUDA (without it the loss is PyTorch's own), and by matplotlib.
+BROUGHT_BY_OTHERS = {"triton", "PIL"}
+MODULES_OF = {"PyYAML": "yaml"}
+# Parts that need an extra: they may import what it brings.
+OF_EXTRAS = {
+    "deepspeed", "gguf", "obonet", "lm_eval", "nltk", "rouge_score", "sacrebleu", "sentence_transformers", "jinja2",
+    "matplotlib", "scipy",
+}  # fmt: skip
+
+
+def test_whatever_the_core_imports_is_declared():
+    modules = {MODULES_OF.get(r.name, r.name) for r in map(Requirement, PROJECT["project"]["dependencies"])}
+    assert all(Requirement(text).specifier for text in PROJECT["project"]["dependencies"])
+    imported = set().union(*OTHERS.values()) - BROUGHT_BY_OTHERS
+    assert imported - modules <= OF_EXTRAS
+    by_extras = {r.name.lower().replace("-", "_") for r in declared_requirements()}
+    assert by_extras >= OF_EXTRAS
+
+
+def test_the_inner_loop_launches_nothing():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    left_out = set(re.search(r"addprefix test_,([\w ]+)\)", makefile)[1].split())
+    launches = re.compile(r'"accelerate\.commands\.launch"|"torchrun"|"-m", "trl_ema"')
+    others = [path for path in (ROOT / "tests").glob("test_*.py") if path != Path(__file__)]
+    launching = {
+        path.stem.removeprefix("test_") for path in others if launches.search(path.read_text(encoding="utf-8"))
+    }
+    assert {"launching", "recipe"} <= launching <= left_out
+
+
 def test_the_checked_ranges_are_the_declared_ones():
     declared = {r.name: r.specifier for r in declared_requirements() if r.name in TESTED}
     assert declared == {name: SpecifierSet(text) for name, text in TESTED.items()}
