@@ -711,6 +711,7 @@ def test_the_citation_file_is_whole():
         assert entry["title"] and entry["type"]
         assert all("name" in author or "family-names" in author for author in entry["authors"])
         assert not [author for author in entry["authors"] if "others" in author.get("name", "")]
+    assert all("year" in entry or "url" in entry for entry in cited["references"])
 
 
 def test_the_changelog_is_in_the_form_it_names():
