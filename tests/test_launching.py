@@ -1,6 +1,7 @@
 """`trl-ema train` as it is started: which file it runs, and how accelerate launches it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,10 @@ import pytest
 import trl
 import yaml
 
-from trl_ema import files, launch
+from trl_ema import files, launch, versions
 from trl_ema.files import read_json, shipped
 from trl_ema.launch import accelerate_config_file, launch_training, take_accelerate_config
-from trl_ema.script import make_parser
+from trl_ema.script import make_parser, parse
 
 
 QUICK = [
@@ -49,7 +50,7 @@ def test_what_is_shipped_lies_in_the_package_or_beside_it(tmp_path, monkeypatch)
 def test_this_package_ships_its_recipes_and_its_configurations_of_accelerate():
     assert (shipped("recipes") / "medical_ema.py").is_file()
     found = {path.stem for path in shipped("accelerate_configs").glob("*.yaml")}
-    assert found == {"cpu", "single_gpu", "multi_gpu", "zero2", "zero3", "zero3_offload", "fsdp2"}
+    assert found == {"cpu", "single_gpu", "multi_gpu", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"}
 
 
 # Configurations of accelerate
@@ -64,7 +65,7 @@ def test_a_configuration_under_a_name_of_trls_is_of_the_same_kind():
         for path in shipped("accelerate_configs").glob("*.yaml")
         if (theirs / path.name).is_file()
     }
-    assert kinds.keys() == {"single_gpu", "multi_gpu", "zero2", "zero3", "fsdp2"}
+    assert kinds.keys() == {"single_gpu", "multi_gpu", "zero1", "zero2", "zero3", "fsdp2"}
     assert all(ours == trls for ours, trls in kinds.values())
 
 
@@ -79,7 +80,7 @@ def test_an_unknown_configuration_is_refused_with_those_that_there_are(name):
     with pytest.raises(ValueError) as error:
         launch_training(name, [])
     assert f"`accelerate_config={name!r}` is neither a file nor a packaged configuration" in str(error.value)
-    assert "one of cpu, fsdp2, multi_gpu, single_gpu, zero2, zero3, zero3_offload." in str(error.value)
+    assert "one of cpu, fsdp2, multi_gpu, single_gpu, zero1, zero2, zero3, zero3_offload." in str(error.value)
 
 
 # The command line, parted
@@ -119,6 +120,54 @@ def test_an_option_that_nobody_has_is_refused(launched, wrong):
     ):
         launch_training("cpu", ["--max_steps", "3", *wrong, "--num_processes", "2"])
     assert not launched
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])
+def test_a_launch_of_deepspeed_without_it_names_the_extra(launched, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ImportError, match=r"needs `deepspeed`. Install it with `pip install 'trl_ema\[deepspeed\]'`"):
+        launch_training(name, [])
+    assert not launched
+
+
+def test_a_launch_of_another_deepspeed_than_is_supported_is_refused(launched, monkeypatch):
+    monkeypatch.setattr(versions, "_installed", lambda name: "0.19.2")
+    wanted = re.escape(versions.TESTED["deepspeed"])
+    with pytest.raises(
+        ImportError, match=f"supports deepspeed{wanted}, found deepspeed 0.19.2. Install a supported one"
+    ):
+        launch_training("zero2", [])
+    assert not launched
+
+
+@pytest.mark.parametrize("name", ["cpu", "single_gpu", "multi_gpu", "fsdp2"])
+def test_a_launch_without_deepspeed_does_not_ask_for_it(launched, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    launch_training(name, [])
+    assert launched
+
+
+# The file of options
+
+
+def test_a_packaged_recipe_configuration_is_found_by_name_or_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = ["--output_dir", "here", "--use_cpu", "true", "--bf16", "false"]
+    _, by_name, model = parse(["--config", "qwen2_1.5b_qlora", *here])
+    assert (by_name.output_dir, by_name.learning_rate, model.model_name_or_path) == ("here", 2e-4, "Qwen/Qwen2-1.5B")
+    path = str(shipped("recipes") / "configs" / "qwen2_1.5b_qlora.yaml")
+    assert parse([*here, "--config", path])[2] == model
+    (tmp_path / "qwen2_1.5b_qlora").write_text("model_name_or_path: mine")  # a file of the user's comes first
+    assert parse(["--config", "qwen2_1.5b_qlora", *here])[2].model_name_or_path == "mine"
+
+
+def test_an_unknown_file_of_options_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError) as error:
+        parse(["--config", "qwen3"])
+    assert str(error.value) == (
+        "`config='qwen3'` is neither a file nor a packaged configuration. Give the path of a YAML file, or one of "
+        "qwen2_1.5b_qlora, qwen2_1.5b_qlora_ddp, qwen2_7b_lora_sharded."
+    )
 
 
 # The job itself

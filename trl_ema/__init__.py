@@ -1,4 +1,4 @@
-"""trl_ema: fine-tune a language model on a new domain with LoRA or QLoRA, and keep what it already knew."""
+"""trl_ema: fine-tune a language model on a new domain with LoRA or QLoRA, and let it drift less from what it was."""
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version

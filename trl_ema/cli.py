@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 _DESCRIPTION = """\
-Fine-tune a language model on a new domain, and keep what it already knew.
+Fine-tune a language model on a new domain, and let it drift less from what it was.
 
   trl-ema train                          the offline demo: a real model learns medicine, about ten minutes on 2 cores
   trl-ema train --model_name_or_path Qwen/Qwen2-1.5B --dataset_name DATA --load_in_4bit true --output_dir out
@@ -221,12 +221,15 @@ def _precision(args: EvaluationArguments) -> dict:
     import torch
     from transformers import BitsAndBytesConfig
 
+    from .versions import check_versions
+
     gpu = torch.cuda.is_available()
     options = {
         "dtype": args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
         "device_map": {"": "cuda" if gpu else "cpu"},
     }
     if args.load_in_4bit:
+        check_versions(__version__, ("bitsandbytes",))
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

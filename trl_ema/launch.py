@@ -3,10 +3,14 @@
 import argparse
 import os
 
+import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 
+from . import __version__
+from .extras import require
 from .files import shipped
 from .script import make_parser
+from .versions import check_versions
 
 
 def take_accelerate_config(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -47,9 +51,13 @@ def launch_training(config: str, arguments: list[str]) -> None:
             `--num_processes`.
 
     Raises:
+        ImportError: It asks for DeepSpeed, which is not installed, or of a version outside its range.
         ValueError: There is no such configuration, or an option that neither has.
     """
     file = accelerate_config_file(config)
+    if _is_deepspeed(file):
+        require("deepspeed", "deepspeed")
+        check_versions(__version__, ("deepspeed",))
     parser = make_parser()
     parser.add_argument("--config")  # which TRL's parser takes before argparse sees it
     _, for_launcher = parser.parse_known_args(arguments)
@@ -62,6 +70,12 @@ def launch_training(config: str, arguments: list[str]) -> None:
         )
     settings.quiet = True  # the processes say themselves what went wrong
     launch_command(settings)
+
+
+def _is_deepspeed(file: str) -> bool:
+    with open(file, encoding="utf-8") as opened:
+        config = yaml.safe_load(opened)
+    return isinstance(config, dict) and config.get("distributed_type") == "DEEPSPEED"
 
 
 def _without(arguments: list[str], taken: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ _METHODS = {
 }
 _PLAIN = "Plain supervised fine-tuning, no teacher."
 _FORMULA = ("    loss = CE(y; p_student) + kl_weight * D(p_teacher, p_student)", "")
-# Whom to cite, by what a run used: see `_citations`.
+# Whom to cite, by what a run used: see `_cited_works`.
 CITATIONS = {
     "mean teacher": r"""@inproceedings{tarvainen2017mean,
   title     = {Mean teachers are better role models: Weight-averaged consistency targets improve semi-supervised deep learning results},
@@ -32,8 +32,9 @@ CITATIONS = {
 }""",
     "EMA study": r"""@article{sviridenko_ema,
   title   = {Adapting Large Language Models for narrow domains using the exponential moving average method},
-  author  = {Sviridenko and others},
-  journal = {International Journal of Open Information Technologies (INJOIT)}
+  author  = {Sviridenko, D. K. and Bobrova, E. V. and Zaytsev, K. S. and Dyuldin, E. V. and Shifman, B. M.},
+  journal = {International Journal of Open Information Technologies (INJOIT)},
+  url     = {https://www.injoit.ru/index.php/j1/article/view/2518}
 }""",
     "frozen teacher": r"""@inproceedings{li2016learning,
   title     = {Learning without Forgetting},

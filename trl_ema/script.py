@@ -1,6 +1,7 @@
 """What a training script is made of: its arguments, data, tokenizer and quantization, and what is said of a run."""
 
 import logging
+import os
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any, cast
@@ -11,11 +12,13 @@ from peft import PeftConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from . import data, offline
+from . import __version__, data, offline
 from .checkpointing.folders import last_checkpoint
 from .config import MeanTeacherConfig
+from .files import shipped
 from .options import plain_count, plain_number, take_booleans
 from .provenance import provenance
+from .versions import check_versions
 
 
 logger = logging.getLogger(__name__)
@@ -91,8 +94,23 @@ def parse(arguments: list[str]) -> tuple[TrainingScriptArguments, MeanTeacherCon
     named = {a.split("=")[0] for a in arguments}
     if not named & {"--config", "--model_name_or_path"}:
         arguments = ["--config", DEMO_CONFIG, *arguments]
-    args, training_args, model_args = make_parser().parse_args_and_config(arguments)
+    args, training_args, model_args = make_parser().parse_args_and_config(_with_config_file(arguments))
     return args, training_args, model_args
+
+
+def _with_config_file(arguments: list[str]) -> list[str]:
+    """The arguments with a path for `--config`, which may also name one of the packaged `recipes/configs`."""
+    place = arguments.index("--config") + 1 if "--config" in arguments else len(arguments)
+    given = arguments[place : place + 1]  # without a value TRL's parser says so
+    if not given or os.path.isfile(given[0]):
+        return arguments
+    known = {path.stem: str(path) for path in shipped("recipes").glob("configs/*.yaml")}
+    if given[0] not in known:
+        raise ValueError(
+            f"`config={given[0]!r}` is neither a file nor a packaged configuration. Give the path of a YAML file, or one of "
+            f"{', '.join(sorted(known))}."
+        )
+    return [*arguments[:place], known[given[0]], *arguments[place + 1 :]]
 
 
 def load_data(
@@ -190,6 +208,8 @@ def lora(model_args: ModelConfig) -> PeftConfig:
 def quantization(model_args: ModelConfig, training_args: MeanTeacherConfig) -> BitsAndBytesConfig | None:
     """TRL's, but computing in the precision of the run: TRL takes the dtype that the weights are loaded in."""
     config = get_quantization_config(model_args)
+    if config is not None:
+        check_versions(__version__, ("bitsandbytes",))
     if config is not None and model_args.load_in_4bit:
         half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
         config.bnb_4bit_compute_dtype = half

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {"one": "cpu", "ddp": "multi_gpu", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
+CONFIGS["zero1"] = "zero1"
 CONFIGS["zero3_offload"] = "zero3_offload"
 CONFIGS["zero3_alone"] = CONFIGS["zero3"]  # on one process
 CONFIGS["fsdp2_sharded"] = CONFIGS["fsdp2"]  # with checkpoints by shards

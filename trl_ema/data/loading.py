@@ -10,7 +10,9 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset
 from pyarrow import parquet
 
+from .. import __version__
 from ..files import OutputError
+from ..versions import check_versions
 from .formats import to_prompt_completion
 
 
@@ -82,8 +84,10 @@ def load_split(
     [`load_rows`] in a TRL format, see [`to_prompt_completion`], whose errors then name the file and its line.
 
     Raises:
+        ImportError: `datasets` is of a version outside its range.
         ValueError: No row is left.
     """
+    check_versions(__version__, ("datasets",))
     rows = load_rows(name, config, split, streaming)
     shown = name if os.path.isfile(name) else f"{name} ({split})"
     rows = to_prompt_completion(rows, text_field, drop_incomplete, shown)

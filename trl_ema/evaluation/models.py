@@ -173,9 +173,7 @@ def with_adapter(
             set_peft_model_state_dict(model, load_peft_weights(reference, device="cpu"))
         start.keep()
     with _fits(folder, base):
-        found = model.load_adapter(
-            folder, "default", is_trainable=True, key_mapping=getattr(base, "_checkpoint_conversion_mapping", {})
-        )
+        found = model.load_adapter(folder, "default", is_trainable=True)
         # PEFT also writes embeddings and heads under names of their own, which it does not read.
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
         surplus = [name for name in found.unexpected_keys if prefix and prefix in name]

