@@ -313,7 +313,7 @@ def first_step(run: Run) -> None:
         step, trainer = stepper(run, "ema", 2, tokens, nf4=nf4)
         step()
         divergence = next(regularizer for regularizer in trainer.regularizers if regularizer.name == "teacher")
-        (ce, labels), (kl, taught) = trainer._ce.sums.tolist(), divergence.kl_of_log.sums.tolist()
+        (ce, labels), (kl, taught) = trainer.ce_mean.sums.tolist(), divergence.kl_of_log.sums.tolist()
         sft, _ = stepper(run, "sft", 2, tokens, nf4=nf4)
         figures = dict(ce=ce / labels, kl=kl / taught, sft=float(sft()))
         run.note(f"first step/{'NF4' if nf4 else 'bf16'}", figures)

@@ -111,7 +111,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
             is_base = None if peft_config is None else base_changed_by(peft_config) is None
             self.starting_point = StartingPoint(self.model, is_base)
         self.model_card_details: dict[str, dict] = {}  # more tables for the model card, by title
-        self._ce, self._penalty_is_due = TokenMean(), False
+        self.ce_mean, self._penalty_is_due = TokenMean(), False
         self.regularizers = self._claim.regularizers
         self._regularize()
         if args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint:
@@ -185,7 +185,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.check_is_owner()
         step, loss_type = self.state.global_step, self.args.loss_type
-        forward = RegularizedForward(model, self.regularizers, inputs, step, num_items_in_batch, self._ce.add)
+        forward = RegularizedForward(model, self.regularizers, inputs, step, num_items_in_batch, self.ce_mean.add)
         if forward.divergences:
             check_fused_forward(self.args)
             loss_type = "nll"  # the fused loss has weighted each token already (DFT): TRL has to sum and normalize
@@ -218,7 +218,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:
             if self.args.needs_fused_forward:
-                self.add_metrics(ce_loss=self._ce.take(self.accelerator.gather, self.args.device))
+                self.add_metrics(ce_loss=self.ce_mean.take(self.accelerator.gather, self.args.device))
             for regularizer in self.regularizers:
                 self.add_metrics(**regularizer.metrics(self.accelerator.gather))
         super().log(logs, start_time)

@@ -76,9 +76,11 @@ class Dense(SFTTrainer):
         kl = F.kl_div(logits[mask].log_softmax(-1), teachers[mask].log_softmax(-1), log_target=True, reduction="sum")
         items = mask.sum() if num_items_in_batch is None else num_items_in_batch
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        loss = (ce + KL_WEIGHT * kl) / items * ranks
+        if not self.l2_weight:  # DDP bears no weights outside the forward in every case
+            return loss
         moved = sum((own - start).pow(2).sum() for (_, own), start in zip(self.pairs, self.start, strict=True))
-        penalty = self.l2_weight / 2 * moved / self.current_gradient_accumulation_steps
-        return (ce + KL_WEIGHT * kl) / items * ranks + penalty
+        return loss + self.l2_weight / 2 * moved / self.current_gradient_accumulation_steps
 
 
 class _Average(TrainerCallback):

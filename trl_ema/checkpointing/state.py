@@ -43,7 +43,7 @@ class RegularizerCallback(TrainerCallback):
                 "The checkpoint was made with %s, this run goes on without. Resume with the options it was started with to end as "
                 "it would have ended.", ", ".join(lost),
             )  # fmt: skip
-        trainer._ce = TokenMean()
+        trainer.ce_mean = TokenMean()
         for regularizer in trainer.regularizers:
             regularizer.begin(trainer, states.get(regularizer.name))
 
