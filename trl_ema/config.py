@@ -15,8 +15,9 @@ KL_TOKENS = ("loss", "all")
 DEFAULT_HALF_LIFE = 0.25
 _NUMBERS = (
     "ema_half_life", "ema_decay", "teacher_anchor", "kl_weight", "kl_warmup_ratio", "kl_temperature", "jsd_mixture",
-    "kl_fraction",
+    "kl_fraction", "rehearsal_weight", "rehearsal_fraction", "drift_budget",
 )  # fmt: skip
+_OPTIONAL = ("ema_half_life", "ema_decay", "drift_budget")
 _EMA_FIELDS = ("ema_half_life", "ema_decay", "ema_warmup", "ema_update_steps")
 
 
@@ -29,6 +30,10 @@ class MeanTeacherConfig(SFTConfig):
 
         loss = CE(y; p_θ) + kl_weight · ramp(step) · D(p_φ, p_θ)
         after each optimizer step:   φ ← d·φ + (1 − d)·θ
+
+    With `rehearsal_weight` the student is also held to the model before training, on texts that this has written itself:
+
+        loss += rehearsal_weight · KL(p_before ‖ p_θ)          a mean over all tokens of the rehearsed texts
 
     `teacher="ema"` is this method, `"frozen"` keeps φ where it started (d = 1), `"none"` is plain SFT: with it the
     losses equal [`~trl.SFTTrainer`]'s step for step. (Over a 4-bit base in a run that is neither `bf16` nor `fp16`, TRL
@@ -125,6 +130,42 @@ class MeanTeacherConfig(SFTConfig):
         default=False,
         metadata={"help": "Evaluate the teacher too, as `eval_teacher_loss`. Doubles the time of an evaluation."},
     )
+    rehearsal_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the divergence from the model before training on texts that it has written itself, against the "
+            "mean cross-entropy; at least 0, 0 is no rehearsal. Larger keeps more; try 4."
+        },
+    )
+    rehearsal_fraction: float = field(
+        default=0.33,
+        metadata={
+            "help": "Share of the rows of a micro-batch that are rehearsed, beside those of the data; of packed rows the share of "
+            "their tokens. In (0, 1)."
+        },
+    )
+    rehearsal_texts: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of texts that `trl-ema rehearse` wrote with this model; by default they are written when training "
+            "begins, once for each model."
+        },
+    )
+    rehearsal_num_texts: int = field(
+        default=512, metadata={"help": "Texts to write; at least one micro-batch of them."}
+    )
+    rehearsal_num_tokens: int = field(default=128, metadata={"help": "Tokens of a text, at most; at least 8."})
+    rehearsal_start_token: str | None = field(
+        default=None,
+        metadata={"help": "Token that a text begins with, where the tokenizer names none (`bos_token`)."},
+    )
+    drift_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "Nats per token that the student may be from the model before training on rehearsed texts: "
+            "`rehearsal_weight` is then where its weight begins, and it rises above the budget and falls below. Above 0."
+        },
+    )
     stop_on_nonfinite_loss: bool = field(
         default=True,
         metadata={
@@ -148,7 +189,7 @@ class MeanTeacherConfig(SFTConfig):
         """Numbers of any library become Python's, so that a checkpoint or a model card can hold them."""
         for name in _NUMBERS:
             value = getattr(self, name)
-            if value is not None or name not in ("ema_half_life", "ema_decay"):
+            if value is not None or name not in _OPTIONAL:
                 setattr(self, name, plain_number(name, value))
 
     @property
@@ -159,7 +200,7 @@ class MeanTeacherConfig(SFTConfig):
     @property
     def needs_fused_forward(self) -> bool:
         """Whether the loss has terms that are computed from the outputs, in a forward that TRL's own does not have."""
-        return self.teacher != "none"
+        return self.teacher != "none" or self.rehearsal_weight > 0
 
     @property
     def is_plain_sft(self) -> bool:
@@ -171,7 +212,7 @@ class MeanTeacherConfig(SFTConfig):
         of_optimizer = dict(part.partition("=")[::2] for part in (self.optim_args or "").replace(" ", "").split(","))
         decay = self.weight_decay or float(of_optimizer.get("weight_decay", 0))
         others = (decay, self.label_smoothing_factor, self.neftune_noise_alpha)
-        return self.teacher == "none" and self.loss_type == "nll" and not any(others)
+        return not self.needs_fused_forward and self.loss_type == "nll" and not any(others)
 
     def _warn_about_ignored(self):
         default = {f.name: f.default for f in fields(MeanTeacherConfig)}
@@ -181,11 +222,14 @@ class MeanTeacherConfig(SFTConfig):
         if self.teacher == "none":
             others = [n for n in default if n.startswith("kl_") or n in ("teacher_anchor", "eval_teacher")]
             ignored += [n for n in others if getattr(self, n) != default[n]]
+        if not self.rehearsal_weight:
+            ignored += [n for n in default if n.startswith("rehearsal_") and getattr(self, n) != default[n]]
         if self.kl_direction != "jsd" and self.jsd_mixture != default["jsd_mixture"]:
             ignored.append("jsd_mixture")
         if ignored:
             warnings.warn(
-                f"Ignored with `teacher={self.teacher!r}`, `kl_direction={self.kl_direction!r}`: "
+                f"Ignored with `teacher={self.teacher!r}`, `kl_direction={self.kl_direction!r}`, "
+                f"`rehearsal_weight={self.rehearsal_weight!r}`: "
                 + ", ".join(f"`{name}={getattr(self, name)!r}`" for name in ignored)
                 + ".",
                 stacklevel=4,
@@ -194,6 +238,7 @@ class MeanTeacherConfig(SFTConfig):
 
 def _check(config: MeanTeacherConfig) -> None:
     """Raises `ValueError` for what is out of its range, or excludes something else."""
+    _check_rehearsal(config)
     _check_choice("teacher", config.teacher, TEACHERS)
     _check_choice("kl_direction", config.kl_direction, KL_DIRECTIONS)
     _check_choice("kl_tokens", config.kl_tokens, KL_TOKENS)
@@ -227,6 +272,28 @@ def _check(config: MeanTeacherConfig) -> None:
         raise ValueError(
             f"`jsd_mixture` must be inside (0, 1), got {config.jsd_mixture}. At the ends the divergence is zero: use "
             "`kl_direction='forward'` or `'reverse'` for the two KLs, or try 0.5."
+        )
+
+
+def _check_rehearsal(config: MeanTeacherConfig) -> None:
+    if not 0 <= config.rehearsal_weight < float("inf"):
+        raise ValueError(
+            f"`rehearsal_weight` must be at least 0 and finite, got {config.rehearsal_weight}. Use 0 for no rehearsal; try 4."
+        )
+    if not 0 < config.rehearsal_fraction < 1:
+        raise ValueError(
+            f"`rehearsal_fraction` must be inside (0, 1), got {config.rehearsal_fraction}. It is the share of rehearsed rows; try "
+            "0.33, or `rehearsal_weight=0` for none."
+        )
+    config.rehearsal_num_texts = plain_count("rehearsal_num_texts", config.rehearsal_num_texts, 1, "Try 512.")
+    config.rehearsal_num_tokens = plain_count("rehearsal_num_tokens", config.rehearsal_num_tokens, 8, "Try 128.")
+    budget = config.drift_budget
+    if budget is not None and not 0 < budget < float("inf"):
+        raise ValueError(f"`drift_budget` must be above 0 and finite, got {budget}. It is in nats per token; try 0.05.")
+    if budget is not None and not config.rehearsal_weight:
+        raise ValueError(
+            f"`drift_budget={budget}` is kept by the weight of the rehearsal, which is 0. Give the weight to begin with, "
+            "`rehearsal_weight=1`."
         )
 
 

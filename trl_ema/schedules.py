@@ -5,6 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 
+# Of a weight that is controlled: the largest change in a step, as an exponent, and the widest from where it began, as a factor.
+_LARGEST_CHANGE = 0.2
+_WIDEST = 1000.0
+
+
 def half_life_to_decay(half_life: float, total_steps: int, update_steps: int = 1) -> float:
     r"""
     Decay per update after which half of the teacher is replaced every `half_life · total_steps` optimizer steps.
@@ -71,3 +76,52 @@ class RampedWeight:
 
     def load(self, state: dict[str, float]) -> None:
         """The reverse of [`state`]."""
+
+
+@dataclass
+class BudgetedWeight:
+    """
+    A weight λ that keeps a divergence at a budget:
+
+        λ ← λ · exp(η · (m / budget − 1))          m ← β·m + (1 − β)·D after each optimizer step
+
+    with η times the bracket held within ±0.2, and λ within a factor of 1,000 of where it began. Above the budget it rises, below
+    it falls.
+
+    Args:
+        weight (`float`): Where λ begins, above 0.
+        budget (`float`): Of D, nats per token.
+        rate (`float`): η.
+        memory (`float`): β; the mean is corrected for its start at 0.
+    """
+
+    weight: float
+    budget: float
+    rate: float = 0.05
+    memory: float = 0.9
+
+    observes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.begins, self.mean, self.steps = self.weight, 0.0, 0
+
+    def value(self, step: int) -> float:
+        """λ now, whichever step it is."""
+        return self.weight
+
+    def observe(self, divergence: float) -> None:
+        """After an optimizer step: D over its whole batch, nats per token, the same on all ranks."""
+        self.steps += 1
+        self.mean = self.memory * self.mean + (1 - self.memory) * divergence
+        smoothed = self.mean / (1 - self.memory**self.steps)
+        change = min(max(self.rate * (smoothed / self.budget - 1), -_LARGEST_CHANGE), _LARGEST_CHANGE)
+        weight = self.weight * math.exp(change)
+        self.weight = min(max(weight, self.begins / _WIDEST), self.begins * _WIDEST)
+
+    def state(self) -> dict[str, float]:
+        """What a resumed run must know, as JSON holds it."""
+        return {"weight": self.weight, "mean": self.mean, "steps": self.steps}
+
+    def load(self, state: dict[str, float]) -> None:
+        """The reverse of [`state`]."""
+        self.weight, self.mean, self.steps = state["weight"], state["mean"], int(state["steps"])

@@ -132,10 +132,8 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
                 with self.precision():
                     check_head(base)
             add_regularized_forward(base, dft=self.args.loss_type == "dft")
-        for regularizer in make_regularizers(
-            self.model, self.args
-        ):  # an error leaves to the claim what is there by then
-            self.regularizers.append(regularizer)
+        for regularizer in make_regularizers(self.model, self.args, self.processing_class):
+            self.regularizers.append(regularizer)  # one by one: an error leaves to the claim what is there by then
 
     def check_is_owner(self) -> None:
         if self._claim.given_on:

@@ -1,15 +1,17 @@
 """What holds a student back. `docs/regularizers.md` shows how to add one."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from peft import PeftModel
 
 from ..config import MeanTeacherConfig
 from .base import Regularizer
 from .divergence import TeacherDivergence
+from .rehearsal import Rehearsal
 
 
-def make_regularizers(model: PeftModel, args: MeanTeacherConfig) -> Iterator[Regularizer]:
+def make_regularizers(model: PeftModel, args: MeanTeacherConfig, tokenizer: Any) -> Iterator[Regularizer]:
     """
     The regularizers that `args` asks for, one by one, attached to `model` before it is wrapped for training.
 
@@ -18,3 +20,5 @@ def make_regularizers(model: PeftModel, args: MeanTeacherConfig) -> Iterator[Reg
     """
     if args.teacher != "none":
         yield TeacherDivergence(model, args)
+    if args.rehearsal_weight:
+        yield Rehearsal(model, args, tokenizer)
