@@ -10,7 +10,8 @@ PYTHON := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 # What takes longest by far, or starts processes.
-NOT_QUICK := distributed $(addsuffix .py,$(addprefix test_,adapters checkpoints cli comparison evaluation model_card offline recipe))
+NOT_QUICK := distributed $(patsubst %,test_%.py,adapters benchmark causal_lms checkpoints cli comparison evaluation kernels \
+	model_card offline portable qlora recipe results)
 
 .PHONY: demo quick test lint package venv clean
 
