@@ -1,5 +1,5 @@
 # make demo      the main job: a real model learns medicine under a mean teacher (about ten minutes on 2 cores)
-# make quick     the tests of the inner loop: under two minutes on 2 cores, nothing is launched
+# make quick     the tests of the inner loop: under two minutes on 2 cores, no launches
 # make test      the test suite
 # make lint      ruff and mypy
 # make package   the wheel, tried in an environment that has nothing else
@@ -9,9 +9,10 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-# What takes longest by far, or starts processes.
+# What takes longest by far, or launches processes by accelerate. (Some of the rest start a Python of their own.)
 NOT_QUICK := distributed $(patsubst %,test_%.py,adapters benchmark causal_lms checkpoints cli comparison evaluation kernels \
-	model_card offline portable qlora recipe results)
+	launching model_card offline portable qlora recipe results)
+
 
 .PHONY: demo quick test lint package venv clean
 

@@ -229,7 +229,7 @@ class Stepper:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if getattr(self.trainer, "teacher", None) is not None:
-            self.trainer.update_teacher()
+            self.trainer.after_step()
         self.trainer.state.global_step += 1  # `kl_fraction` draws anew
 
 
@@ -410,7 +410,7 @@ def update(args) -> list[Figure]:
     from peft import LoraConfig, get_peft_model
     from trl.experimental.sdft.teacher_sync import PEFTAdapterEMACallback
 
-    from trl_ema.teacher import MeanTeacher
+    from trl_ema.regularizers.teacher import MeanTeacher
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -482,7 +482,7 @@ def _fresh(*arguments) -> float:
 
 def memory_of(args) -> None:
     """Peak of a step over what the model itself takes, less the teacher's own copy of the adapter."""
-    import trl_ema.training  # noqa: F401  libraries are not what a trainer takes
+    import trl_ema.measurement  # noqa: F401  libraries are not what a trainer takes
 
     with tempfile.TemporaryDirectory() as folder:
         before, copy = _held_mib(), 0.0
@@ -493,7 +493,7 @@ def memory_of(args) -> None:
         stepper = Stepper(args.arm, args, folder)
         teacher = getattr(stepper.trainer, "teacher", None)
         if teacher is not None:
-            copy = sum(p.numel() * p.element_size() for p in teacher._students()) / 2**20
+            copy = sum(p.numel() * p.element_size() for p in teacher.students()) / 2**20
         _reset_peak()
         stepper()
         print(_peak_mib() - before - weights - copy)

@@ -299,7 +299,7 @@ def stepper(
         optimizer.step()
         optimizer.zero_grad()
         if getattr(trainer, "teacher", None) is not None:
-            trainer.update_teacher()
+            trainer.after_step()
         trainer.state.global_step += 1
         return loss
 
@@ -312,7 +312,8 @@ def first_step(run: Run) -> None:
         tokens = 16 if run.smoke else 256
         step, trainer = stepper(run, "ema", 2, tokens, nf4=nf4)
         step()
-        ce, kl, labels, taught = trainer._loss_sums.tolist()
+        divergence = next(regularizer for regularizer in trainer.regularizers if regularizer.name == "teacher")
+        (ce, labels), (kl, taught) = trainer.ce_mean.sums.tolist(), divergence.kl_of_log.sums.tolist()
         sft, _ = stepper(run, "sft", 2, tokens, nf4=nf4)
         figures = dict(ce=ce / labels, kl=kl / taught, sft=float(sft()))
         run.note(f"first step/{'NF4' if nf4 else 'bf16'}", figures)

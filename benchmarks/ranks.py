@@ -201,7 +201,7 @@ def _trained_by_trainer(mode: str, teacher: str, folder: str):
         trainer.optimizer.step()
         model.zero_grad()
         if trainer.teacher is not None:
-            trainer.update_teacher()
+            trainer.after_step()
 
     def held():
         optimizer = model.optimizer.optimizer if stage else trainer.optimizer.optimizer
@@ -233,15 +233,15 @@ def _fully_sharded(mode: str, teacher: str, folder: str):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    from trl_ema.forward import add_mean_teacher_forward
-    from trl_ema.teacher import MeanTeacher
+    from trl_ema.forward import Divergence, add_regularized_forward
+    from trl_ema.regularizers.teacher import MeanTeacher
 
     dist.init_process_group("gloo")
     model = _small_model()
     mean_teacher = None
     if teacher != "none":
         mean_teacher = MeanTeacher(model, frozen=teacher == "frozen")
-        add_mean_teacher_forward(model.get_base_model(), mean_teacher, kl_tokens="loss")
+        add_regularized_forward(model.get_base_model())
     base = model.get_base_model()
     for unit in (*base.model.layers, base.model.embed_tokens):
         fully_shard(unit)
@@ -250,7 +250,7 @@ def _fully_sharded(mode: str, teacher: str, folder: str):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
     def step():
-        options = {} if teacher == "none" else {"kl_weight": 1.0}
+        options = {} if teacher == "none" else {"divergences": [Divergence(mean_teacher, 1.0)]}
         outputs = model(**_batch(), fused_lm_head=True, **options)
         (-outputs.log_probs.sum()).backward()
         optimizer.step()

@@ -8,15 +8,107 @@ on 2 CPU cores.
 
 With a model and data from the hub (or local paths), on a GPU:
 
-    accelerate launch --config_file accelerate_configs/single_gpu_qlora.yaml recipes/medical_ema.py \\
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/medical_ema.py \\
         --config recipes/configs/qwen2_1.5b_qlora.yaml
 
 Every option of `MeanTeacherConfig`, TRL's `ModelConfig` and the job's own can be given on the command line or in the YAML
-of `--config`; the command line wins. `trl-ema train` is the same job.
+of `--config`; the command line wins. `trl-ema train` runs this very file.
 """
 
-from trl_ema.training import main
+import logging
+import os
+import signal
+import sys
+import time
+
+from datasets import Dataset
+
+from trl_ema import EMARegularizedSFTTrainer
+from trl_ema.checks import check_free_space
+from trl_ema.data import as_chat, hub_errors
+from trl_ema.evaluation.drift import general_rows
+from trl_ema.files import check_output_dir, write_json
+from trl_ema.measurement import DriftCallback, Measurement, card_figures, samples_and_table
+from trl_ema.model_card import write_model_card
+from trl_ema.noise import hide_noise
+from trl_ema.script import describe_run, load_data, load_tokenizer, lora, parse, quantization, resume_from, sources
+
+
+def main(arguments: list[str]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    hide_noise()
+    start = time.perf_counter()
+    args, training_args, model_args = parse(arguments)
+    say = print if training_args.process_index == 0 else lambda *_: None
+    check_output_dir(training_args.output_dir)
+    checkpoint = resume_from(training_args)
+
+    # Data: rows to learn, rows held out, and questions of general knowledge, for what is forgotten beside the domain
+    with training_args.main_process_first(local=False, desc="model and data"):
+        model_name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
+        train, held_out = load_data(args, tokenizer, training_args.dataset_text_field)
+    general = as_chat(Dataset.from_list(general_rows()), tokenizer)
+
+    # Model: TRL loads it
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+
+    # Trainer: TRL's own, with the teacher of `MeanTeacherConfig`
+    if training_args.metric_for_best_model in ("loss", "eval_loss"):  # of two sets that are evaluated
+        training_args.metric_for_best_model = "eval_domain_loss"
+    with hub_errors("model", model_name):
+        trainer = EMARegularizedSFTTrainer(
+            model_name,
+            args=training_args,
+            train_dataset=train,
+            eval_dataset={"domain": held_out, "general": general},
+            processing_class=tokenizer,
+            quantization_config=quantization(model_args, training_args),
+            peft_config=lora(model_args),
+        )
+    if args.drift_steps:
+        trainer.add_callback(DriftCallback(trainer, args.drift_steps))
+    check_free_space(trainer, checkpoint=False)
+    rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "a stream of"
+    say(f"{rows} training rows, {len(held_out)} held out.")
+
+    # Train
+    has_prompts = {"prompt", "completion"} <= set(held_out.column_names)
+    samples = held_out.select(range(min(args.generations, len(held_out)) if has_prompts else 0))
+    measurement = Measurement(trainer, samples, args.generation_tokens)  # of the model as it is now, too
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stopped_by:
+        name = signal.Signals(trainer.stopped_by).name
+        say(f"Stopped by {name} after step {trainer.state.global_step}. Go on with `--resume_from_checkpoint true`.")
+        return
+    trainer.save_model()
+
+    # Measure
+    metrics: dict = {}
+    trainer.model_card_details = {"Sources": sources(args, model_args)}
+    if args.measure:
+        say("Measuring the model as it was before, the student and its teacher ...")
+        metrics, _ = measurement.models()
+        trainer.model_card_details["Held-out figures, nats per token"] = card_figures(metrics)
+    metrics["log"] = trainer.state.log_history
+    seconds = round(time.perf_counter() - start)
+    metrics["provenance"] = describe_run(trainer, args, model_args) | {"wall_seconds": seconds}
+
+    # Save
+    if trainer.is_world_process_zero():
+        path = os.path.join(training_args.output_dir, "metrics.json")
+        write_model_card(trainer, training_args.output_dir)
+        write_json(path, metrics)
+        if args.measure:
+            say(samples_and_table(metrics))
+        say(f"\nSaved the student to {training_args.output_dir}, all figures to {path}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=args.dataset_name)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -11,8 +11,9 @@ from peft.tuners.lora.config import BdLoraConfig, EvaConfig, KasaConfig, Montecl
 from safetensors.torch import load_file
 from trl import SFTTrainer
 
-from trl_ema.evaluation.drift import measure_drift, trainer_batches
-from trl_ema.teacher import MeanTeacher
+from trl_ema.evaluation.drift import measure_drift
+from trl_ema.measurement import trainer_batches
+from trl_ema.regularizers.teacher import MeanTeacher
 
 
 LINEAR = ["q_proj", "v_proj"]
@@ -260,7 +261,7 @@ def test_each_option_of_an_adapter_is_averaged_and_saved(name, tmp_path):
     teacher.save(tmp_path / "ours")
     for folder in ("by PEFT", "ours"):
         check_file(tmp_path / folder, expected, **changes)
-    teacher.check_checkpoint(tmp_path / "ours")
+    teacher.check(tmp_path / "ours")
 
 
 def test_tied_adapters_of_embeddings_are_refused_before_tokenization(make_trainer, monkeypatch):

@@ -8,8 +8,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_ema.forward import add_mean_teacher_forward, check_head
-from trl_ema.teacher import MeanTeacher
+from trl_ema.forward import Divergence, add_regularized_forward, check_head
+from trl_ema.regularizers.teacher import MeanTeacher
 
 
 # By `model_type`. A name that a new release of transformers adds belongs into one of the three.
@@ -184,14 +184,14 @@ def test_loss_and_gradient_are_those_of_the_models_own_logits(model_type):
         base.enable_input_require_grads()
         model.train()
     teacher = MeanTeacher(model, frozen=True)
-    options = dict(direction="forward", mixture=0.5, temperature=1.0, dft=False)
-    add_mean_teacher_forward(base, teacher, kl_tokens="loss", **options)
+    options = dict(direction="forward", mixture=0.5, temperature=1.0)
+    add_regularized_forward(base)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.no_grad():
         for parameter in trained:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
-    output = model(**BATCH, labels=LABELS, fused_lm_head=True, kl_weight=0.5)
+    output = model(**BATCH, labels=LABELS, fused_lm_head=True, divergences=[Divergence(teacher, 0.5, options=options)])
     gradients = gradients_of(-output.log_probs, trained)
     log_ps = model(**BATCH).logits[:, :-1][mask].float().log_softmax(-1)
     dense = -log_ps.gather(1, LABELS[:, 1:][mask][:, None]).sum() + 0.5 * (log_pt.exp() * (log_pt - log_ps)).sum()

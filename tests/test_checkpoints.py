@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import sort_checkpoints
 
 from trl_ema.files import finish_replacing, read_json, remove_folder, replace_folder, write_json
-from trl_ema.teacher import _sha256
+from trl_ema.regularizers.teacher import _sha256
 
 
 SAVING = dict(save_strategy="steps", save_steps=1)
@@ -279,7 +279,7 @@ def test_only_a_limit_has_checkpoints_sorted_by_their_time(make_trainer, tmp_pat
         sorts.append(options)
         return sort_checkpoints(folder, **options)
 
-    monkeypatch.setattr("trl_ema.checkpoints.sort_checkpoints", sort)
+    monkeypatch.setattr("trl_ema.checkpointing.folders.sort_checkpoints", sort)
     make_trainer(save_total_limit=limit, **SAVING).train()
     assert len(folders(tmp_path / "out")) == (limit or 4) and len(sorts) == (4 if limit else 0)
 

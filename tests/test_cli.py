@@ -8,6 +8,7 @@ import subprocess
 import sys
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import lora
@@ -241,6 +242,42 @@ def test_each_model_has_a_folder_of_its_own_and_a_share_of_the_questions_is_a_li
     evaluate("--model", tiny_folder / "model", "--limit", 0.002, cwd=tmp_path)
     (folder,) = (tmp_path / "runs" / "evaluation").iterdir()
     assert folder.name.endswith("-model") and read_json(folder / "arc_easy.json")["n"] == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("dataset_samples", 5.0, 5),
+        ("generation_tokens", np.int64(0), 0),
+        ("num_fewshot", torch.tensor(2), 2),
+        ("sample", 7.0, 7),
+        ("batch_size", np.float32(4), 4),
+        ("seed", np.int64(3), 3),
+        ("limit", np.float64(0.5), 0.5),
+        ("limit", 3, 3.0),
+        ("offline", "true", True),
+        ("load_in_4bit", "no", False),
+    ],
+)
+def test_evaluations_numbers_and_booleans_are_read_from_any_library(name, value, expected):
+    found = getattr(EvaluationArguments(**{name: value}), name)
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("sample", "3", "`sample` must be a number, got '3'"),
+        ("limit", "3", "`limit` must be a number, got '3'"),
+        ("dataset_samples", 0, "`dataset_samples` must be a whole number of at least 1, got 0"),
+        ("batch_size", 2.5, "`batch_size` must be a whole number of at least 1, got 2.5"),
+        ("generation_tokens", -1, "`generation_tokens` must be a whole number of at least 0, got -1"),
+        ("apply_chat_template", "perhaps", "`apply_chat_template` must be a boolean, got 'perhaps'"),
+    ],
+)
+def test_evaluations_options_of_another_kind_are_refused(name, value, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        EvaluationArguments(**{name: value})
 
 
 def test_evaluate_refuses_an_unknown_task(tmp_path):

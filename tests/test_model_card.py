@@ -7,9 +7,12 @@ from dataclasses import fields
 import pytest
 from conftest import logged, lora, rows, tiny_model
 from huggingface_hub import ModelCard
+from peft import LoHaConfig
+from transformers import BitsAndBytesConfig
 
 from trl_ema import MeanTeacherConfig, __version__, offline
 from trl_ema.evaluation.models import adapter_base
+from trl_ema.model_card import CITATIONS, method_of
 
 
 TEACHERS = ("ema", "frozen", "none")
@@ -229,16 +232,98 @@ def test_card_of_an_untrained_model_has_no_metrics(make_trainer):
     assert "Last logged metrics" not in saved_card(make_trainer()).text
 
 
+# Citations
+
+
+ALWAYS = {"TRL", "PEFT", "LoRA"}
+
+
+def cited(text):
+    """What the whole card cites, by our names, each once."""
+    counts = {name: text.count(f"{entry.partition(',')[0]},") for name, entry in CITATIONS.items()}
+    assert set(counts.values()) <= {0, 1}
+    return {name for name, count in counts.items() if count}
+
+
 @pytest.mark.parametrize("card_of", [saved_card, created_card])
-def test_card_cites_the_four_papers(make_trained, card_of):
-    text = card_of(make_trained()).text
-    for title in (
-        "Mean teachers are better role models",
-        "Overcoming catastrophic forgetting in neural networks",
-        "An Empirical Study of Catastrophic Forgetting",
-        "Adapting Large Language Models for narrow domains using the exponential moving average method",
-    ):
-        assert text.count(f"{{{title}") == 1
+@pytest.mark.parametrize(
+    ("options", "used"),
+    [
+        (dict(teacher="ema"), {"mean teacher", "EMA study"}),
+        (dict(teacher="ema", loss_type="dft"), {"mean teacher", "EMA study", "DFT"}),
+        (dict(teacher="frozen"), {"frozen teacher"}),
+        (dict(teacher="frozen", loss_type="dft"), {"frozen teacher", "DFT", "ASFT"}),
+        (dict(teacher="none"), set()),
+        (dict(teacher="none", loss_type="dft"), {"DFT"}),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
+)
+def test_card_cites_what_the_run_used_and_nothing_else(make_trained, card_of, options, used):
+    assert cited(card_of(make_trained(**options)).text) == ALWAYS | used
+
+
+def test_card_of_a_whole_model_cites_no_adapter(make_trained):
+    assert cited(saved_card(make_trained(teacher="none", peft_config=None)).text) == {"TRL"}
+
+
+def test_card_of_another_adapter_does_not_cite_lora(make_trained):
+    text = saved_card(make_trained(peft_config=LoHaConfig(r=2, target_modules=["q_proj"]))).text
+    assert cited(text) == {"mean teacher", "EMA study", "TRL", "PEFT"}
+
+
+@pytest.mark.parametrize(("quantization", "qlora"), [("nf4", True), ("fp4", True), (None, False)])
+def test_card_cites_qlora_over_four_bits(make_trained, quantization, qlora):
+    trainer = make_trained()
+    if quantization is not None:
+        trainer.model.config.quantization_config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=quantization
+        )
+    assert ("QLoRA" in cited(saved_card(trainer).text)) == qlora
+
+
+@pytest.mark.parametrize("where", ["log", "table"])
+def test_card_cites_the_measure_of_drift_where_it_was_measured(make_trained, where):
+    trainer = make_trained()
+    assert "drift" not in cited(saved_card(trainer).text)
+    if where == "log":
+        trainer.state.log_history.append({"drift_domain": 0.1})
+    else:
+        trainer.model_card_details = {"Held-out figures": {"student, domain, kl_base_model": 0.1}}
+    assert "drift" in cited(saved_card(trainer).text)
+
+
+def test_every_citation_is_whole_bibtex():
+    for entry in CITATIONS.values():
+        assert re.match(r"@(article|inproceedings|software|misc)\{[\w-]+,\n", entry) and entry.endswith("\n}")
+        assert entry.count("{") == entry.count("}")
+        assert all(re.search(rf"^  {field} += \{{.+\}},?$", entry, re.MULTILINE) for field in ("title", "author"))
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "paper"),
+    [
+        (dict(teacher="ema"), "EMA-regularized SFT", "1703.01780"),
+        (dict(teacher="frozen"), "SFT with a frozen teacher", "1606.09282"),
+        (dict(teacher="frozen", loss_type="dft"), "ASFT", "2509.23753"),
+        (dict(teacher="none"), "SFT", None),
+    ],
+)
+def test_method_of_a_run_has_a_name_and_the_paper_that_introduced_it(tmp_path, options, name, paper):
+    found, of_paper = method_of(MeanTeacherConfig(str(tmp_path), use_cpu=True, bf16=False, **options))
+    assert (found, of_paper.get("id")) == (name, paper)
+    assert bool(of_paper.get("title")) == (paper is not None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(weight_decay=0.1), dict(optim_args="weight_decay=0.1"), dict(loss_type="dft"), dict(neftune_noise_alpha=5.0)],
+    ids=lambda options: next(iter(options)),
+)
+def test_training_without_a_teacher_is_called_plain_only_where_it_is(make_trained, options):
+    text = saved_card(make_trained(teacher="none", **options)).text
+    assert "Plain supervised" not in text and "without a teacher. It is not plain" in text
+    ((name, value),) = options.items()
+    assert table(text)[name] in (str(value), f"{value:.4g}" if isinstance(value, float) else None)
 
 
 def test_second_save_rewrites_our_part_and_keeps_the_rest(make_trainer):

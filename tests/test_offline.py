@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ema import offline
 from trl_ema.offline import Wheel, cache_dir, demo_model, demo_rows, fetch
-from trl_ema.training import TrainingScriptArguments, load_data
+from trl_ema.script import TrainingScriptArguments, load_data
 
 
 CONTENT = b"a whole wheel"

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import trl_ema
-from trl_ema.versions import CHECKED_AT_IMPORT, TESTED, is_tested
+from trl_ema.versions import CHECKED_AT_IMPORT, TESTED, check_versions, is_tested
 
 
 SOURCE = Path(trl_ema.__file__).parent
@@ -120,6 +120,59 @@ def test_all_unsupported_versions_are_named_at_once():
     assert "Install supported ones with `pip install 'transformers>=5.19,<5.25' 'peft>=0.21,<0.22'`" in done.stderr
 
 
+@pytest.mark.parametrize("name", sorted({*TESTED} - {*CHECKED_AT_IMPORT, "torch"}))
+def test_what_is_not_looked_at_at_import_can_be_where_it_is_used(monkeypatch, name):
+    check_versions("1.2", (name,))
+    monkeypatch.setattr(trl_ema.versions, "_installed", lambda name: "99.0")
+    with pytest.raises(ImportError) as error:
+        check_versions("1.2", (name,))
+    wanted = f"{name}{TESTED[name]}"
+    assert str(error.value) == (
+        f"trl_ema 1.2 supports {wanted}, found {name} 99.0. Install a supported one with `pip install '{wanted}'`."
+    )
+
+
+def use_of_bitsandbytes_in_training():
+    from trl import ModelConfig
+
+    from trl_ema.script import quantization
+
+    quantization(ModelConfig(load_in_4bit=True), trl_ema.MeanTeacherConfig("out", use_cpu=True, bf16=False))
+
+
+def use_of_bitsandbytes_in_evaluation():
+    from trl_ema.cli import EvaluationArguments, _precision
+
+    _precision(EvaluationArguments(load_in_4bit=True))
+
+
+def use_of_datasets():
+    from trl_ema.data import load_split
+
+    load_split("rows.jsonl")
+
+
+def use_of_lm_eval():
+    from trl_ema.evaluation.tasks import task_manager
+
+    task_manager(True)
+
+
+@pytest.mark.parametrize(
+    "name, use",
+    [
+        ("bitsandbytes", use_of_bitsandbytes_in_training),
+        ("bitsandbytes", use_of_bitsandbytes_in_evaluation),
+        ("datasets", use_of_datasets),
+        ("lm-eval", use_of_lm_eval),
+    ],
+)
+def test_another_version_than_is_supported_is_refused_at_its_first_use(monkeypatch, name, use):
+    monkeypatch.setattr(trl_ema.versions, "_installed", lambda asked: "99.0" if asked == name else "0")
+    with pytest.raises(ImportError, match=f"supports {name}>=.*, found {name} 99.0"):
+        use()
+
+
 @pytest.mark.parametrize(
     "versions", [{"trl": "1.15.0", "peft": "0.21.0"}, {"trl": "1.16.99", "transformers": "5.24.9"}]
 )
@@ -149,6 +202,36 @@ def declared_requirements():
     project = PROJECT["project"]
     lists = [project["dependencies"], *project["optional-dependencies"].values()]
     return [Requirement(text) for requirements in lists for text in requirements]
+
+
+# By torch where it is built for CUDA (without it the loss is PyTorch's own), and by matplotlib.
+BROUGHT_BY_OTHERS = {"triton", "PIL"}
+MODULES_OF = {"PyYAML": "yaml"}
+# Parts that need an extra: they may import what it brings.
+OF_EXTRAS = {
+    "deepspeed", "gguf", "obonet", "lm_eval", "nltk", "rouge_score", "sacrebleu", "sentence_transformers", "jinja2",
+    "matplotlib", "scipy",
+}  # fmt: skip
+
+
+def test_whatever_the_core_imports_is_declared():
+    modules = {MODULES_OF.get(r.name, r.name) for r in map(Requirement, PROJECT["project"]["dependencies"])}
+    assert all(Requirement(text).specifier for text in PROJECT["project"]["dependencies"])
+    imported = set().union(*OTHERS.values()) - BROUGHT_BY_OTHERS
+    assert imported - modules <= OF_EXTRAS
+    by_extras = {r.name.lower().replace("-", "_") for r in declared_requirements()}
+    assert by_extras >= OF_EXTRAS
+
+
+def test_the_inner_loop_launches_nothing():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    left_out = set(re.search(r"addprefix test_,([\w ]+)\)", makefile)[1].split())
+    launches = re.compile(r'"accelerate\.commands\.launch"|"torchrun"|"-m", "trl_ema"')
+    others = [path for path in (ROOT / "tests").glob("test_*.py") if path != Path(__file__)]
+    launching = {
+        path.stem.removeprefix("test_") for path in others if launches.search(path.read_text(encoding="utf-8"))
+    }
+    assert {"launching", "recipe"} <= launching <= left_out
 
 
 def test_the_checked_ranges_are_the_declared_ones():
@@ -312,8 +395,8 @@ def test_no_two_rooms_import_each_other():
     tuple(graphlib.TopologicalSorter(rooms).static_order())
 
 
-def test_the_trainer_is_known_to_the_script_alone():
-    assert {name for name, imported in GRAPH.items() if "trainer" in imported} <= {"script", "measurement"}
+def test_the_trainer_is_known_to_what_measures_its_model_alone():
+    assert {name for name, imported in GRAPH.items() if "trainer" in imported} == {"measurement"}
     assert {"losses", "schedules", "regularizers.teacher"} <= reached_from("trainer")
 
 

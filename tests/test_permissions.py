@@ -8,7 +8,7 @@ from conftest import lora, tiny_model
 from peft import get_peft_model
 
 from trl_ema.files import follow_umask
-from trl_ema.teacher import MeanTeacher
+from trl_ema.regularizers.teacher import MeanTeacher
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077], ids=["022", "027", "077"])

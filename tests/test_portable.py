@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trl_ema import portable
+from trl_ema.checkpointing import portable
+from trl_ema.checkpointing.resuming import load_student
 
 
 def test_a_schedule_fits_any_number_of_groups():
@@ -61,7 +62,7 @@ def test_a_plain_run_takes_deepspeeds_float32_weights(make_trainer, tmp_path):
     name = next(name for name, p in trainer.model.named_parameters() if p.requires_grad)
     state["master"] = {name: torch.full_like(trainer.model.get_parameter(name), 0.123, device="cpu")}
     torch.save(state, checkpoint / "optimizer.pt")
-    assert torch.equal(trainer._load_student(str(checkpoint))[name].cpu(), state["master"][name])
+    assert torch.equal(load_student(trainer.model, str(checkpoint))[name].cpu(), state["master"][name])
     assert torch.equal(trainer.model.get_parameter(name).cpu(), state["master"][name])
 
 

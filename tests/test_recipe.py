@@ -15,10 +15,11 @@ import torch
 from conftest import rows, tiny_model
 from peft import PeftModel
 
-from trl_ema import MeanTeacherConfig
+from trl_ema import MeanTeacherConfig, offline
 from trl_ema.evaluation.drift import general_rows, measure_drift
-from trl_ema.evaluation.suite import Suite
-from trl_ema.training import TrainingScriptArguments, load_data, resume_from
+from trl_ema.evaluation.settings import Suite
+from trl_ema.measurement import card_figures, samples_and_table
+from trl_ema.script import TrainingScriptArguments, load_data, resume_from
 
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +129,16 @@ def test_no_training_row_left_is_refused(workplace, tokenizer):
     args = TrainingScriptArguments(str(workplace / "data.jsonl"), dataset_streaming=True, eval_samples=90)
     with pytest.raises(ValueError, match="No training row is left beside 80 held-out ones"):
         load_data(args, tokenizer)
+
+
+def test_no_row_held_out_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(
+        offline, "demo_rows", lambda: [{"prompt": f"what is {i}", "completion": f"{i}"} for i in range(9)]
+    )
+    with pytest.raises(
+        ValueError, match="No row is held out: `eval_fraction=1e-09` of 9 rows. Raise `--eval_fraction`"
+    ):
+        load_data(TrainingScriptArguments(eval_fraction=1e-9), tokenizer)
 
 
 def test_a_test_split_that_was_named_must_be_there(workplace, tokenizer, tmp_path):
@@ -254,6 +265,36 @@ def test_demo_learns_the_domain(tmp_path):
     subprocess.run([*command, "--output_dir", str(tmp_path / "out")], check=True, cwd=tmp_path)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["student"]["domain"]["loss"] < metrics["before"]["domain"]["loss"]
+
+
+# What is shown of the figures
+
+
+def test_samples_and_figures_are_shown_as_text():
+    figures = {
+        who: {name: {"loss": loss, "kl_base_model": loss / 10, "tokens": 3} for name in ("domain", "general")}
+        for who, loss in (("before", 2.5), ("student", 1.5))
+    }
+    sample = {"prompt": "What?", "reference": "That.", "before": "This.", "student": "That"}
+    assert samples_and_table(figures | {"generations": [sample]}).splitlines() == [
+        "",
+        "Q: What?",
+        "  reference: That.",
+        "     before: This.",
+        "    student: That",
+        "",
+        "nats per token                        before   student",
+        "held-out domain loss                  2.5000    1.5000",
+        "KL(base || model), domain text        0.2500    0.1500",
+        "KL(base || model), general text       0.2500    0.1500",
+        "loss on general text                  2.5000    1.5000",
+    ]
+    assert card_figures(figures) == {
+        "before, domain, loss": 2.5, "before, domain, kl_base_model": 0.25,
+        "before, general, loss": 2.5, "before, general, kl_base_model": 0.25,
+        "student, domain, loss": 1.5, "student, domain, kl_base_model": 0.15,
+        "student, general, loss": 1.5, "student, general, kl_base_model": 0.15,
+    }  # fmt: skip
 
 
 # Drift

@@ -3,23 +3,34 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from trl_ema.comparison.report import write_report
 from trl_ema.offline import demo_rows
-from trl_ema.report import write_report
 
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
 
 
+def git(*arguments):
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def is_repository():
+    """Not of a source distribution, even if it was unpacked within the repository of something else."""
+    top = git("rev-parse", "--show-toplevel")
+    return top.returncode == 0 and Path(top.stdout.strip()).resolve() == ROOT.resolve()
+
+
 def tracked(folder):
     """Files of the repository; of a copy without git, all."""
-    listed = subprocess.run(["git", "ls-files", "-z", folder], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
+    if not is_repository():
         return [path for path in folder.rglob("*") if path.is_file()]
+    listed = git("ls-files", "-z", folder)
     return [path for path in (ROOT / name for name in listed.stdout.split("\0") if name) if path.is_file()]
 
 
@@ -37,12 +48,22 @@ def test_rows_and_texts_of_a_comparison_stay_out_of_the_repository():
         "sft/seed_0/evaluation/student/generations.jsonl", "sft/seed_0/adapter_model.safetensors",
     ]  # fmt: skip
     asked = [str(RESULTS / "another" / name) for name in inside]
-    ignored = subprocess.run(["git", "check-ignore", *asked], cwd=ROOT, capture_output=True, text=True)
-    if ignored.returncode == 128:
+    if not is_repository():
         pytest.skip("not a git repository")
-    assert ignored.stdout.split() == asked
+    assert git("check-ignore", *asked).stdout.split() == asked
     kept = [str(RESULTS / "another" / name) for name in ("comparison.json", "report.md", "report.html", "tasks.png")]
-    assert not subprocess.run(["git", "check-ignore", *kept], cwd=ROOT, capture_output=True, text=True).stdout
+    assert not git("check-ignore", *kept).stdout
+
+
+def test_a_copy_within_another_repository_is_not_taken_for_it(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    copy = tmp_path / "trl_ema-0.1.0"
+    copy.mkdir()
+    (copy / "a.md").write_text("not in the repository around it")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", copy)
+    assert not is_repository() and tracked(copy) == [copy / "a.md"]
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    assert is_repository() and not tracked(tmp_path)
 
 
 def test_no_definition_of_the_demo_set_is_in_the_repository():

@@ -20,7 +20,7 @@ from peft import (
 from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file
 
-from trl_ema.teacher import MeanTeacher
+from trl_ema.regularizers.teacher import MeanTeacher
 
 
 LINEAR = ["q_proj", "v_proj"]
@@ -100,12 +100,12 @@ def test_update_with_decay_zero_copies_and_one_freezes(name):
 def test_constant_student_gives_the_closed_form_average(decay, updates):
     model = peft_model().double()
     teacher = MeanTeacher(model)
-    start = [t.clone() for t in teacher._average_shards()]
+    start = [t.clone() for t in teacher.average_shards()]
     shake(model)
     for _ in range(updates):
         teacher.update(decay)
     share = decay**updates
-    for average, first, student in zip(teacher._average_shards(), start, student_parameters(model), strict=True):
+    for average, first, student in zip(teacher.average_shards(), start, student_parameters(model), strict=True):
         torch.testing.assert_close(average, share * first + (1 - share) * student.detach(), rtol=1e-9, atol=1e-12)
 
 
@@ -113,12 +113,12 @@ def test_half_precision_student_still_moves_its_average():
     """In bfloat16, 0.001 of a small difference rounds to nothing."""
     model = peft_model("modules_to_save").to(torch.bfloat16)
     teacher = MeanTeacher(model)
-    start = [a.clone() for a in teacher._average_shards()]
+    start = [a.clone() for a in teacher.average_shards()]
     assert {a.dtype for a in start} == {torch.float32}
     shake(model, size=0.01)
     for _ in range(10):
         teacher.update(0.999)
-    averages = teacher._average_shards()
+    averages = teacher.average_shards()
     for average, first, student in zip(averages, start, student_parameters(model), strict=True):
         expected = first + (1 - 0.999**10) * (student.detach().float() - first)
         torch.testing.assert_close(average, expected, rtol=1e-4, atol=1e-7)
@@ -312,9 +312,9 @@ def test_state_survives_a_round_trip_exactly(tmp_path, dtype, name):
     teacher.save(tmp_path)
     other_model = peft_model(name).to(dtype)
     other = MeanTeacher(other_model)
-    other.check_checkpoint(tmp_path)
+    other.check(tmp_path)
     other.load(tmp_path)
-    pairs = zip(other._average_shards(), teacher._average_shards(), strict=True)
+    pairs = zip(other.average_shards(), teacher.average_shards(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -323,14 +323,14 @@ def test_whoever_saves_a_half_precision_model_saves_the_averages_exactly(tmp_pat
     teacher = MeanTeacher(model)
     shake(model, size=0.01)
     teacher.update(0.999)
-    averages = [average.clone() for average in teacher._average_shards()]
+    averages = [average.clone() for average in teacher.average_shards()]
     model.save_pretrained(tmp_path, selected_adapters=["default"])
     teacher.save(tmp_path)
     model.save_pretrained(tmp_path)
     other = MeanTeacher(peft_model("modules_to_save").to(torch.bfloat16))
-    other.check_checkpoint(tmp_path)
+    other.check(tmp_path)
     other.load(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(other._average_shards(), averages, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(other.average_shards(), averages, strict=True))
 
 
 def test_a_teacher_taken_off_leaves_nothing_in_what_the_model_saves():
@@ -356,7 +356,9 @@ def test_a_model_whose_teacher_was_deleted_is_saved_and_gets_another(tmp_path, n
     another = MeanTeacher(model, frozen=True)
     another.save(tmp_path)
     own = load_file(tmp_path / "teacher" / "adapter_model.safetensors")
-    assert own and all(torch.equal(own[k], t) for k, t in zip(another._keys, another._teachers(), strict=True))
+    assert own and all(
+        torch.equal(own[k], t) for k, t in zip((twin.key for twin in another.twins), another.teachers(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("replaced", [False, True])
@@ -423,14 +425,14 @@ def test_checkpoint_of_other_targets_or_rank_is_refused(tmp_path, changes, match
     saved(tmp_path)
     teacher = MeanTeacher(get_peft_model(tiny_model(), lora(**changes)))
     with pytest.raises(ValueError, match=match):
-        teacher.check_checkpoint(tmp_path)
+        teacher.check(tmp_path)
 
 
 def test_missing_teacher_file_is_refused(tmp_path):
     saved(tmp_path)
     (tmp_path / "teacher" / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="Teacher checkpoint .* is missing. Resume from another"):
-        MeanTeacher(peft_model()).check_checkpoint(tmp_path)
+        MeanTeacher(peft_model()).check(tmp_path)
 
 
 def test_truncated_teacher_file_is_refused(tmp_path):
@@ -438,13 +440,13 @@ def test_truncated_teacher_file_is_refused(tmp_path):
     path = tmp_path / "teacher" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="Teacher checkpoint .* is damaged .*Resume from another"):
-        MeanTeacher(peft_model()).check_checkpoint(tmp_path)
+        MeanTeacher(peft_model()).check(tmp_path)
 
 
 def test_teacher_folder_is_refused_by_a_base_model_teacher(tmp_path):
     saved(tmp_path)
     with pytest.raises(ValueError, match="holds a teacher adapter, but the frozen teacher of this run is the base"):
-        MeanTeacher(peft_model(), frozen=True).check_checkpoint(tmp_path)
+        MeanTeacher(peft_model(), frozen=True).check(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -502,10 +504,10 @@ def test_update_equals_a_plain_loop():
     teacher = MeanTeacher(model)
     shake(model)
     expected = [
-        0.9 * t + 0.1 * s.detach() for t, s in zip(teacher._average_shards(), student_parameters(model), strict=True)
+        0.9 * t + 0.1 * s.detach() for t, s in zip(teacher.average_shards(), student_parameters(model), strict=True)
     ]
     teacher.update(0.9)
-    for ours, theirs in zip(teacher._average_shards(), expected, strict=True):
+    for ours, theirs in zip(teacher.average_shards(), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     gap = torch.cat([(a - s).flatten() for a, s in zip(expected, student_parameters(model), strict=True)]).norm()
     size = torch.cat([s.flatten() for s in student_parameters(model)]).norm()

@@ -20,10 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig, SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
-from trl_ema.evaluation.drift import DriftCallback
+from trl_ema.checks import check_free_space, refuse_parallelism, refuse_sharding
 from trl_ema.forward import _of_sequences, _tokens_of, sequence_numbers
-from trl_ema.trainer import _refuse_parallelism, _refuse_sharding, check_free_space
-from trl_ema.training import Measurement
+from trl_ema.measurement import DriftCallback, Measurement
 
 
 FORMATS = {
@@ -242,7 +241,7 @@ def test_a_share_of_the_sequences_gives_the_same_loss_in_the_mean(make_trainer, 
     assert number > 1
 
     def loss_and_gradient(*choice):
-        monkeypatch.setattr(trainer, "_choose_sequences", lambda _: choice)
+        monkeypatch.setattr(trainer.regularizers[0], "choose_sequences", lambda *_: choice)
         trainer.model.zero_grad()
         loss = trainer.compute_loss(trainer.model, dict(batch))
         loss.backward()
@@ -276,7 +275,7 @@ def test_each_sequence_is_drawn_with_the_probability_asked_for(make_trainer):
     batch = next(iter(trainer.get_train_dataloader()))
     seen = torch.zeros(4)
     for trainer.state.global_step in range(500):
-        chosen, factor = trainer._choose_sequences(batch)
+        chosen, factor = trainer.regularizers[0].choose_sequences(batch, trainer.state.global_step)
         assert len(chosen) in (1, 2) and factor == pytest.approx(1 / 0.3)
         seen[chosen] += 1
     # Standard deviation of a share of 500 draws is 0.02.
@@ -286,9 +285,9 @@ def test_each_sequence_is_drawn_with_the_probability_asked_for(make_trainer):
 def test_every_rank_of_a_sharded_model_takes_the_teachers_pass(make_trainer, monkeypatch):
     trainer = make_trainer(kl_fraction=0.01)
     batch = next(iter(trainer.get_train_dataloader()))
-    assert len(trainer._choose_sequences(batch)[0]) == 0
-    monkeypatch.setattr("trl_ema.trainer.is_sharded", lambda _: True)
-    chosen, factor = trainer._choose_sequences(batch)
+    assert len(trainer.regularizers[0].choose_sequences(batch, trainer.state.global_step)[0]) == 0
+    monkeypatch.setattr("trl_ema.regularizers.divergence.is_sharded", lambda _: True)
+    chosen, factor = trainer.regularizers[0].choose_sequences(batch, trainer.state.global_step)
     assert len(chosen) == 1 and factor == 0
 
 
@@ -345,10 +344,10 @@ def test_half_life_sets_the_decay_from_the_length_of_the_run(make_trainer):
 
 def test_an_update_before_training_needs_a_decay_that_is_known(make_trainer):
     trainer = make_trainer(ema_decay=0.5)
-    trainer.update_teacher()
+    trainer.after_step()
     assert trainer.teacher.num_updates == 1
-    assert trainer.schedule["ema_decay"] == 0.5
-    for ask in (lambda trainer: trainer.update_teacher(), lambda trainer: trainer.schedule):
+    assert trainer.regularizers[0].schedule["ema_decay"] == 0.5
+    for ask in (lambda trainer: trainer.after_step(), lambda trainer: trainer.regularizers[0].schedule):
         with pytest.raises(ValueError, match="half-life is a fraction of the run.*Set `ema_decay`, or leave"):
             ask(make_trainer())
 
@@ -745,7 +744,7 @@ def test_a_second_trainer_on_the_same_adapter_starts_from_where_it_is(make_train
         assert trainer.teacher.distance() == 0
         trainer.train()
         assert logged(trainer, "kl_loss")[0] == pytest.approx(0.0, abs=1e-7)
-        patches = (trainer.model.get_base_model().forward, vars(base)["_trl_ema_before"]["forward"])
+        patches = (trainer.model.get_base_model().forward, vars(base)["_trl_ema_claim"].forward)
         assert patches[0] is not None and patches[1] is None  # not one over the other
     trainer = make_trainer(model=get_peft_model(base, lora()), peft_config=None)  # the cell that makes it, again
     trainer.train()
@@ -847,7 +846,7 @@ def test_sequence_context_and_tensor_parallelism_are_refused(name):
     setattr(Config, f"{name}_enabled", True)
     setattr(Config, f"{name}_size", 2)
     with pytest.raises(ValueError, match=f"parallelism .`{name}_size=2`. is not supported.*Set `{name}_size=1`"):
-        _refuse_parallelism(Config())
+        refuse_parallelism(Config())
 
 
 @pytest.mark.parametrize(
@@ -868,7 +867,7 @@ def test_sequence_context_and_tensor_parallelism_are_refused(name):
 )
 def test_sharding_that_leaves_no_whole_adapter_is_refused(plugins, match):
     with pytest.raises(ValueError, match=match):
-        _refuse_sharding(SimpleNamespace(**plugins))
+        refuse_sharding(SimpleNamespace(**plugins))
 
 
 def test_a_config_of_another_kind_is_refused(make_trainer):
@@ -930,9 +929,10 @@ def test_loss_of_a_batch_alone_is_its_own_mean(make_trainer, kl_tokens):
     trainer.train()
     trainer.model.train()
     batch = dict(next(iter(trainer.get_train_dataloader())))
-    trainer._loss_sums.zero_()
+    before = torch.cat([trainer.ce_mean.sums, trainer.regularizers[0].kl_of_log.sums])
     loss = trainer.compute_loss(trainer.model, dict(batch))
-    ce, kl, labels, tokens = trainer._loss_sums.tolist()
+    after = torch.cat([trainer.ce_mean.sums, trainer.regularizers[0].kl_of_log.sums])
+    ce, labels, kl, tokens = (after - before).tolist()
     assert loss.item() == pytest.approx(ce / labels + kl / tokens, rel=1e-5)
     assert (tokens > labels) == (kl_tokens == "all")
 

@@ -1,4 +1,4 @@
-"""trl_ema: fine-tune a language model on a new domain with LoRA or QLoRA, and keep what it already knew."""
+"""trl_ema: fine-tune a language model on a new domain with LoRA or QLoRA, and let it drift less from what it was."""
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +11,7 @@ from .versions import check_versions
 if TYPE_CHECKING:
     from .config import MeanTeacherConfig as MeanTeacherConfig
     from .losses import fused_linear_cross_entropy_kl as fused_linear_cross_entropy_kl
-    from .teacher import MeanTeacher as MeanTeacher
+    from .regularizers.teacher import MeanTeacher as MeanTeacher
     from .trainer import EMARegularizedSFTTrainer as EMARegularizedSFTTrainer
 
 try:
@@ -27,7 +27,7 @@ hide_lines("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forwar
 # Imported when they are asked for (PEP 562): `trl-ema --help` and a report need neither torch nor TRL.
 _MODULE_OF = {
     "EMARegularizedSFTTrainer": "trainer",
-    "MeanTeacher": "teacher",
+    "MeanTeacher": "regularizers.teacher",
     "MeanTeacherConfig": "config",
     "fused_linear_cross_entropy_kl": "losses",
 }

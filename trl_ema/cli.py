@@ -5,20 +5,28 @@ import logging
 import math
 import os
 import re
+import runpy
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .noise import hide_noise
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .evaluation.suite import HeldOutText
+
+
 _DESCRIPTION = """\
-Fine-tune a language model on a new domain, and keep what it already knew.
+Fine-tune a language model on a new domain, and let it drift less from what it was.
 
   trl-ema train                          the offline demo: a real model learns medicine, about ten minutes on 2 cores
   trl-ema train --model_name_or_path Qwen/Qwen2-1.5B --dataset_name DATA --load_in_4bit true --output_dir out
+  trl-ema train --accelerate_config zero3 --num_processes 4 --config FILE.yaml
   trl-ema evaluate --model Qwen/Qwen2-1.5B --output_dir before
   trl-ema evaluate --model out --output_dir after --against before
   trl-ema compare --config FILE.yaml     several methods on the same data, seeds and steps, then the report
@@ -113,40 +121,38 @@ class EvaluationArguments:
     )
     seed: int = field(default=1234, metadata={"help": "Of the sample and of the few-shot examples."})
 
+    def __post_init__(self) -> None:
+        from .options import plain_count, plain_number, take_booleans
+
+        take_booleans(self)
+        least = dict(dataset_samples=1, generation_tokens=0, num_fewshot=0, sample=1, batch_size=1, seed=0)
+        for name, count in least.items():
+            if getattr(self, name) is not None:
+                setattr(self, name, plain_count(name, getattr(self, name), count))
+        if self.limit is not None:
+            self.limit = float(plain_number("limit", self.limit))
+
 
 def evaluate(arguments: list[str]) -> None:
     """`trl-ema evaluate`: run tasks on one model and print their scores."""
     from trl import TrlParser
 
     from .evaluation.models import (
-        adapter_base,
-        adapter_revision,
-        check_reference,
         fingerprint,
-        is_adapter,
         load_base,
         load_tokenizer,
         with_adapter,
     )
-    from .evaluation.runner import TaskSettings, check_settings, evaluate_tasks
+    from .evaluation.runner import check_settings, evaluate_tasks
+    from .evaluation.settings import TaskSettings
     from .evaluation.tasks import check_tasks, is_offline, task_manager
     from .files import check_output_dir
-    from .offline import demo_model
 
     parser = TrlParser(EvaluationArguments, prog="trl-ema evaluate")  # type: ignore[arg-type]
     (args,) = parser.parse_args_and_config(arguments)
     limit = int(args.limit) if args.limit is not None and args.limit.is_integer() else args.limit
     settings = TaskSettings(args.num_fewshot, limit, args.sample, args.apply_chat_template, args.seed, args.metric)
-    name = args.model or demo_model()
-    adapter = name if is_adapter(name) else None
-    for option in ("base", "reference_adapter"):
-        if adapter is None and getattr(args, option) is not None:
-            raise ValueError(
-                f"`{option}={getattr(args, option)!r}` is for an adapter, and {name!r} is none. Leave it out."
-            )
-    base = adapter_base(name, args.base) if adapter else name
-    revision = args.model_revision or adapter_revision(adapter) or "main"
-    check_reference(args.reference_adapter, adapter, base)
+    name, adapter, base, revision = _which_model(args)
     folder = args.output_dir or os.path.join("runs", "evaluation", re.sub(r"[^\w.-]+", "-", name).strip("-."))
     check_output_dir(folder)
     manager = task_manager(args.offline)
@@ -180,11 +186,34 @@ def evaluate(arguments: list[str]) -> None:
     if text is not None:
         if args.reference_adapter is not None:
             model_id += f" from {fingerprint(base, args.reference_adapter)}"
-        found = text.measure(model, folder, model_id, reference=start and start.activate)
+        found = text.measure(model, folder, model_id, reference=None if start is None else start.activate)
         _print_text(found, None if adapter is None else args.reference_adapter or base)
     if args.against is not None:
         print_changes(args.against, folder, results)
     print(f"\nResults and answers are in {folder}.")
+
+
+def _which_model(args: EvaluationArguments) -> tuple[str, str | None, str, str]:
+    """
+    Name of what is evaluated, folder of its adapter (`None` without one), its base, and the revision of the base.
+
+    Raises:
+        ValueError: The base or the reference is not that of the adapter, or there is no adapter for one.
+    """
+    from .evaluation.models import adapter_base, adapter_revision, check_reference, is_adapter
+    from .offline import demo_model
+
+    name = args.model or demo_model()
+    adapter = name if is_adapter(name) else None
+    for option in ("base", "reference_adapter"):
+        if adapter is None and getattr(args, option) is not None:
+            raise ValueError(
+                f"`{option}={getattr(args, option)!r}` is for an adapter, and {name!r} is none. Leave it out."
+            )
+    base = adapter_base(name, args.base) if adapter else name
+    revision = args.model_revision or adapter_revision(adapter) or "main"
+    check_reference(args.reference_adapter, adapter, base)
+    return name, adapter, base, revision
 
 
 def _precision(args: EvaluationArguments) -> dict:
@@ -192,12 +221,15 @@ def _precision(args: EvaluationArguments) -> dict:
     import torch
     from transformers import BitsAndBytesConfig
 
+    from .versions import check_versions
+
     gpu = torch.cuda.is_available()
     options = {
         "dtype": args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
         "device_map": {"": "cuda" if gpu else "cpu"},
     }
     if args.load_in_4bit:
+        check_versions(__version__, ("bitsandbytes",))
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -207,7 +239,9 @@ def _precision(args: EvaluationArguments) -> dict:
     return options
 
 
-def _held_out_text(args: EvaluationArguments, tokenizer, adapter: str | None):
+def _held_out_text(
+    args: EvaluationArguments, tokenizer: "PreTrainedTokenizerBase", adapter: str | None
+) -> "HeldOutText":
     """The rows of `dataset_name` and the general ones, with what is needed to measure them."""
     from datasets import Dataset
     from peft import PeftConfig
@@ -215,7 +249,8 @@ def _held_out_text(args: EvaluationArguments, tokenizer, adapter: str | None):
     from . import data
     from .evaluation.drift import check_measurable, general_rows
     from .evaluation.generation import PACKAGES
-    from .evaluation.suite import HeldOutText, Suite
+    from .evaluation.settings import Suite
+    from .evaluation.suite import HeldOutText
     from .extras import require
 
     if adapter is not None:
@@ -225,11 +260,8 @@ def _held_out_text(args: EvaluationArguments, tokenizer, adapter: str | None):
     name, drop = str(args.dataset_name), args.drop_incomplete_rows
     rows = data.load_split(name, split=args.dataset_split, drop_incomplete=drop)
     rows = rows.shuffle(seed=args.seed).select(range(min(args.dataset_samples, len(rows))))
-    general = Dataset.from_list(general_rows())
-    if tokenizer.chat_template:
-        general = data.as_conversation(general)
-        if all(isinstance(rows[0].get(column), str) for column in ("prompt", "completion")):
-            rows = data.as_conversation(rows)
+    rows = data.as_chat(rows, tokenizer)
+    general = data.as_chat(Dataset.from_list(general_rows()), tokenizer)
     suite = Suite(generation_tokens=args.generation_tokens, domain_samples=len(rows), batch_size=args.batch_size)
     return HeldOutText(tokenizer, suite, domain=rows, general=general)
 
@@ -254,8 +286,8 @@ def _print_text(text: dict, before: str | None) -> None:
 
 def print_scores(results: dict[str, dict], folder: str) -> None:
     """Each task's score with its interval over questions."""
+    from .comparison.statistics import mean_interval
     from .files import read_jsonl
-    from .forgetting import mean_interval
 
     print(f"\n{'task':24}{'score':>9}{'95 % interval':>18}{'chance':>9}{'n':>8}")
     for task, result in results.items():
@@ -275,8 +307,8 @@ def print_changes(before: str, after: str, tasks: Iterable[str]) -> None:
     Raises:
         ValueError: The two were not asked the same questions.
     """
-    from .evaluation.runner import paired_scores
-    from .forgetting import forgetting, mcnemar, paired_interval
+    from .comparison.statistics import forgetting, mcnemar, paired_interval
+    from .evaluation.answers import paired_scores
 
     print(
         f"\n{'against ' + before:24}{'before':>9}{'after':>9}{'change':>9}{'95 % interval':>20}{'lost':>6}{'gained':>8}{'p':>7}"
@@ -297,10 +329,11 @@ def print_changes(before: str, after: str, tasks: Iterable[str]) -> None:
 
 def compare(arguments: list[str]) -> None:
     """`trl-ema compare`: train and evaluate the arms of a YAML file, then write the report."""
-    from .comparison import DEFAULT_CONFIG, load_comparison, run_comparison
+    from .comparison.plan import DEFAULT_CONFIG, load_comparison
+    from .comparison.report import write_report
+    from .comparison.run import run_comparison
     from .extras import require
     from .files import check_output_dir
-    from .report import write_report
 
     parser = argparse.ArgumentParser(
         prog="trl-ema compare",
@@ -322,7 +355,7 @@ def compare(arguments: list[str]) -> None:
 
 def report(arguments: list[str]) -> None:
     """`trl-ema report`: Markdown, HTML and pictures from a comparison's folder."""
-    from .report import write_report
+    from .comparison.report import write_report
 
     parser = argparse.ArgumentParser(
         prog="trl-ema report", description="Write report.md, report.html and the pictures."
@@ -336,10 +369,17 @@ def report(arguments: list[str]) -> None:
 
 
 def train(arguments: list[str]) -> None:
-    """`trl-ema train`: see [`trl_ema.training.train`]."""
-    from .training import train
+    """`trl-ema train`: run `recipes/medical_ema.py`, in this process or, with `--accelerate_config`, as accelerate launches it."""
+    from .files import shipped
+    from .launch import launch_training, take_accelerate_config
 
-    train(arguments)
+    config, arguments = take_accelerate_config(arguments)
+    if config is not None:
+        launch_training(config, arguments)
+        return
+    recipe = str(shipped("recipes") / "medical_ema.py")
+    sys.argv = [recipe, *arguments]
+    runpy.run_path(recipe, run_name="__main__")
 
 
 COMMANDS = {"train": train, "evaluate": evaluate, "compare": compare, "report": report}

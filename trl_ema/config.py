@@ -1,16 +1,12 @@
 """`MeanTeacherConfig`: everything `SFTConfig` has, and the teacher."""
 
-import numbers
 import warnings
-from argparse import ArgumentTypeError
 from dataclasses import dataclass, field, fields
-from decimal import Decimal
-from typing import Any
 
-from transformers.hf_argparser import string_to_bool
 from trl import SFTConfig
 
 from .losses import KL_DIRECTIONS
+from .options import plain_count, plain_number, take_booleans
 
 
 TEACHERS = ("ema", "frozen", "none")
@@ -146,40 +142,7 @@ class MeanTeacherConfig(SFTConfig):
         super().__post_init__()
         self._take_plain_numbers()
         self._warn_about_ignored()
-        _check_choice("teacher", self.teacher, TEACHERS)
-        _check_choice("kl_direction", self.kl_direction, KL_DIRECTIONS)
-        _check_choice("kl_tokens", self.kl_tokens, KL_TOKENS)
-        if self.ema_half_life is not None and self.ema_decay is not None:
-            raise ValueError(
-                f"`ema_half_life` ({self.ema_half_life}) and `ema_decay` ({self.ema_decay}) both set the speed of the "
-                "teacher. Give one of them."
-            )
-        if self.ema_half_life is not None and not 0 < self.ema_half_life < float("inf"):
-            raise ValueError(
-                f"`ema_half_life` must be above 0, got {self.ema_half_life}. It is a fraction of the run; try "
-                f"{DEFAULT_HALF_LIFE}, or `teacher='frozen'` for a teacher that never moves."
-            )
-        if self.ema_decay is not None:
-            _check_range("ema_decay", self.ema_decay, "It is the share of the old teacher kept per update; try 0.999.")
-        _check_range("teacher_anchor", self.teacher_anchor, "0 is the pure mean teacher, 1 the base model; try 0.5.")
-        _check_range("kl_warmup_ratio", self.kl_warmup_ratio, "It is a fraction of the run; try 0.1.")
-        self.ema_update_steps = plain_count("ema_update_steps", self.ema_update_steps, 1, "It counts optimizer steps.")
-        if not 0 <= self.kl_weight < float("inf"):
-            raise ValueError(
-                f"`kl_weight` must be at least 0 and finite, got {self.kl_weight}. Use 0 for no divergence; try 1.0."
-            )
-        if not 0 < self.kl_temperature < float("inf"):
-            raise ValueError(f"`kl_temperature` must be above 0 and finite, got {self.kl_temperature}. Try 1.0.")
-        if not 0 < self.kl_fraction <= 1:
-            raise ValueError(
-                f"`kl_fraction` must be in (0, 1], got {self.kl_fraction}. It is the share of the sequences that the teacher "
-                "sees; try 0.25, or `teacher='none'` for no teacher."
-            )
-        if not 0 < self.jsd_mixture < 1:
-            raise ValueError(
-                f"`jsd_mixture` must be inside (0, 1), got {self.jsd_mixture}. At the ends the divergence is zero: use "
-                "`kl_direction='forward'` or `'reverse'` for the two KLs, or try 0.5."
-            )
+        _check(self)
 
     def _take_plain_numbers(self):
         """Numbers of any library become Python's, so that a checkpoint or a model card can hold them."""
@@ -192,6 +155,11 @@ class MeanTeacherConfig(SFTConfig):
     def half_life(self) -> float | None:
         """The half-life in force, `None` where `ema_decay` is given."""
         return DEFAULT_HALF_LIFE if self.ema_half_life is None and self.ema_decay is None else self.ema_half_life
+
+    @property
+    def needs_fused_forward(self) -> bool:
+        """Whether the loss has terms that are computed from the outputs, in a forward that TRL's own does not have."""
+        return self.teacher != "none"
 
     @property
     def is_plain_sft(self) -> bool:
@@ -224,41 +192,42 @@ class MeanTeacherConfig(SFTConfig):
             )
 
 
-def plain_bool(name: str, value: Any) -> bool:
-    """`value` as a `bool`: of text the words of the command line, of numbers 0 and 1."""
-    try:
-        found = string_to_bool(value) if isinstance(value, str) else bool(value) if value in (0, 1) else None
-    except (ArgumentTypeError, ValueError, TypeError):  # a word, or an array
-        found = None
-    if found is None:
-        raise TypeError(f"`{name}` must be a boolean, got {value!r} ({type(value).__name__}). Use True or False.")
-    return found
-
-
-def take_booleans(config: Any) -> None:
-    """Every field of a dataclass that is a boolean becomes one, see [`plain_bool`]: the text "false" would count as true."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.type is bool or (f.type == bool | None and value is not None):
-            setattr(config, f.name, plain_bool(f.name, value))
-
-
-def plain_number(name: str, value: Any) -> int | float:
-    """`value` as an `int` where it is whole of its type, else as a `float`."""
-    number = value
-    if getattr(value, "shape", None) == ():  # of NumPy or PyTorch
-        number = value.item()
-    if isinstance(number, bool) or not isinstance(number, numbers.Real | Decimal):
-        raise TypeError(f"`{name}` must be a number, got {value!r} ({type(value).__name__}).")
-    return int(number) if isinstance(number, numbers.Integral) else float(number)
-
-
-def plain_count(name: str, value: Any, least: int, hint: str = "") -> int:
-    """`value` as an `int` of at least `least`; a whole number may be written with a point."""
-    number = plain_number(name, value)
-    if number % 1 or number < least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}. {hint}".rstrip())
-    return int(number)
+def _check(config: MeanTeacherConfig) -> None:
+    """Raises `ValueError` for what is out of its range, or excludes something else."""
+    _check_choice("teacher", config.teacher, TEACHERS)
+    _check_choice("kl_direction", config.kl_direction, KL_DIRECTIONS)
+    _check_choice("kl_tokens", config.kl_tokens, KL_TOKENS)
+    if config.ema_half_life is not None and config.ema_decay is not None:
+        raise ValueError(
+            f"`ema_half_life` ({config.ema_half_life}) and `ema_decay` ({config.ema_decay}) both set the speed of the "
+            "teacher. Give one of them."
+        )
+    if config.ema_half_life is not None and not 0 < config.ema_half_life < float("inf"):
+        raise ValueError(
+            f"`ema_half_life` must be above 0, got {config.ema_half_life}. It is a fraction of the run; try "
+            f"{DEFAULT_HALF_LIFE}, or `teacher='frozen'` for a teacher that never moves."
+        )
+    if config.ema_decay is not None:
+        _check_range("ema_decay", config.ema_decay, "It is the share of the old teacher kept per update; try 0.999.")
+    _check_range("teacher_anchor", config.teacher_anchor, "0 is the pure mean teacher, 1 the base model; try 0.5.")
+    _check_range("kl_warmup_ratio", config.kl_warmup_ratio, "It is a fraction of the run; try 0.1.")
+    config.ema_update_steps = plain_count("ema_update_steps", config.ema_update_steps, 1, "It counts optimizer steps.")
+    if not 0 <= config.kl_weight < float("inf"):
+        raise ValueError(
+            f"`kl_weight` must be at least 0 and finite, got {config.kl_weight}. Use 0 for no divergence; try 1.0."
+        )
+    if not 0 < config.kl_temperature < float("inf"):
+        raise ValueError(f"`kl_temperature` must be above 0 and finite, got {config.kl_temperature}. Try 1.0.")
+    if not 0 < config.kl_fraction <= 1:
+        raise ValueError(
+            f"`kl_fraction` must be in (0, 1], got {config.kl_fraction}. It is the share of the sequences that the teacher "
+            "sees; try 0.25, or `teacher='none'` for no teacher."
+        )
+    if not 0 < config.jsd_mixture < 1:
+        raise ValueError(
+            f"`jsd_mixture` must be inside (0, 1), got {config.jsd_mixture}. At the ends the divergence is zero: use "
+            "`kl_direction='forward'` or `'reverse'` for the two KLs, or try 0.5."
+        )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -12,6 +12,24 @@ from pathlib import Path
 from typing import Any
 
 
+def shipped(name: str) -> Path:
+    """
+    A folder that comes with the package, `recipes` or `accelerate_configs`: in it where it is installed, beside it in a source
+    tree.
+
+    Raises:
+        FileNotFoundError: It is in neither place.
+    """
+    package = Path(__file__).parent
+    for folder in (package / name, package.parent / name):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"There is no folder `{name}`, neither in {package}, where an installation has it, nor beside it, where a source tree does. "
+        "Install the package anew: `pip install --force-reinstall --no-deps trl_ema`."
+    )
+
+
 class OutputError(OSError):
     """A folder for results that cannot be written to, or is full."""
 

@@ -1,4 +1,4 @@
-"""A second forward for a causal language model: student and teacher pass behind one fused LM head.
+"""Another forward for a causal language model: the student's pass and those of teachers behind one fused LM head.
 
 It is patched over TRL's own fused head (`add_fused_lm_head`), so it runs inside whatever wraps the model (DDP,
 DeepSpeed, autocast) and TRL's `compute_loss` calls it without knowing.
@@ -6,8 +6,10 @@ DeepSpeed, autocast) and TRL's `compute_loss` calls it without knowing.
 
 import contextlib
 import functools
+import itertools
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -15,23 +17,49 @@ from transformers.utils import ModelOutput
 
 from .losses import IGNORE_INDEX, LogitTransform, fused_linear_cross_entropy_kl
 from .sharding import whole_weights
-from .teacher import MeanTeacher
 
 
 # A compiled model calls it as it is: there is nothing to fuse, and the chunks would be unrolled for each number of tokens.
 _fused_loss = torch.compiler.disable(fused_linear_cross_entropy_kl)
 
 
+class Teacher(Protocol):
+    """Something that makes the model compute as a teacher, such as [`MeanTeacher`] or [`StartingPoint`]."""
+
+    def activate(self) -> contextlib.AbstractContextManager: ...
+
+
 @dataclass
-class MeanTeacherOutput(ModelOutput):
+class Divergence:
     """
-    What TRL's `SFTTrainer.compute_loss` reads (it sums each field) and the two parts of the loss. All 0-dim tensors.
+    A term of the loss of a micro-batch, λ · Σ D(teacher, student) over some of its predictions.
 
     Args:
-        log_probs: −Σ (w·CE + λ·D): TRL takes its negative as the loss.
-        entropy, is_top1, label_mask: Sums of the entropy, the top-1 hits and the labelled tokens.
+        teacher ([`Teacher`]): Gives the context of its pass.
+        weight (`float`): λ. The loss is divided by the number of labelled tokens, as the cross-entropy is.
+        tokens (`str`): Which predictions, see [`divergence_mask`].
+        sequences (`list[int]`, *optional*): Numbers of [`sequence_numbers`], those that the teacher sees; all by default.
+        options: `direction`, `mixture` and `temperature` of [`fused_linear_cross_entropy_kl`].
+    """
+
+    teacher: Teacher
+    weight: float
+    tokens: str = "loss"
+    sequences: list[int] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RegularizedOutput(ModelOutput):
+    """
+    What TRL's `SFTTrainer.compute_loss` reads (it sums each field) and the parts of the loss.
+
+    Args:
+        log_probs: −Σ (w·CE + λ·D), 0-dim: TRL takes its negative as the loss.
+        entropy, is_top1, label_mask: Sums of the entropy, the top-1 hits and the labelled tokens, 0-dim.
         aux_loss: Load-balancing loss of a mixture-of-experts model.
-        ce_loss, kl_loss, kl_mask: Σ CE, Σ D and the number of tokens of D.
+        ce_loss: Σ CE, 0-dim.
+        divergences: Σ D and the number of its tokens, for each [`Divergence`] in order, `(n, 2)`.
     """
 
     log_probs: torch.Tensor | None = None
@@ -40,8 +68,7 @@ class MeanTeacherOutput(ModelOutput):
     label_mask: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     ce_loss: torch.Tensor | None = None
-    kl_loss: torch.Tensor | None = None
-    kl_mask: torch.Tensor | None = None
+    divergences: torch.Tensor | None = None
 
 
 def divergence_mask(
@@ -163,7 +190,7 @@ def _select(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return states.flatten(0, 1).index_select(0, positions.to(states.device))
 
 
-def logit_transform(config) -> LogitTransform:
+def logit_transform(config: Any) -> LogitTransform:
     """Scale and soft-cap that a model family applies to its logits, by the names they have in its text config."""
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -177,17 +204,14 @@ def logit_transform(config) -> LogitTransform:
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
 
 
-def add_mean_teacher_forward(model: PreTrainedModel, teacher: MeanTeacher, *, kl_tokens: str, **loss_options) -> None:
+def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False) -> None:
     """
-    Patch `model.forward`: with `fused_lm_head=True` and a `kl_weight` it returns a [`MeanTeacherOutput`], else what it
-    returned before. With `kl_sequences`, numbers of [`sequence_numbers`], the teacher sees those alone and the divergence is
-    theirs; the cross-entropy is everyone's.
+    Patch `model.forward`: with `fused_lm_head=True` and a list of `divergences` it returns a [`RegularizedOutput`], else what
+    it returned before.
 
     Args:
         model (`PreTrainedModel`): The base model inside the `PeftModel`, already patched by `add_fused_lm_head`.
-        teacher ([`MeanTeacher`]): Attached to the `PeftModel` around it.
-        kl_tokens (`str`): Tokens of the divergence, see [`divergence_mask`].
-        loss_options: `direction`, `mixture`, `temperature` and `dft` of [`fused_linear_cross_entropy_kl`].
+        dft (`bool`): Weights the cross-entropy, see [`fused_linear_cross_entropy_kl`].
     """
     fused_forward = model.forward
     text_config = model.config.get_text_config()
@@ -195,52 +219,69 @@ def add_mean_teacher_forward(model: PreTrainedModel, teacher: MeanTeacher, *, kl
 
     # `generate` validates its arguments against this signature.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, kl_weight=None, kl_sequences=None, **kwargs):
-        if kl_weight is None:
+    def forward(self, *args, fused_lm_head=False, divergences=None, **kwargs):
+        if divergences is None:
             return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
-        tokens = _choose_tokens(kl_tokens, kl_sequences, kwargs)
+        taught = [_teach(self, divergence, args, kwargs) for divergence in divergences]
         labels = kwargs.pop("labels")
-        teacher_hidden, own_head = None, (None, None)
-        if kl_sequences is None or len(kl_sequences):
-            with teacher.activate(), torch.no_grad():
-                teacher_hidden = self.base_model(*args, **_teacher_inputs(tokens.inputs)).last_hidden_state
-                teacher_hidden = _select(teacher_hidden, tokens.teacher)
-                teacher_head = self.get_output_embeddings()
-                own_head = teacher_head.weight, getattr(teacher_head, "bias", None)
         outputs = self.base_model(*args, **kwargs)
-        hidden = _select(outputs.last_hidden_state, tokens.student)
-        if teacher_hidden is None:
-            teacher_hidden = hidden[:0].detach()
         head = self.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)
-        if own_head[0] is weight:
-            own_head = None, None
-        labels = _select(labels, tokens.student + 1).to(weight.device)
-        with whole_weights(weight, bias, *own_head) as (weight, bias, teacher_weight, teacher_bias):
-            fused = _fused_loss(
-                hidden.to(weight.device),
-                teacher_hidden.to(weight.device),
-                weight,
-                labels,
-                kl_weight,
-                bias=bias,
-                teacher_weight=teacher_weight,
-                teacher_bias=teacher_bias,
-                transform=transform,
-                **loss_options,
-            )
-        return MeanTeacherOutput(
-            log_probs=-fused.loss,
-            entropy=fused.entropy,
-            is_top1=fused.top1_hits,
-            label_mask=(labels != IGNORE_INDEX).sum(),
+        own_heads = [(None, None) if one.head[0] is weight else one.head for one in taught]
+        found = []
+        with whole_weights(weight, bias, *itertools.chain(*own_heads)) as (weight, bias, *own_heads):
+            for i, (divergence, one) in enumerate(zip(divergences, taught, strict=True)):
+                # With the first goes the cross-entropy, of all labels; the others are of their own tokens alone.
+                positions = one.tokens.student if i == 0 else one.tokens.student[: len(one.tokens.teacher)]
+                targets = _select(labels, positions + 1).to(weight.device)
+                hidden = _select(outputs.last_hidden_state, positions).to(weight.device)
+                fused = _fused_loss(
+                    hidden,
+                    hidden[:0].detach() if one.hidden is None else one.hidden.to(weight.device),
+                    weight,
+                    targets if i == 0 else torch.full_like(targets, IGNORE_INDEX),
+                    divergence.weight,
+                    bias=bias,
+                    teacher_weight=own_heads[2 * i],
+                    teacher_bias=own_heads[2 * i + 1],
+                    transform=transform,
+                    dft=dft and i == 0,
+                    **divergence.options,
+                )
+                found.append((fused, targets, len(one.tokens.teacher)))
+        first, targets, _ = found[0]
+        return RegularizedOutput(
+            log_probs=-sum(fused.loss for fused, _, _ in found),
+            entropy=first.entropy,
+            is_top1=first.top1_hits,
+            label_mask=(targets != IGNORE_INDEX).sum(),
             aux_loss=_load_balancing_loss(text_config, outputs, kwargs),
-            ce_loss=fused.ce_loss,
-            kl_loss=fused.kl_loss,
-            kl_mask=torch.full((), len(tokens.teacher), device=labels.device),
+            ce_loss=first.ce_loss,
+            divergences=torch.stack(
+                [torch.stack([f.kl_loss, torch.full_like(f.kl_loss, number)]) for f, _, number in found]
+            ),
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+@dataclass
+class _Taught:
+    """What a teacher's pass gave: its hidden states, `None` without a sequence, and weight and bias of its head."""
+
+    tokens: _Tokens
+    hidden: torch.Tensor | None = None
+    head: tuple[Any, Any] = (None, None)
+
+
+def _teach(model: Any, divergence: Divergence, args: tuple, inputs: dict) -> _Taught:
+    tokens = _choose_tokens(divergence.tokens, divergence.sequences, inputs)
+    if divergence.sequences is not None and not len(divergence.sequences):
+        return _Taught(tokens)
+    with divergence.teacher.activate(), torch.no_grad():
+        hidden = model.base_model(*args, **_teacher_inputs(tokens.inputs)).last_hidden_state
+        head = model.get_output_embeddings()
+        return _Taught(tokens, _select(hidden, tokens.teacher), (head.weight, getattr(head, "bias", None)))
 
 
 def _teacher_inputs(inputs: dict) -> dict:
@@ -249,7 +290,7 @@ def _teacher_inputs(inputs: dict) -> dict:
     return inputs | {"output_router_logits": False} if "output_router_logits" in inputs else inputs
 
 
-def _load_balancing_loss(config, outputs, inputs) -> torch.Tensor | None:
+def _load_balancing_loss(config: Any, outputs: Any, inputs: dict) -> Any:
     if not inputs.get("output_router_logits"):
         return None
     # Every mixture-of-experts family in transformers uses Mixtral's.
@@ -280,7 +321,8 @@ def check_head(model: PreTrainedModel) -> None:
             f"The LM head of {name} is {'missing' if head is None else f'quantized to {head.weight.dtype}'}; the loss "
             "multiplies by its weight. Keep it in floating point (`llm_int8_skip_modules=['lm_head']`)."
         )
-    ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
+    embeddings: Any = model.get_input_embeddings()
+    ids = torch.arange(4, device=embeddings.weight.device)[None]
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     with _same_random_numbers(), _attention_for(ids.device, model):
         hidden = getattr(model.base_model(**inputs), "last_hidden_state", None)

@@ -7,6 +7,7 @@ goes through it 33 times. One program takes one row. The plain version beside it
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 # Words that one program reads at a time: a thread takes so many neighbours of each, in one transaction.
@@ -200,9 +201,10 @@ def _loss_and_gradient(
 
 
 def loss_and_gradient_(
-    student, other, labels, sums, *, gap, bias, teacher_bias, kl_weight, direction, mixture, temperature, scale, softcap, dft,
-    factor, need_grad, block=None,
-):  # fmt: skip
+    student: Tensor, other: Tensor | None, labels: Tensor, sums: Tensor, *, gap: bool, bias: Tensor | None,
+    teacher_bias: Tensor | None, kl_weight: float, direction: int, mixture: float, temperature: float, scale: float,
+    softcap: float | None, dft: bool, factor: float, need_grad: bool, block: int | None = None,
+) -> None:  # fmt: skip
     """
     Write the five sums of each row to `sums`, `(n, 5)` float32, and `factor` times the gradient of the loss with respect to the
     student's projection in its place.
@@ -214,7 +216,7 @@ def loss_and_gradient_(
         block (`int`, *optional*): Words that are read at a time, a power of two.
     """
     taught = other is not None
-    assert student.stride(1) == 1 and (not taught or other.stride() == student.stride())
+    assert student.stride(1) == 1 and (other is None or other.stride() == student.stride())
     n, vocabulary = student.shape
     block = min(block or _BLOCK, max(_WORDS_OF_THREAD, triton.next_power_of_2(vocabulary)))
     with torch.cuda.device_of(student):

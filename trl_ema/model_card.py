@@ -1,4 +1,4 @@
-"""The model card of a run: TRL's, with the method, its settings, its figures and whom to cite."""
+"""The model card of a run: TRL's, with the method, its settings, its figures and citations of what it used."""
 
 import os
 import re
@@ -7,9 +7,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from .adapters.names import TEACHER_NAME
 from .files import read_json
 from .offline import DEMO_MODEL_HUB, is_demo_model
-from .teacher import TEACHER_NAME
 
 
 _MARK = "<!-- trl_ema -->"
@@ -17,40 +17,88 @@ _METHODS = {
     "ema": "Supervised fine-tuning with a mean teacher: the student is pulled towards an exponential moving average of its "
     "own adapter, so that it keeps general abilities while it learns the domain.",
     "frozen": "Supervised fine-tuning with a frozen teacher: the student is pulled towards the model it started from.",
-    "none": "Plain supervised fine-tuning, no teacher.",
+    "none": "Supervised fine-tuning without a teacher. It is not plain: weight decay, label smoothing, NEFTune's noise or a "
+    "loss other than the cross-entropy shapes it too (see Settings).",
 }
+_PLAIN = "Plain supervised fine-tuning, no teacher."
 _FORMULA = ("    loss = CE(y; p_student) + kl_weight * D(p_teacher, p_student)", "")
-CITATIONS = r"""@inproceedings{tarvainen2017mean,
+# Whom to cite, by what a run used: see `_cited_works`.
+CITATIONS = {
+    "mean teacher": r"""@inproceedings{tarvainen2017mean,
   title     = {Mean teachers are better role models: Weight-averaged consistency targets improve semi-supervised deep learning results},
   author    = {Tarvainen, Antti and Valpola, Harri},
   booktitle = {Advances in Neural Information Processing Systems},
   year      = {2017}
-}
-@article{kirkpatrick2017overcoming,
-  title   = {Overcoming catastrophic forgetting in neural networks},
-  author  = {Kirkpatrick, James and others},
-  journal = {Proceedings of the National Academy of Sciences},
-  year    = {2017}
-}
-@article{luo2023empirical,
-  title   = {An Empirical Study of Catastrophic Forgetting in Large Language Models During Continual Fine-tuning},
-  author  = {Luo, Yun and others},
-  journal = {arXiv preprint arXiv:2308.08747},
-  year    = {2023}
-}
-@article{sviridenko_ema,
+}""",
+    "EMA study": r"""@article{sviridenko_ema,
   title   = {Adapting Large Language Models for narrow domains using the exponential moving average method},
-  author  = {Sviridenko and others},
-  journal = {International Journal of Open Information Technologies (INJOIT)}
-}"""
+  author  = {Sviridenko, D. K. and Bobrova, E. V. and Zaytsev, K. S. and Dyuldin, E. V. and Shifman, B. M.},
+  journal = {International Journal of Open Information Technologies (INJOIT)},
+  url     = {https://www.injoit.ru/index.php/j1/article/view/2518}
+}""",
+    "frozen teacher": r"""@inproceedings{li2016learning,
+  title     = {Learning without Forgetting},
+  author    = {Li, Zhizhong and Hoiem, Derek},
+  booktitle = {European Conference on Computer Vision},
+  year      = {2016}
+}""",
+    "DFT": r"""@article{wu2025generalization,
+  title   = {On the Generalization of {SFT}: A Reinforcement Learning Perspective with Reward Rectification},
+  author  = {Wu, Yongliang and others},
+  journal = {arXiv preprint arXiv:2508.05629},
+  year    = {2025}
+}""",
+    "ASFT": r"""@article{zhu2025anchored,
+  title   = {Anchored Supervised Fine-Tuning},
+  author  = {Zhu, He and Su, Junyou and Lai, Peng and Ma, Ren and Zhang, Wenjia and Yang, Linyi and Chen, Guanhua},
+  journal = {arXiv preprint arXiv:2509.23753},
+  year    = {2025}
+}""",
+    "LoRA": r"""@inproceedings{hu2022lora,
+  title     = {{LoRA}: Low-Rank Adaptation of Large Language Models},
+  author    = {Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi and Wang, Shean and Wang, Lu and Chen, Weizhu},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2022}
+}""",
+    "QLoRA": r"""@inproceedings{dettmers2023qlora,
+  title     = {{QLoRA}: Efficient Finetuning of Quantized {LLMs}},
+  author    = {Dettmers, Tim and Pagnoni, Artidoro and Holtzman, Ari and Zettlemoyer, Luke},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2023}
+}""",
+    "drift": r"""@article{shenfeld2025razor,
+  title   = {{RL}'s Razor: Why Online Reinforcement Learning Forgets Less},
+  author  = {Shenfeld, Idan and Pari, Jyothish and Agrawal, Pulkit},
+  journal = {arXiv preprint arXiv:2509.04259},
+  year    = {2025}
+}""",
+    "TRL": r"""@software{vonwerra2020trl,
+  title   = {{TRL: Transformers Reinforcement Learning}},
+  author  = {von Werra, Leandro and Belkada, Younes and Tunstall, Lewis and Beeching, Edward and Thrush, Tristan and Lambert, Nathan and Huang, Shengyi and Rasul, Kashif and Gallouédec, Quentin},
+  license = {Apache-2.0},
+  url     = {https://github.com/huggingface/trl},
+  year    = {2020}
+}""",
+    "PEFT": r"""@misc{peft,
+  title        = {{PEFT}: State-of-the-art Parameter-Efficient Fine-Tuning methods},
+  author       = {Sourab Mangrulkar and Sylvain Gugger and Lysandre Debut and Younes Belkada and Sayak Paul and Benjamin Bossan and Marian Tietz},
+  howpublished = {\url{https://github.com/huggingface/peft}},
+  year         = {2022}
+}""",
+}
 _TRAINING = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-             "gradient_accumulation_steps", "max_length", "packing", "loss_type", "bf16", "fp16", "seed")  # fmt: skip
+             "gradient_accumulation_steps", "max_length", "packing", "loss_type", "weight_decay", "optim_args",
+             "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "seed")  # fmt: skip
 
 
-def write_model_card(trainer, folder: str) -> None:
+def write_model_card(trainer: Any, folder: str) -> None:
     """
     Adds our part to the `README.md` in `folder` (TRL's or PEFT's), replacing an older one of ours, and mends theirs: of a
     model that was loaded from a path TRL says that its name is None, and PEFT the path.
+
+    Args:
+        trainer ([`EMARegularizedSFTTrainer`]): Trained or not; the tables in its `model_card_details` are added.
+        folder (`str`): With the model, and the card to add to, if there is one.
     """
     path = os.path.join(folder, "README.md")
     text = ""
@@ -58,13 +106,14 @@ def write_model_card(trainer, folder: str) -> None:
         with open(path, encoding="utf-8") as file:
             text = file.read().split(_MARK)[0].rstrip()
     base = _base_of(trainer.model)
+    theirs = _mended(text, base)
     with open(path, "w", encoding="utf-8") as file:
-        file.write(f"{_mended(text, base)}\n\n{_MARK}\n{_section(trainer, base, folder)}")
+        file.write(f"{theirs}\n\n{_MARK}\n{_section(trainer, base, folder, cited=theirs)}")
     # Fails here, not at a push to the hub, if the metadata block is broken.
     ModelCard.load(path)
 
 
-def mend_model_card(trainer, folder: str) -> None:
+def mend_model_card(trainer: Any, folder: str) -> None:
     """Mends PEFT's `README.md` in `folder`, if there is one, as [`write_model_card`] does."""
     path = os.path.join(folder, "README.md")
     if os.path.isfile(path):
@@ -72,6 +121,22 @@ def mend_model_card(trainer, folder: str) -> None:
             text = file.read()
         with open(path, "w", encoding="utf-8") as file:
             file.write(_mended(text, _base_of(trainer.model)) + "\n")
+
+
+def method_of(args: Any) -> tuple[str, dict[str, str]]:
+    """
+    What TRL's part of the card calls the method, and the paper it says introduced it: `title` and arXiv `id`, or nothing.
+
+    Args:
+        args ([`MeanTeacherConfig`]): Of the run.
+    """
+    if args.teacher == "ema":
+        return "EMA-regularized SFT", {"title": "Mean teachers are better role models", "id": "1703.01780"}
+    if args.teacher == "frozen" and args.loss_type == "dft":
+        return "ASFT", {"title": "Anchored Supervised Fine-Tuning", "id": "2509.23753"}
+    if args.teacher == "frozen":
+        return "SFT with a frozen teacher", {"title": "Learning without Forgetting", "id": "1606.09282"}
+    return "SFT", {}
 
 
 def without_folder(name: str) -> str:
@@ -97,13 +162,12 @@ class _Base:
     code: str | None = None
 
 
-def _base_of(model) -> _Base:
+def _base_of(model: Any) -> _Base:
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if not name:
         return _Base("a model that was given in memory, without a name")
-    cached = re.search(
-        r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]", name
-    )  # of the hub, by its folder in the cache
+    # Of the hub, by its folder in the cache.
+    cached = re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]", name)
     hub = f"{cached[1]}/{cached[2]}" if cached else name
     if is_demo_model(name):
         label = f"[{DEMO_MODEL_HUB}](https://huggingface.co/{DEMO_MODEL_HUB}), quantized to Q4_1 and back (the offline demo's)"
@@ -129,7 +193,7 @@ def _mended(text: str, base: _Base) -> str:
     return str(card).rstrip()
 
 
-def _quick_start(trainer, base: _Base, folder: str) -> list[str]:
+def _quick_start(trainer: Any, base: _Base, folder: str) -> list[str]:
     """Code that runs as it stands: for the student, and for its teacher where it has a folder."""
     adapter = bool(getattr(trainer.model, "peft_config", None))
     if adapter and base == _Base(base.label):
@@ -166,7 +230,7 @@ def _quick_start(trainer, base: _Base, folder: str) -> list[str]:
     return lines
 
 
-def _added_vocabulary(model, base: _Base) -> int | None:
+def _added_vocabulary(model: Any, base: _Base) -> int | None:
     """Tokens of a model whose embeddings were resized; `None` where its base has as many."""
     config = os.path.join(base.path or "", "config.json")
     tokens = model.get_input_embeddings().weight.shape[0]
@@ -192,16 +256,8 @@ def _loading(base: _Base, adapter: bool, where: str, hub: str | None, folder: st
     return [*imports, "", source, *model]
 
 
-def _section(trainer, base: _Base, folder: str) -> str:
-    from . import __version__
-    from .config import MeanTeacherConfig
-
-    args = trainer.args
-    own = [f.name for f in fields(MeanTeacherConfig) if f.name in MeanTeacherConfig.__annotations__]
-    values = args.to_dict() | {"ema_half_life": args.half_life}  # with plain strings for enums
-    settings = {name: str(values[name]) for name in (*own, *_TRAINING)} | _adapter(trainer.model)
-    if "base_model" in settings:
-        settings["base_model"] = base.label
+def _section(trainer: Any, base: _Base, folder: str, cited: str) -> str:
+    """Our part of the card. `cited`: the rest of it, whose citations are not repeated."""
     lines = [
         "## Quick start",
         "",
@@ -209,33 +265,78 @@ def _section(trainer, base: _Base, folder: str) -> str:
         "",
         *_quick_start(trainer, base, folder),
         "",
-        "## Method (trl_ema)",
-        "",
-        _METHODS[args.teacher],
-        "",
-        *(_FORMULA if trainer.teacher is not None else ()),
-        f"Trained with trl_ema {__version__} for {trainer.state.global_step} optimizer steps on "
-        f"{_describe(trainer.train_dataset)}.",
+        *_method(trainer),
     ]
-    if trainer.teacher is not None and not trainer.teacher.is_base:
-        lines.append("The student is this folder; its teacher, also a PEFT adapter, is in `teacher/`.")
-    tables = {"Settings": settings, "Last logged metrics": _last_metrics(trainer.state.log_history)}
+    tables = {
+        "Settings": _settings(trainer, base),
+        "Last logged metrics": _last_metrics(trainer.state.log_history),
+    }
     for title, table in (tables | trainer.model_card_details).items():
         if table:
             rows = [f"| `{name}` | {_text(value)} |" for name, value in table.items()]
             lines += ["", f"## {title}", "", "| | |", "|---|---|", *rows]
-    lines.append("")
-    return "\n".join([*lines, "## Cite", "", "```bibtex", CITATIONS, "```", ""])
+    found = (CITATIONS[name] for name in _cited_works(trainer))
+    # TRL's own card cites TRL.
+    entries = [entry for entry in found if entry.partition(",")[0] not in cited]
+    return "\n".join([*lines, "", "## Cite", "", "```bibtex", *entries, "```", ""])
 
 
-def _describe(dataset) -> str:
+def _method(trainer: Any) -> list[str]:
+    from . import __version__
+
+    args = trainer.args
+    lines = ["## Method (trl_ema)", "", _PLAIN if args.is_plain_sft else _METHODS[args.teacher], ""]
+    if trainer.teacher is not None:
+        lines += _FORMULA
+    lines.append(
+        f"Trained with trl_ema {__version__} for {trainer.state.global_step} optimizer steps on "
+        f"{_describe(trainer.train_dataset)}."
+    )
+    if trainer.teacher is not None and not trainer.teacher.is_base:
+        lines.append("The student is this folder; its teacher, also a PEFT adapter, is in `teacher/`.")
+    return lines
+
+
+def _settings(trainer: Any, base: _Base) -> dict[str, str]:
+    from .config import MeanTeacherConfig
+
+    args = trainer.args
+    own = [f.name for f in fields(MeanTeacherConfig) if f.name in MeanTeacherConfig.__annotations__]
+    values = args.to_dict() | {"ema_half_life": args.half_life}  # with plain strings for enums
+    settings = {name: str(values[name]) for name in (*own, *_TRAINING)} | _adapter(trainer.model)
+    return settings | ({"base_model": base.label} if "base_model" in settings else {})
+
+
+def _cited_works(trainer: Any) -> list[str]:
+    """Keys of [`CITATIONS`]: what this run used, and nothing else."""
+    args, adapter = trainer.args, _adapter(trainer.model)
+    dft = args.loss_type == "dft"
+    # A trainer that measures during training logs it; a script adds what it measured to the tables.
+    figures = [*trainer.state.log_history, *trainer.model_card_details.values()]
+    drift = any(name.startswith("drift_") or "kl_base_model" in name for table in figures for name in table)
+    used = {
+        "mean teacher": args.teacher == "ema",
+        "EMA study": args.teacher == "ema",
+        "frozen teacher": args.teacher == "frozen",
+        "DFT": dft,
+        "ASFT": dft and args.teacher == "frozen",
+        "LoRA": adapter.get("peft_type") == "LORA",
+        "QLoRA": adapter.get("peft_type") == "LORA" and adapter.get("quantization") in ("nf4", "fp4"),
+        "drift": drift,
+        "TRL": True,
+        "PEFT": bool(adapter),
+    }
+    return [name for name, is_used in used.items() if is_used]
+
+
+def _describe(dataset: Any) -> str:
     info = getattr(dataset, "info", None)
     name = getattr(info, "dataset_name", None)
     rows = f"{len(dataset):,} rows" if hasattr(dataset, "__len__") else "a stream"
     return f"{rows} of `{name}`" if name else rows
 
 
-def _adapter(model) -> dict:
+def _adapter(model: Any) -> dict[str, Any]:
     """Adapter and quantization, of a PEFT model."""
     config = getattr(model, "peft_config", {}).get("default")
     if config is None:
@@ -253,12 +354,12 @@ def _adapter(model) -> dict:
     return found | ({} if quantization is None else {"quantization": kind or type(quantization).__name__})
 
 
-def _last_metrics(log_history: list[dict]) -> dict[str, float]:
+def _last_metrics(log_history: list[dict[str, Any]]) -> dict[str, float]:
     """The newest value of each logged number."""
     newest = {key: value for entry in log_history for key, value in entry.items() if isinstance(value, float)}
     hidden = ("epoch", "_runtime", "_per_second", "total_flos")
     return {key: value for key, value in sorted(newest.items()) if not key.endswith(hidden)}
 
 
-def _text(value) -> str:
+def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else without_folder(str(value))

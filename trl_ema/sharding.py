@@ -77,7 +77,7 @@ def gather_whole(shard: Tensor, parameter: Parameter) -> Tensor:
 
 
 @contextmanager
-def whole_weights(*parameters: Parameter) -> Iterator[list[Tensor | None]]:
+def whole_weights(*parameters: Parameter) -> Iterator[list[Any]]:
     """
     Parameters that are used outside their module's forward, such as the head's in the fused loss: gathered where ZeRO-3 or
     FSDP2 shards them, each once, `None` as it is. Called on all ranks. Gradients are averaged over the ranks, as both do.

@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from trl.trainer.utils import add_fused_lm_head
 
+from trl_ema.adapters.starting_point import StartingPoint
 from trl_ema.evaluation.drift import measure_drift
-from trl_ema.forward import add_mean_teacher_forward
+from trl_ema.forward import Divergence, add_regularized_forward
+from trl_ema.regularizers.teacher import MeanTeacher
 from trl_ema.sharding import local_shard, reshard
-from trl_ema.starting_point import StartingPoint
-from trl_ema.teacher import MeanTeacher
 
 
 STEPS = 5
@@ -36,7 +36,7 @@ def build(dtype, sharded):
     model = get_peft_model(base, lora(modules_to_save=["lm_head"])).to(dtype)
     teacher = MeanTeacher(model)
     start = StartingPoint(model, is_base=False)
-    add_mean_teacher_forward(base, teacher, kl_tokens="loss")
+    add_regularized_forward(base)
     if sharded:
         for layer in base.model.layers:
             fully_shard(layer)
@@ -53,8 +53,9 @@ def batch(step):
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
-def step(model, optimizer, inputs, items, world, kl_sequences=None):
-    loss = -model(**inputs, fused_lm_head=True, kl_weight=1.0, kl_sequences=kl_sequences).log_probs * world / items
+def step(model, teacher, optimizer, inputs, items, world, sequences=None):
+    divergences = [Divergence(teacher, 1.0, sequences=sequences)]
+    loss = -model(**inputs, fused_lm_head=True, divergences=divergences).log_probs * world / items
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -77,9 +78,9 @@ def main(folder: str, dtype: torch.dtype) -> None:
         part = {key: value[2 * rank : 2 * rank + 2] for key, value in inputs.items()}
         # In the last step the teacher sees two of the four sequences.
         mine, both = [torch.tensor([1 - rank]), torch.tensor([1, 2])] if number == STEPS - 1 else [None, None]
-        loss = step(model, optimizer, part, items, world, mine)
+        loss = step(model, teacher, optimizer, part, items, world, mine)
         dist.all_reduce(loss)
-        expected = step(plain, plain_optimizer, inputs, items, 1, both)
+        expected = step(plain, plain_teacher, plain_optimizer, inputs, items, 1, both)
         torch.testing.assert_close(loss, expected, **tolerance)
         with CommDebugMode() as communication:
             teacher.update(0.8)
@@ -102,10 +103,10 @@ def main(folder: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(expected["kl_base_model"], off["kl_base_model"], rtol=5e-2, atol=1e-3)
     assert found["kl_base_model"] > 1e-3
     # Each rank keeps its half, in float32.
-    mine = sum(shard.numel() for shard in teacher._average_shards())
-    assert all(shard.dtype == torch.float32 for shard in teacher._average_shards())
-    assert mine == sum(local_shard(p).numel() for p in teacher._students())
-    total = sum(p.numel() for p in plain_teacher._students())
+    mine = sum(shard.numel() for shard in teacher.average_shards())
+    assert all(shard.dtype == torch.float32 for shard in teacher.average_shards())
+    assert mine == sum(local_shard(p).numel() for p in teacher.students())
+    total = sum(p.numel() for p in plain_teacher.students())
     assert abs(mine - total / world) <= 0.05 * total, (mine, total)
 
     teacher.save(folder, writes=rank == 0)
@@ -113,7 +114,7 @@ def main(folder: str, dtype: torch.dtype) -> None:
     for sharded in (True, False):
         other_model, other, *_ = build(dtype, sharded)
         other.load(folder)
-        for ours, saved in zip(other._average_shards(), teacher._average_shards(), strict=True):
+        for ours, saved in zip(other.average_shards(), teacher.average_shards(), strict=True):
             assert not sharded or torch.equal(ours, saved)
         ours = {name: whole(p) for name, p in other_model.named_parameters() if ".teacher." in name}
         saved = {name: whole(p) for name, p in model.named_parameters() if ".teacher." in name}

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = {"one": "cpu", "ddp": "ddp", "zero2": "deepspeed_zero2", "zero3": "deepspeed_zero3", "fsdp2": "fsdp2"}
-CONFIGS["zero3_offload"] = "deepspeed_zero3_offload"
+CONFIGS = {"one": "cpu", "ddp": "multi_gpu", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
+CONFIGS["zero1"] = "zero1"
+CONFIGS["zero3_offload"] = "zero3_offload"
 CONFIGS["zero3_alone"] = CONFIGS["zero3"]  # on one process
 CONFIGS["fsdp2_sharded"] = CONFIGS["fsdp2"]  # with checkpoints by shards
 RANKS = {mode: 1 if mode in ("one", "zero3_alone") else 2 for mode in CONFIGS}

@@ -59,7 +59,7 @@ def assert_same(folder, other, rtol=0.0, atol=0.0, keys=LOGGED, adapters=("stude
 MODES = ["ddp", "zero2", "zero3", "fsdp2", "fsdp2_sharded"]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "zero1"])
 def test_two_processes_train_as_one_does(runs, mode):
     assert_same(runs(mode), runs("one"), rtol=1e-3, atol=1e-4)
     figures = [json.loads((runs(name) / "metrics.json").read_text()) for name in (mode, "one")]

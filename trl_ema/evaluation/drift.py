@@ -2,30 +2,32 @@
 
 import importlib.resources
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..adapters.fitness import base_changed_by
+from ..adapters.switching import without_adapter
 from ..forward import logit_transform
 from ..losses import IGNORE_INDEX, fused_linear_cross_entropy_kl
 from ..sharding import whole_weights
-from ..starting_point import StartingPoint
-from ..teacher import base_changed_by, without_adapter
 from .models import evaluating
+
+
+_Context = Callable[[], AbstractContextManager]
 
 
 def general_rows() -> list[dict[str, str]]:
@@ -36,7 +38,7 @@ def general_rows() -> list[dict[str, str]]:
 
 def tokenized_batches(
     rows: Dataset,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
     batch_size: int = 16,
     settings: SFTConfig | None = None,
@@ -75,7 +77,7 @@ def tokenized_batches(
     return [collate(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
 
 
-def _tokenized(rows: Dataset, tokenizer, max_length: int | None, settings: SFTConfig | None) -> Dataset:
+def _tokenized(rows: Dataset, tokenizer: Any, max_length: int | None, settings: SFTConfig | None) -> Dataset:
     defaults = {f.name: f.default for f in fields(SFTConfig)}
     options = defaults if settings is None else {name: getattr(settings, name) for name in defaults}
     args: Any = SimpleNamespace(
@@ -92,7 +94,7 @@ def _tokenized(rows: Dataset, tokenizer, max_length: int | None, settings: SFTCo
     return trainer._prepare_dataset(rows, tokenizer, args, packing=False, formatting_func=None, dataset_name="held-out")
 
 
-def _failures(rows: Dataset, *args) -> Iterator[tuple[int, Exception]]:
+def _failures(rows: Dataset, *args: Any) -> Iterator[tuple[int, Exception]]:
     for i in range(len(rows)):
         try:
             _tokenized(rows.select([i]), *args)
@@ -100,7 +102,9 @@ def _failures(rows: Dataset, *args) -> Iterator[tuple[int, Exception]]:
             yield i, error
 
 
-def measure_drift(model: PeftModel, batches: Iterable[dict], *args, **kwargs) -> dict[str, float]:
+def measure_drift(
+    model: PeftModel | PreTrainedModel, batches: Iterable[dict], *args: Any, **kwargs: Any
+) -> dict[str, float]:
     """
     Loss and drift over every labelled token together; the arguments are those of [`drift_of_rows`].
 
@@ -135,12 +139,12 @@ def _no_label(number: int) -> str:
 
 @torch.no_grad()
 def drift_of_rows(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     batches: Iterable[dict],
-    adapter: Callable[[], AbstractContextManager] = nullcontext,
+    adapter: _Context = nullcontext,
     description: str = "",
     wrapper: torch.nn.Module | None = None,
-    reference: Callable[[], AbstractContextManager] | None = None,
+    reference: _Context | None = None,
 ) -> torch.Tensor:
     r"""
     Loss and drift of each row, summed over its labelled tokens, from the model before its training:
@@ -168,18 +172,18 @@ def drift_of_rows(
 
     Source: Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259.
     """
-    for config in _configs(model):
+    for config in adapter_configs(model):
         check_measurable(config)
     if reference is None:
         _check_off_is_before(model)
     before = reference or (lambda: without_adapter(model))
-    base = model.get_base_model() if is_peft_model(model) else model
+    base: Any = cast(PeftModel, model).get_base_model() if is_peft_model(model) else model
     device = base.get_input_embeddings().weight.device
 
-    def of_batch(labels, **inputs):
+    def of_batch(labels: torch.Tensor, **inputs: torch.Tensor) -> list[torch.Tensor]:
         return _loss_and_drift(base, labels[:, 1:], inputs, adapter, before)
 
-    rows = []
+    rows: list[torch.Tensor] = []
     with evaluating(model):
         for batch in tqdm(batches, desc=description or "Drift", leave=False):
             batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
@@ -207,13 +211,14 @@ def check_measurable(config: PeftConfig) -> None:
         )
 
 
-def _configs(model) -> list[PeftConfig]:
+def adapter_configs(model: Any) -> list[PeftConfig]:
+    """The configurations of a model's adapters; none of a plain model."""
     return list(model.peft_config.values()) if is_peft_model(model) else []
 
 
-def _check_off_is_before(model) -> None:
+def _check_off_is_before(model: Any) -> None:
     """Raises `ValueError` if the adapter has changed the base's weights, so that switching it off does not show them."""
-    for config in _configs(model):
+    for config in adapter_configs(model):
         changed_by = base_changed_by(config)
         if changed_by:
             raise ValueError(
@@ -223,19 +228,27 @@ def _check_off_is_before(model) -> None:
             )
 
 
-def _loss_and_drift(base, labels, inputs: dict, adapter, reference) -> list[torch.Tensor]:
+def _loss_and_drift(
+    base: Any, labels: torch.Tensor, inputs: dict, adapter: _Context, reference: _Context
+) -> list[torch.Tensor]:
     """For each row of one batch the sums of the loss and of both divergences, and its labelled tokens."""
     before, *head_before = _pass(base, inputs, reference)
     hidden, *head = _pass(base, inputs, adapter)
     rows = []
     with whole_weights(*head, *head_before) as (weight, bias, weight_before, bias_before):
-        options = dict(bias=bias, teacher_weight=weight_before, teacher_bias=bias_before)
+        options: dict[str, Any] = dict(weight=weight, bias=bias)
+        options |= dict(teacher_weight=weight_before, teacher_bias=bias_before)
         options["transform"] = logit_transform(base.config.get_text_config())
         for states, states_before, targets in zip(hidden, before, labels, strict=True):
             mask = targets != IGNORE_INDEX
             one, other = [
                 fused_linear_cross_entropy_kl(
-                    states[mask], states_before[mask], weight, targets[mask], 0.0, direction=direction, **options
+                    states[mask],
+                    states_before[mask],
+                    labels=targets[mask],
+                    kl_weight=0.0,
+                    direction=direction,
+                    **options,
                 )
                 for direction in ("forward", "reverse")
             ]
@@ -243,7 +256,7 @@ def _loss_and_drift(base, labels, inputs: dict, adapter, reference) -> list[torc
     return rows
 
 
-def _pass(base, inputs: dict, context) -> tuple[torch.Tensor, Any, Any]:
+def _pass(base: Any, inputs: dict, context: _Context) -> tuple[torch.Tensor, Any, Any]:
     """Hidden states for the labels, and weight and bias of the head that belongs to them."""
     with context():
         hidden = base.base_model(**inputs).last_hidden_state[:, :-1]
@@ -251,96 +264,6 @@ def _pass(base, inputs: dict, context) -> tuple[torch.Tensor, Any, Any]:
         weight, bias = head.weight, getattr(head, "bias", None)
         if weight.requires_grad and context is not nullcontext:
             # A head that is trained, and that the context may take back: a copy stays.
-            with whole_weights(weight, bias) as (weight, bias):
-                weight, bias = weight.clone(), None if bias is None else bias.clone()
+            with whole_weights(weight, bias) as whole:
+                weight, bias = (None if tensor is None else tensor.clone() for tensor in whole)
     return hidden, weight, bias
-
-
-def trainer_batches(trainer, dataset: Dataset) -> list[dict]:
-    """Batches of a trainer's tokenized `dataset`, rows of about one length together, the same on every rank."""
-    columns = [
-        name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names
-    ]  # the last: packed
-    rows = list(dataset.select_columns(columns))
-    rows.sort(key=lambda row: len(row["input_ids"]))
-    size = trainer.args.per_device_eval_batch_size
-    return [trainer.data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
-
-
-def starting_point(trainer) -> StartingPoint:
-    """
-    The model as it was when the trainer was made. Of a training without an adapter it is a copy of all that is trained.
-
-    Raises:
-        ValueError: Such a training has begun already, or DeepSpeed's ZeRO-3 would have to put another start than the base back.
-    """
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3 and not getattr(trainer.starting_point, "is_base", False):
-        # It keeps small parameters gathered for as long as a pass lasts, and lets nobody write to them.
-        raise ValueError(
-            "Under ZeRO-3 drift is measured from a base alone, and this training starts from something else (an adapter that it "
-            "goes on from, PiSSA, ...). Launch with DDP, ZeRO-2 or FSDP2, or train without measuring drift and give the "
-            "result to `trl-ema evaluate`, with `--reference_adapter` if it goes on from an adapter."
-        )
-    if trainer.starting_point is not None:
-        return trainer.starting_point
-    if trainer.state.global_step:
-        raise ValueError(
-            f"The model has no adapter and is {trainer.state.global_step} steps from where it began, so there is nothing to "
-            "measure its drift from. Prepare the measurement before the training."
-        )
-    return StartingPoint(trainer.model)
-
-
-class DriftCallback(TrainerCallback):
-    """
-    Logs KL(base ‖ student), in nats per token, during training: `drift_NAME` for each evaluation set of the trainer.
-
-    The base is the model as it was when the trainer was made, with the adapter that it goes on from, if it does. Without an
-    adapter a copy of all that is trained is kept on the CPU.
-
-    Its cost is two forward passes over `rows` rows of each set every `steps` optimizer steps; `drift_time_share`, logged
-    beside, is what it took of the time so far.
-
-    Args:
-        trainer ([`EMARegularizedSFTTrainer`]): With an `eval_dataset`, one or several by name.
-        steps (`int`): Optimizer steps between two measurements.
-        rows (`int`): Rows of each set.
-
-    Source: Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259: drift on the new task predicts forgetting.
-    """
-
-    def __init__(self, trainer, steps: int, rows: int = 16):
-        if trainer.eval_dataset is None:
-            raise ValueError("Drift is measured on the evaluation data, and there is none. Pass an `eval_dataset`.")
-        if steps < 1:
-            raise ValueError(
-                f"`steps` must be at least 1, got {steps}. It counts optimizer steps between measurements."
-            )
-        for config in _configs(trainer.model):
-            check_measurable(config)
-        self.trainer, self.steps, self.rows = trainer, steps, rows
-        self.start = starting_point(trainer)
-        self._batches: dict[str, list[dict]] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._start, self._seconds = time.perf_counter(), 0.0
-        sets = self.trainer.eval_dataset
-        sets = sets if isinstance(sets, dict) else {"eval": sets}
-        for name, dataset in sets.items():
-            self._batches[name] = trainer_batches(self.trainer, dataset.select(range(min(self.rows, len(dataset)))))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.steps:
-            return
-        start = time.perf_counter()
-        # Into TRL's own list: its next log takes them, as it does its other metrics.
-        metrics = self.trainer._metrics["train"]
-        for name, batches in self._batches.items():
-            with self.trainer.precision():
-                found = measure_drift(
-                    self.trainer.model, batches, wrapper=self.trainer.wrapper, reference=self.start.activate
-                )
-            metrics[f"drift_{name}"].append(found["kl_base_model"])
-        self._seconds += time.perf_counter() - start
-        metrics["drift_time_share"].append(self._seconds / (time.perf_counter() - self._start))

@@ -2,13 +2,14 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from ..extras import require
@@ -23,7 +24,9 @@ PACKAGES = ("sacrebleu", "rouge_score", "nltk", "sentence_transformers")
 
 
 @torch.no_grad()
-def generate_answers(model, tokenizer, rows: Dataset, max_new_tokens: int, batch_size: int = 16) -> list[str]:
+def generate_answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, max_new_tokens: int, batch_size: int = 16
+) -> list[str]:
     """
     Greedy continuations of the prompts of `rows`, in left-padded batches.
 
@@ -55,7 +58,7 @@ def generate_answers(model, tokenizer, rows: Dataset, max_new_tokens: int, batch
 
 
 @contextmanager
-def _padding_left(tokenizer):
+def _padding_left(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
         yield
@@ -63,7 +66,7 @@ def _padding_left(tokenizer):
         tokenizer.padding_side = side
 
 
-def prompts_and_references(rows: Dataset, tokenizer) -> list[dict[str, str]]:
+def prompts_and_references(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
     """
     For each row the text of its last `prompt`, and the `reference` that an answer to it is compared with: the completion's first
     message, a tool call or a list of parts as the chat template writes it, without special tokens as in an answer.
@@ -84,7 +87,7 @@ def prompts_and_references(rows: Dataset, tokenizer) -> list[dict[str, str]]:
     return found
 
 
-def _prompt_text(tokenizer, row: dict, completion: Sequence[dict] = (), start_answer: bool = True) -> str:
+def _prompt_text(tokenizer: Any, row: dict, completion: Sequence[dict] = (), start_answer: bool = True) -> str:
     """What the model continues: a text, or the messages as the trainer writes them, with the row's tools and options."""
     if isinstance(row["prompt"], str):
         return row["prompt"]
@@ -98,7 +101,7 @@ def _prompt_text(tokenizer, row: dict, completion: Sequence[dict] = (), start_an
     )
 
 
-def _reference(tokenizer, row: dict) -> str:
+def _reference(tokenizer: Any, row: dict) -> str:
     if isinstance(row["completion"], str):
         return row["completion"]
     first = row["completion"][0]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from peft.utils import CONFIG_NAME, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_FILE
 
+from ..adapters.files import function_fields
+from ..adapters.fitness import base_changed_by, check_repeatable
+from ..adapters.names import TEACHER_NAME
+from ..adapters.starting_point import StartingPoint
 from ..data import hub_errors
 from ..offline import demo_model, is_demo_model
-from ..starting_point import StartingPoint
-from ..teacher import TEACHER_NAME, base_changed_by, check_repeatable, function_fields
 from ..workarounds import keep_4bit_layers_trainable
 
 
@@ -103,7 +106,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_base(name: str, revision: str = "main", **options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(name: str, revision: str = "main", **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     A causal language model and its tokenizer, by hub name or path.
 
@@ -121,7 +124,7 @@ def load_base(name: str, revision: str = "main", **options) -> tuple[PreTrainedM
 
 
 @contextmanager
-def evaluating(model):
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Within this context the model is in eval mode. Every module gets its own mode back, also after an error."""
     keep_4bit_layers_trainable(model)
     modes = [(module, module.training) for module in model.modules()]
@@ -170,9 +173,7 @@ def with_adapter(
             set_peft_model_state_dict(model, load_peft_weights(reference, device="cpu"))
         start.keep()
     with _fits(folder, base):
-        found = model.load_adapter(
-            folder, "default", is_trainable=True, key_mapping=getattr(base, "_checkpoint_conversion_mapping", {})
-        )
+        found = model.load_adapter(folder, "default", is_trainable=True)
         # PEFT also writes embeddings and heads under names of their own, which it does not read.
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
         surplus = [name for name in found.unexpected_keys if prefix and prefix in name]
@@ -192,7 +193,7 @@ def _not_loaded(model: PeftModel, config: PeftConfig, missing: list[str]) -> lis
 
 
 @contextmanager
-def _fits(folder: str, base: PreTrainedModel):
+def _fits(folder: str, base: PreTrainedModel) -> Iterator[None]:
     """Turns what PEFT says of an adapter and a model that do not belong together into one `ValueError`."""
     try:
         yield
@@ -247,7 +248,7 @@ def _check_same_adapter(config: PeftConfig, reference: str, folder: str) -> None
         )
 
 
-def fingerprint(base: str, adapter: str | None = None, **settings) -> str:
+def fingerprint(base: str, adapter: str | None = None, **settings: Any) -> str:
     """
     Tells one evaluated model from another: base (a hub name, or the weights and configuration of a local one, wherever they
     lie), adapter weights and configuration, the tokenizers beside them, and `settings` such as the quantization, the scale
@@ -263,7 +264,7 @@ def fingerprint(base: str, adapter: str | None = None, **settings) -> str:
     return digest.hexdigest()[:16]
 
 
-def _add_files(digest, folder: str, patterns: tuple[str, ...]) -> None:
+def _add_files(digest: Any, folder: str, patterns: tuple[str, ...]) -> None:
     for path in sorted(path for pattern in patterns for path in Path(folder).glob(pattern)):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

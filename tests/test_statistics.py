@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from trl_ema.forgetting import (
+from trl_ema.comparison.statistics import (
     forgetting,
     interval,
     mcnemar,

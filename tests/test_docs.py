@@ -1,0 +1,722 @@
+"""What a stranger reads is true: figures are those of the kept results, links lead somewhere, options and commands exist."""
+
+import json
+import re
+import shlex
+import tomllib
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+import yaml
+from conftest import rows
+from scipy.stats import t as student_t
+from trl import TrlParser
+
+from trl_ema import MeanTeacherConfig, __version__
+from trl_ema.cli import COMMANDS, EvaluationArguments
+from trl_ema.config import DEFAULT_HALF_LIFE
+from trl_ema.script import parse
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "recipes" / "results"
+DOCS = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+PAGES = DOCS | {name: ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md")}
+
+
+@cache
+def text_of(name):
+    return PAGES[name].read_text(encoding="utf-8")
+
+
+def prose_of(name):
+    """On one line, as a sentence is searched for in it."""
+    return " ".join(text_of(name).split())
+
+
+# Figures as the pages write them
+
+
+def number(value, digits):
+    written = f"{value:.{digits}f}"
+    return written.lstrip("-") if float(written) == 0 else written.replace("-", "−")
+
+
+def span(found, digits, scale=1):
+    low, high = sorted((scale * found["low"], scale * found["high"]))
+    return f"{number(low, digits)} to {number(high, digits)}"
+
+
+def figure(found, digits, scale=1, of="mean"):
+    return f"{number(scale * found[of], digits)} ({span(found, digits, scale)})"
+
+
+def table(*lines):
+    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines)
+
+
+@cache
+def comparison():
+    return json.loads((RESULTS / "smollm2_medical" / "comparison.json").read_text(encoding="utf-8"))
+
+
+def point(label):
+    return next(found for found in comparison()["points"] if found["label"] == label)
+
+
+def against(label, control="sft"):
+    pairs = comparison()["against"]
+    return next(found for found in pairs if (found["label"], found["control"]) == (label, control))
+
+
+def gain(label, digits=2):
+    return number(point(label)["domain_gain"]["mean"], digits)
+
+
+def drop(label):
+    """In points of accuracy."""
+    return figure(point(label)["forgetting"], 1, 100)
+
+
+def drift(label):
+    return number(point(label)["drift"]["general"]["kl_base_model"]["mean"], 2)
+
+
+def paired(one, other, get):
+    """The difference of two arms over the same seeds, with its interval of Student's t."""
+    pairs = zip(get(point(one))["by_seed"], get(point(other))["by_seed"], strict=True)
+    differences = [a - b for a, b in pairs]
+    half = student_t.ppf(0.975, len(differences) - 1) * stdev(differences) / len(differences) ** 0.5
+    middle = mean(differences)
+    return {"mean": middle, "low": middle - half, "high": middle + half}
+
+
+@cache
+def half_life():
+    """Cells of the table in the kept page, by arm."""
+    page = (RESULTS / "half_life.md").read_text(encoding="utf-8")
+    cells = [
+        [cell.strip(" *`") for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"
+    ]
+    return {arm: values for arm, *values in cells}
+
+
+def benchmarks(name):
+    kept = json.loads((RESULTS / "benchmark" / f"{name}.json").read_text(encoding="utf-8"))
+    return [found for run in kept.get("runs", [kept]) for found in run["figures"]]
+
+
+def benchmark(start):
+    """The one figure of the quick or the wider run whose name begins so."""
+    (found,) = [x for name in ("quick", "wider") for x in benchmarks(name) if x["name"].startswith(start)]
+    return found
+
+
+def times(start):
+    """As a multiple, with quartiles."""
+    found = benchmark(start)
+    return f"{number(found['median'], 2)} × ({number(found['low'], 2)} to {number(found['high'], 2)})"
+
+
+@cache
+def gpu():
+    return json.loads((RESULTS / "benchmark" / "gpu.json").read_text(encoding="utf-8"))
+
+
+def on_gpu(key, field=None, digits=2):
+    """Of each run on the card that has it."""
+    runs = [run[key] for name, run in gpu().items() if key in run and "," not in name]
+    return ", ".join(number(run if field is None else run[field], digits) for run in runs)
+
+
+# Tables
+
+
+def test_the_table_of_the_readme_is_of_the_kept_comparison():
+    arms = [
+        ("1e-3", "plain SFT", "sft_low_lr", "**first: lower the learning rate**"),
+        ("", "EMA, student", "ema_low_lr", "for less drift: ship the student"),
+        ("", "EMA, teacher", "ema_low_lr, teacher", "for least drift"),
+        ("5e-3", "plain SFT", "sft", "never: it forgets"),
+        ("", "the same, adapter × 0.5, one seed", "sft_interpolated, × 0.5", "to mend a run that forgot"),
+        ("", "the same, adapter × 0.25, one seed", "sft_interpolated, × 0.25", "likewise, for less drift"),
+        ("", "EMA, student", "ema", "dominated by its teacher"),
+        ("", "EMA, teacher", "ema, teacher", "dominated by SFT × 0.5"),
+        ("", "the same, `teacher_anchor=0.5`", "ema_anchored, teacher", "no better than scaling SFT back (one seed)"),
+        ("", "frozen teacher", "frozen", "dominated by SFT × 0.5"),
+    ]
+    for _, name, arm, _ in arms:
+        few = 2 if "low_lr" in arm or "anchored" in arm else 3
+        assert len(point(arm)["seeds"]) == (1 if "one seed" in name else few)
+    lines = [(rate, name, gain(arm), drop(arm), drift(arm), when) for rate, name, arm, when in arms]
+    assert table(*lines) in text_of("README.md")
+    half, quarter = "sft_interpolated, × 0.5", "sft_interpolated, × 0.25"
+    for better, worse in (("ema, teacher", "ema"), (half, "ema, teacher"), (half, "frozen")):
+        assert all(sign * (measure(better) - measure(worse)) > 0 for sign, measure in MEASURES)
+    # More gain for the adapter that is scaled back, and of the others nothing clear.
+    assert point(quarter)["domain_gain"]["mean"] > point("ema_anchored, teacher")["domain_gain"]["mean"]
+    assert drift(quarter) == drift("ema_anchored, teacher")
+    bounds = [point(arm)["forgetting"] for arm in (quarter, "ema_anchored, teacher")]
+    assert bounds[1]["low"] < bounds[0]["mean"] < bounds[1]["high"]
+
+
+# What is good, with its sign.
+MEASURES = [
+    (1, lambda arm: point(arm)["domain_gain"]["mean"]),
+    (-1, lambda arm: point(arm)["forgetting"]["mean"]),
+    (-1, lambda arm: point(arm)["drift"]["general"]["kl_base_model"]["mean"]),
+]
+
+
+def test_the_table_of_the_comparison_is_of_its_figures():
+    arms = [
+        ("5e-3", "SFT", "sft"),
+        ("", "frozen teacher", "frozen"),
+        ("", "EMA teacher, its student", "ema"),
+        ("", "EMA teacher itself", "ema, teacher"),
+        ("", "EMA, `kl_fraction` 0.25, its student", "ema_quarter"),
+        ("", "the same, teacher itself", "ema_quarter, teacher"),
+        ("", "anchored EMA (0.5), its student", "ema_anchored"),
+        ("", "the same, teacher itself", "ema_anchored, teacher"),
+        *(("", f"SFT scaled to {scale}", f"sft_interpolated, × {scale}") for scale in (0.25, 0.5, 0.75)),
+        ("1e-3", "SFT", "sft_low_lr"),
+        ("", "EMA teacher, its student", "ema_low_lr"),
+        ("", "EMA teacher itself", "ema_low_lr, teacher"),
+    ]
+    assert {arm for *_, arm in arms} == {found["label"] for found in comparison()["points"]}
+    lines = [
+        (rate, name, str(len(point(arm)["seeds"])), figure(point(arm)["domain_gain"], 2), drop(arm), drift(arm))
+        for rate, name, arm in arms
+    ]
+    assert table(*lines) in text_of("docs/comparison.md")
+
+
+@pytest.mark.parametrize("name", ["quick", "wider"])
+def test_the_tables_of_the_benchmark_are_its_figures(name):
+    lines = []
+    for found in benchmarks(name):
+        goal = "" if found["goal"] is None else f"≤ {found['goal']:g}"
+        met = "" if found["goal"] is None else "yes" if found["median"] <= found["goal"] else "**no**"
+        low, median, high = (f"{found[key]:.3g}" for key in ("low", "median", "high"))
+        lines.append(f"| {found['name']} | {goal} | {median} | {low} to {high} | {met} |")
+    assert "\n".join(lines) in text_of("docs/performance.md")
+
+
+def test_the_table_of_the_gpu_is_of_the_kept_runs():
+    bf16, nf4, full, prompts = (
+        f"step/{kind}, 8 x 1024" for kind in
+        ("bf16", "NF4, checkpointing", "float32 weights (TRL's default)", "bf16, half of it prompt")
+    )  # fmt: skip
+
+    def gib(kind, arm):
+        return on_gpu(f"{kind}/{arm}", "GiB over the models").split(", ")[0]
+
+    def more_memory(kind):
+        return number(float(gib(kind, "ema")) / float(gib(kind, "sft")), 2)
+
+    trl = "TRL's SFT head"
+    # What each row says, and its cell "now".
+    expected = {
+        "fused loss, 8,192 tokens × 152k words": on_gpu("loss/ms", "forward", 1),
+        f"three matrix products ({on_gpu('loss/ms', 'three products', 1)} ms)": on_gpu("loss/three products"),
+        f"plain SFT ({on_gpu('loss/ms', trl, 1)} ms)": on_gpu(f"loss/{trl}"),
+        "float32 head under autocast": on_gpu("loss/ms", "float32 head, autocast", 1),
+        "EMA step / SFT step, bfloat16 weights, 8 × 1,024": on_gpu(f"{bf16}/ema", "ratio"),
+        "the same, `kl_fraction` 0.25 (operations": on_gpu(f"{bf16}/a quarter", "ratio"),
+        "the same, frozen teacher": on_gpu(f"{bf16}/frozen", "ratio"),
+        "the same, float32 weights": on_gpu(f"{full}/ema", "ratio"),
+        "half of each row a prompt": on_gpu(f"{prompts}/ema", "ratio"),
+        "NF4 weights and gradient checkpointing": on_gpu(f"{nf4}/ema", "ratio"),
+        "NF4, checkpointing, `kl_fraction` 0.25": on_gpu(f"{nf4}/a quarter", "ratio"),
+        "bfloat16, 2 × 512: bound by the host": on_gpu("step/bf16, 2 x 512/ema", "ratio"),
+        "| the same, NF4 |": on_gpu("step/NF4, 2 x 512/ema", "ratio"),
+        f"8 × 1,024 ({gib(bf16, 'ema')} and {gib(bf16, 'sft')} GiB)": more_memory(bf16),
+        f"NF4 and checkpointing ({gib(nf4, 'ema')} and {gib(nf4, 'sft')} GiB)": more_memory(nf4),
+        f"2 × 512 ({gib('step/bf16, 2 x 512', 'ema')} and {gib('step/bf16, 2 x 512', 'sft')} GiB)":
+            more_memory("step/bf16, 2 x 512"),
+        "update of the teacher, ms": on_gpu("update of the teacher, ms", digits=1),
+    }  # fmt: skip
+    found = text_of("docs/performance.md").split("## On a GPU")[1].split("\n## ")[0].splitlines()
+    for row, now in expected.items():
+        (line,) = [line for line in found if line.startswith("| ") and row in line]
+        cell = line.strip("| ").split(" | ")[-2 if "| yes |" in line or "**no**" in line else -1].strip(" |")
+        assert cell in (now, now.split(", ")[0]), line  # where two runs agree one figure may stand
+
+
+# Running text: a part of a sentence with the figures that belong there
+
+
+def from_comparison():
+    ema, teacher, quarter = against("ema"), against("ema, teacher"), against("ema_quarter, teacher")
+    low = against("ema_low_lr", "sft_low_lr")
+    less = paired("ema", "ema_quarter", lambda found: found["domain_gain"])
+    more = paired("ema_quarter", "ema", lambda found: found["drift"]["general"]["kl_base_model"])
+    return [
+        f"by {number(ema['domain_gain']['mean'], 2)} nats ({span(ema['domain_gain'], 2)}) as student, by "
+        f"{figure(teacher['domain_gain'], 2)} as teacher",
+        f"less from the base: by {figure(ema['drift_general'], 2, -1)} and {figure(teacher['drift_general'], 2, -1)} nats",
+        f"learned {number(less['mean'], 2)} nats less ({span(less, 2)}, over three seeds) and drifted "
+        f"{number(more['mean'], 2)} more ({span(more, 2)})",
+        f"less accuracy than SFT, by {number(-100 * quarter['forgetting']['mean'], 1)} points "
+        f"({span(quarter['forgetting'], 1, -100)})",
+        f"learned about as much ({number(low['domain_gain']['mean'], 2)}, {span(low['domain_gain'], 2)}) and neither",
+        f"drifted less, by {number(-low['drift_general']['mean'], 2)} nats ({span(low['drift_general'], 2, -1)})",
+        f"(EMA teacher {number(100 * teacher['forgetting']['mean'], 1)}, {span(teacher['forgetting'], 1, 100)})",
+    ]
+
+
+def of_kl_fraction():
+    less = paired("ema", "ema_quarter", lambda found: found["domain_gain"])
+    more = paired("ema_quarter", "ema", lambda found: found["drift"]["general"]["kl_base_model"])
+    student = point("ema_quarter")["forgetting"]
+    return [
+        f"five tasks is {number(100 * student['mean'], 1)} points ({span(student, 1, 100)}) for the student and "
+        f"{drop('ema_quarter, teacher')} for the teacher, with all of them {drop('ema')} and {drop('ema, teacher')}",
+        f"learned {number(less['mean'], 2)} nats less ({span(less, 2)}) and drifted {number(more['mean'], 2)} nats more "
+        f"from the base on general text ({span(more, 2)})",
+    ]
+
+
+def of_the_card():
+    """EMA in bfloat16 and over NF4; then a quarter of the sequences, in bfloat16 now and before, and over NF4, which is of before."""
+    ema, nf4 = on_gpu("step/bf16, 8 x 1024/ema", "ratio"), on_gpu("step/NF4, checkpointing, 8 x 1024/ema", "ratio")
+    (ema,) = set(ema.split(", "))  # both runs have the same
+    before, now = on_gpu("step/bf16, 8 x 1024/a quarter", "ratio").split(", ")
+    quarter_nf4 = on_gpu("step/NF4, checkpointing, 8 x 1024/a quarter", "ratio")
+    first = next(iter(gpu().values()))
+    assert quarter_nf4 == number(first["step/NF4, checkpointing, 8 x 1024/a quarter"]["ratio"], 2)
+    return ema, nf4, now, before, quarter_nf4
+
+
+def of_the_readme():
+    ema, nf4, now, before, quarter_nf4 = of_the_card()
+    frozen, default = half_life()["teacher=frozen"], half_life()[f"ema_half_life={DEFAULT_HALF_LIFE}"]
+    teacher = half_life()[f"teacher of {DEFAULT_HALF_LIFE}"]
+    questions = sum(task["n"] for task in comparison()["base"]["tasks"].values())
+    return [
+        f"A step takes {ema} × SFT's ({nf4} × over NF4 with checkpointing), with `kl_fraction=0.25` {now} × ({before} before a "
+        f"wait was removed; over NF4 {quarter_nf4} ×, measured before that)",
+        f"the frozen teacher's student kept {frozen[1]} of SFT's gain and avoided {frozen[3]} of its drift",
+        f"the EMA teacher's, at the default half-life, {default[1]} and {default[3]}, and that teacher itself {teacher[1]} and "
+        f"{teacher[3]}",
+        f"with 2 or 3 seeds and {questions} questions",
+    ]
+
+
+def of_the_benchmark():
+    small, large = "(smollm2, 4 × 128 tokens", "(qwen2, 4 × 128 tokens"
+    ema, nf4, now, before, quarter_nf4 = of_the_card()
+
+    def peak(name, part):
+        return benchmark(f"peak memory over the model, {name}")[part][0] / 1024
+
+    long, short = ("(2-layer Qwen2-1.5B, 2048 tokens)", "(2-layer Qwen2-1.5B, 512 tokens)")
+    return [
+        f"| EMA teacher | {times(f'step, ema / SFTTrainer {small}; ')} |",
+        f"(`kl_fraction` 0.25) | {times(f'step, ema, a quarter / SFTTrainer {small}; ')} |",
+        f"| frozen teacher | {times(f'step, frozen / SFTTrainer {small}; ')} |",
+        f"a second model, dense logits, `F.kl_div` | {times(f'step, second model / SFTTrainer {small}; ')} |",
+        f"switched off, dense logits, `F.kl_div` | {times(f'step, adapter off / SFTTrainer {small}; ')} |",
+        f"without the teacher's pass | {times(f'step, no pass of the teacher / SFTTrainer {small}; ')} |",
+        f"{times(f'step, ema / SFTTrainer {small}, checkpointing')} with gradient checkpointing, "
+        f"{times(f'step, ema / SFTTrainer {small}, NF4')} over NF4 weights, "
+        f"{times('step, ema / SFTTrainer (smollm2, 1 × 2048 tokens')} with one sequence of 2,048 tokens, and "
+        f"{times(f'step, ema / SFTTrainer {large}')} with the 152k words of Qwen2-1.5B (two of its layers), where it takes "
+        f"{times(f'step, ema / second model {large}')} of the second model",
+        f"On a GPU it is {ema} ×, and with a quarter of the sequences {now} × ({before} before a wait was removed); over NF4 with "
+        f"checkpointing {nf4} ×, and with a quarter {quarter_nf4} ×, measured before that",
+        f"{peak(f'ema / SFTTrainer {long}', 'over'):.1f} GiB with the EMA teacher, "
+        f"{peak(f'ema / SFTTrainer {long}', 'under'):.1f} GiB with `SFTTrainer`, "
+        f"{peak(f'ema / second model {long}', 'under'):.1f} GiB by hand with a second model; at 512 tokens "
+        f"{peak(f'ema / SFTTrainer {short}', 'over'):.2f} and {peak(f'ema / SFTTrainer {short}', 'under'):.2f} GiB",
+    ]
+
+
+def of_the_gpu():
+    runs = [run for name, run in gpu().items() if "," not in name]
+    first, second = runs
+    resumed = next(run for name, run in gpu().items() if "stopped after 8 and resumed" in name)
+    student, teacher = (
+        resumed[f"full against cut, {who}: largest difference, tensors that differ, of"]
+        for who in ("student", "teacher/")
+    )
+    assert student == teacher == [0.0, 0, 392] and first["right/divergence of equal models"] == 0
+    starts = [first[f"first step/{kind}"] for kind in ("bf16", "NF4")]
+    assert all(start["ce"] == pytest.approx(start["sft"], rel=1e-7) for start in starts)
+
+    def off(kind):
+        return f"{100 * first[f'right/{kind}']['grad']:.2f} %"
+
+    def ms(run, kind, arm):
+        return run[f"step/{kind}/{arm}"]["ms"]
+
+    def more(run, arm):
+        return number(ms(run, "bf16, 8 x 1024", arm) - ms(run, "bf16, 8 x 1024", "sft"), 0)
+
+    def shape(warps, words, stages, run=first):
+        return number(run[f"loss/{warps} warps, {words} words each, {stages} stages, ms"], 1)
+
+    own_head = "teacher's own head"
+    faster = [1 - run["loss/chunks, ms"]["2048 rows"] / run["loss/chunks, ms"]["256 rows"] for run in runs]
+    chunks = [number(first["loss/chunks, ms"][f"{rows} rows"], 1) for rows in (256, 512, 1024, 2048)]
+    return [
+        f"off by {off('bfloat16/forward')} in bfloat16 and by {off('float16/forward')} in float16",
+        f"by {off('bfloat16/forward/own head')} and {off('float16/forward/own head')} with a head of the teacher's own",
+        f"took {on_gpu('loss/ms', 'reverse', 1).replace(', ', ' and ')} ms and one shape of the kernel {shape(8, 8, 4)} (below)",
+        f"2,048 rows are {100 * faster[0]:.0f} % and {100 * faster[1]:.0f} % faster than of 256",
+        f"takes {ms(first, 'bf16, 2 x 512', 'sft'):.0f} ms without it and {ms(first, 'bf16, 2 x 512', 'ema'):.0f} with it",
+        f"adds {more(first, 'ema')} ms, a quarter {more(first, 'a quarter')} and, since nothing waits, "
+        f"{more(second, 'a quarter')}",
+        f"and is {on_gpu('step/NF4, 2 x 512/ema', 'ratio').replace(', ', ' and ')}: all are bound by the host",
+        f"{ms(first, 'NF4, 2 x 512', 'sft'):.0f} and {ms(second, 'NF4, 2 x 512', 'sft'):.0f} ms. Not understood",
+        f"2, 3 and 4 stages {', '.join(shape(8, 8, stages) for stages in (1, 2, 3, 4))} (in the other run with 1, 3 and 4 "
+        f"stages {shape(8, 8, 1, second)}, {shape(8, 8, 3, second)} and {shape(8, 8, 4, second)}",
+        f"4 × 8 {shape(4, 8, 1)}, 8 × 16 {shape(8, 16, 1)}, 16 × 8 {shape(16, 8, 1)}, 16 × 8 with 3 stages {shape(16, 8, 3)}",
+        f"and 2,048 rows: {', '.join(chunks)}",
+        f"a teacher's own head, {number(first['loss/ms'][own_head], 1)} ms",
+    ]
+
+
+def of_what_resists():
+    def reached(start, digits):
+        return figure(benchmark(start), digits, of="median")
+
+    return [
+        f"| {reached('step, ema / second model (smollm2, 4 × 128 tokens)', 2)}; 0.85 on a machine",
+        f"| {reached('step, ema / second model (qwen2', 2)}; 0.63",
+        f"| {reached('average / moving its bytes', 1)} |",
+        f"for {100 * benchmark('average / a step')['median']:.2f} % of a step",
+    ]
+
+
+def of_the_options():
+    gains = {
+        arm: int(values[1].removesuffix(" %")) for arm, values in half_life().items() if arm.startswith("ema_half")
+    }
+    kept = [float(arm.partition("=")[2]) for arm, share in gains.items() if share >= 90]
+    assert len(gains) == 3 and max(kept) == DEFAULT_HALF_LIFE
+    return ["the slowest of three that kept at least 90 % of SFT's gain"]
+
+
+CLAIMS = {
+    "README.md": [of_the_readme],
+    "docs/comparison.md": [from_comparison],
+    "docs/options.md": [of_the_options],
+    "docs/performance.md": [of_kl_fraction, of_the_benchmark, of_the_gpu, of_what_resists],
+}
+
+
+@pytest.mark.parametrize("page", CLAIMS)
+def test_figures_in_sentences_are_those_of_the_kept_results(page):
+    missing = [claim for claims in CLAIMS[page] for claim in claims() if claim not in prose_of(page)]
+    assert not missing
+
+
+# Numbers with a point that are no results: settings, versions, papers.
+OF_NO_PAGE = r"arXiv:[\d.]+|Qwen2(?:\.5)?-[\d.]+B|95 %|(?:torch|triton|trl|transformers|peft|bitsandbytes|lm-eval|deepspeed) \d+\.[\d.]+\d(?:\+cu\d+)?"
+NO_RESULTS = {
+    "README.md": r"0\.5\^|Python [≥ ]*3\.11|Apache-2\.0|until 0\.1\.0",
+    "docs/comparison.md": r"\(0\.5\)|`kl_fraction` 0\.25|scaled to [\d.]+",
+    "docs/options.md": r"0\.5\^",
+    # Sizes that are counted and speeds of hardware.
+    "docs/performance.md": r"\(`kl_fraction` 0\.25\)|3\.6 GiB|1\.24 \(by hand, not kept\)",
+    "docs/scaling.md": r"0\.516 bytes",
+}
+# Sections whose figures nobody can compare with a file, and which say so.
+BY_HAND = {
+    "docs/performance.md": ["The loss: what it took", "The average", "The teacher's pass"],
+    "docs/scaling.md": ["Checkpoints and resuming", "Measured"],
+}
+# Sections whose tables are held to their figures, by the tests above or by `benchmarks/ranks.py table` (tests/test_package.py).
+WITH_CHECKED_TABLES = {
+    "README.md": ["Which method, which adapter, and when no teacher"],
+    "docs/comparison.md": ["What a comparison showed"],
+    "docs/options.md": [""],  # the defaults
+    "docs/performance.md": ["In short", "A run", "On a GPU", "Goals that resist"],
+    "docs/scaling.md": ["Worked out"],
+}
+
+
+def sections(page):
+    """By title; what stands above the first has none."""
+    text = re.sub(r"```.*?```", " ", text_of(page), flags=re.DOTALL)
+    parts = re.split(r"^##+ (.+)$", text, flags=re.MULTILINE)
+    return dict(zip(["", *parts[1::2]], parts[::2], strict=True))
+
+
+@pytest.mark.parametrize("page", BY_HAND)
+def test_what_is_by_hand_says_so(page):
+    for title in BY_HAND[page]:
+        assert "by hand, not kept" in " ".join(sections(page)[title].split()).lower(), title
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_no_other_result_is_told(page):
+    """What is left after all checked sentences and tables has no number with a point, so none is unchecked."""
+    said = [claim for claims in CLAIMS.get(page, []) for claim in claims()]
+    for title, text in sections(page).items():
+        if title in BY_HAND.get(page, []):
+            continue
+        if title in WITH_CHECKED_TABLES.get(page, []):
+            text = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+        text = " ".join(text.split())
+        for claim in said:
+            text = text.replace(claim, " ")
+        for pattern in filter(None, (OF_NO_PAGE, NO_RESULTS.get(page), r"\]\([^)]*\)|`[^`]*`")):
+            text = re.sub(pattern, " ", text)
+        assert not re.findall(r".{0,30}\d\.\d+", text), title
+
+
+def test_what_the_comparison_is_said_to_support_it_supports():
+    gains = {found["label"]: found["domain_gain"]["mean"] for found in comparison()["points"]}
+    at_high_rate = {label for label in gains if "low_lr" not in label}
+    assert all(gains["sft_low_lr"] > gains[label] for label in at_high_rate)
+    ema_arms = [label for label in at_high_rate if label.startswith("ema")]
+    assert len(ema_arms) == 6 and all(gains["sft_interpolated, × 0.5"] > gains[label] for label in ema_arms)
+    assert point("sft")["forgetting"]["low"] > 0 > point("sft_low_lr")["forgetting"]["mean"]
+    with_teacher = [
+        found for found in comparison()["against"] if found["control"] == "sft" and "low_lr" not in found["label"]
+    ]
+    clear = [found["label"] for found in with_teacher if found["forgetting"]["low"] * found["forgetting"]["high"] > 0]
+    assert clear == ["ema_quarter, teacher"]  # "no other"
+
+
+# Pages
+
+
+def test_the_readme_is_short():
+    assert len(text_of("README.md").splitlines()) <= 150
+
+
+def test_the_readme_says_so_while_no_index_has_the_package():
+    published = re.search(r"^## \[0\.1\.0\] - ", text_of("CHANGELOG.md"), re.MULTILINE)
+    said = "Not on an index yet: until 0.1.0 is, `pip install .` (or `'.[eval]'`) in a clone."
+    assert (said in text_of("README.md")) == (not published)
+
+
+def test_the_ranges_are_described_alike_wherever_they_are():
+    said = "ends after the last minor version that the suite passed with"
+    trusted = "patch releases, and torch, are trusted"
+    for name in ("README.md", "CONTRIBUTING.md", "pyproject.toml", "trl_ema/versions.py"):
+        text = " ".join((ROOT / name).read_text(encoding="utf-8").replace("\n#", "\n").split())
+        assert said in text and trusted in text, name
+
+
+def test_the_arms_of_the_default_comparison_are_counted_right():
+    config = yaml.safe_load((ROOT / "trl_ema" / "configs" / "compare_smollm2.yaml").read_text(encoding="utf-8"))
+    assert len(config["arms"]) == 8
+    for name in ("recipes/compare.py", "docs/comparison.md", "trl_ema/cli.py", "trl_ema/configs/compare_smollm2.yaml"):
+        told = re.findall(r"(\w+)\s+(?:arms\s+on\s+the|ways to teach)", (ROOT / name).read_text(encoding="utf-8"))
+        assert set(told) == {"eight"}, name
+
+
+@pytest.mark.parametrize("page", [*DOCS, "CHANGELOG.md"])
+def test_no_line_is_too_long(page):
+    """Rows of tables cannot be broken; outside of the README, which is read as text too, they may be longer."""
+    lines = text_of(page).splitlines()
+    assert not [line for line in lines if len(line) > 125 and (page == "README.md" or not line.startswith("|"))]
+
+
+def anchors(path):
+    """As GitHub makes them of headings."""
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    path, text = PAGES[page], re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"https?://", link)]
+    for link in links:
+        target, _, anchor = link.partition("#")
+        there = (path.parent / target).resolve() if target else path
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there), link
+
+
+def test_every_page_of_the_docs_is_linked_from_the_readme():
+    assert not [name for name in DOCS if name != "README.md" and f"({name})" not in text_of("README.md")]
+
+
+# Whatever may name a file: pages, code, recipes.
+NAMING = [
+    *PAGES.values(), ROOT / "CITATION.cff", *ROOT.glob("trl_ema/**/*.py"), *ROOT.glob("recipes/*.py"), *ROOT.glob("recipes/**/*.yaml"),
+    *ROOT.glob("accelerate_configs/*.yaml"), *ROOT.glob("recipes/results/*.md"), *ROOT.glob("trl_ema/configs/*.yaml"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", NAMING, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_launch_configs_and_files_that_are_named_exist(path):
+    text = path.read_text(encoding="utf-8")
+    names = re.findall(r"accelerate_configs/(\w+)\.yaml|--accelerate_config ([a-z]\w*)|`((?:zero|fsdp)\d\w*)`", text)
+    for name in {name for found in names for name in found if name}:
+        assert (ROOT / "accelerate_configs" / f"{name}.yaml").is_file(), name
+    named = re.findall(r"(?:recipes|benchmarks|tests|docs)/[\w/.]+\.(?:py|md|yaml|json|png)", text)
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_that_are_named_exist(page):
+    assert set(re.findall(r"`?trl-ema ([a-z]+)", text_of(page))) <= set(COMMANDS)
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", text_of(page), re.MULTILINE)) <= targets
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_command_lines_that_are_shown_are_understood(page):
+    text = text_of(page).replace("\\\n", " ")
+    for line in re.findall(r"^trl-ema (.*)$", text, re.MULTILINE):
+        command, *options = shlex.split(line, comments=True)
+        if command == "evaluate":
+            TrlParser(EvaluationArguments).parse_args_and_config(options)
+        elif command == "train" and "--config" not in options:
+            assert parse([*options, "--use_cpu", "true"])[1].learning_rate >= 1e-4
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_extras_that_are_named_exist(page):
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {name for found in re.findall(r"trl_ema\[([\w,]+)\]", text_of(page)) for name in found.split(",")}
+    if page == "README.md":
+        named |= set(re.findall(r"^\| `(\w+)` \|", text_of(page), re.MULTILINE))
+        assert len(named) >= 4
+    assert named <= set(declared)
+
+
+def test_every_option_stands_in_the_table_with_its_default():
+    lines = re.findall(r"^\| `(\w+)` \| (.*?) ?\| (.*) \|$", text_of("docs/options.md").split("## ")[0], re.MULTILINE)
+    told = {name: default.strip("`") for name, default, _ in lines}
+    own = {f.name: f.default for f in fields(MeanTeacherConfig) if f.name in MeanTeacherConfig.__annotations__}
+    assert list(told) == list(own)
+    for name, default in own.items():
+        assert told[name] == (
+            "" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        )
+    assert f"{DEFAULT_HALF_LIFE} unless `ema_decay` is given" in text_of("docs/options.md")
+
+
+def test_every_file_of_the_package_has_a_line_in_the_drawing_of_the_rooms():
+    tree = text_of("docs/architecture.md").split("```")[1]
+    told = set(re.findall(r"^  ([\w.]+)/? ", tree, re.MULTILINE))
+    package = ROOT / "trl_ema"
+    folders = {path.name for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    there = {path.name for path in package.glob("*.py")} - {"__main__.py"} | folders
+    assert told == there
+
+
+# Code
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", text_of(page), flags=re.DOTALL)
+
+
+@pytest.fixture
+def a_run(tiny_folder, tmp_path, monkeypatch):
+    """The ten lines of the README, on a tiny model, in a folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: rows(4))
+    (code,) = blocks("README.md")
+    assert len([line for line in code.splitlines() if line]) <= 14
+    code = code.replace("Qwen/Qwen2.5-0.5B-Instruct", str(tiny_folder / "model"))
+    code = code.replace('MeanTeacherConfig("out",', 'MeanTeacherConfig("out", max_steps=2, bf16=False, use_cpu=True,')
+    scope = {}
+    exec(code, scope)
+    return scope["trainer"]
+
+
+def test_the_ten_lines_run_and_learn_at_a_rate_for_adapters(a_run):
+    assert 1e-4 <= a_run.args.learning_rate <= 2e-4
+    assert {"adapter_config.json", "teacher"} <= {path.name for path in Path("out").iterdir()}
+
+
+def test_adapters_load_merge_and_scale_as_described(a_run):
+    loading, merging, scaling = blocks("docs/adapters.md")
+    scope = {}
+    exec(loading, scope)
+    trained = a_run.model.state_dict()
+    for who, name in (("student", "default"), ("teacher", "teacher")):
+        state = scope[who].state_dict()
+        ours = {key: value for key, value in trained.items() if f".{name}." in key}
+        assert ours and all(state[key.replace(f".{name}.", ".default.")].equal(value) for key, value in ours.items())
+    ids = dict(input_ids=a_run.train_dataset[0]["input_ids"])
+    ids = {"input_ids": scope["tokenizer"].pad(ids, return_tensors="pt")["input_ids"].view(1, -1)}
+    expected = scope["teacher"](**ids).logits
+    assert scope["model"](**ids).logits.equal(expected)
+
+    exec(merging, scope)
+    assert (scope["merged"](**ids).logits - expected).abs().max() < 1e-5
+    assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in Path("merged").iterdir()}
+
+    exec(scaling, scope)
+    half = scope["AutoPeftModelForCausalLM"].from_pretrained("out")
+    for one, other in zip(half.base_model.modules(), scope["student"].base_model.modules(), strict=True):
+        if isinstance(getattr(one, "scaling", None), dict):  # a layer of the adapter
+            assert one.scaling["default"] == 0.5 * other.scaling["default"]
+
+
+def test_an_adapter_with_patterns_is_scaled_with_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    file = Path("out", "adapter_config.json")
+    scaling = blocks("docs/adapters.md")[2]
+    for pattern, half in (({"q_proj": 8, "v_proj": 6}, {"q_proj": 4, "v_proj": 3}), ({}, {}), (None, {})):
+        file.write_text(json.dumps({"lora_alpha": 16, "alpha_pattern": pattern}))
+        exec(scaling, {})
+        assert json.loads(file.read_text()) == {"lora_alpha": 8, "alpha_pattern": half}
+
+
+def test_the_example_of_a_regularizer_is_the_penalty_that_it_says(a_run, tmp_path):
+    import torch
+
+    (code,) = blocks("docs/regularizers.md")
+    scope = {}
+    exec(code, scope)
+    model = a_run.model
+    penalty = scope["L2StartingPoint"](model, 0.5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert penalty.penalty(0) == 0
+    torch.manual_seed(0)
+    moved = [torch.randn_like(p) for p in trained]
+    with torch.no_grad():
+        for p, by in zip(trained, moved, strict=True):
+            p.add_(by)
+    value = penalty.penalty(1)
+    torch.testing.assert_close(value, 0.25 * sum(by.square().sum() for by in moved))
+    gradients = torch.autograd.grad(value, trained)
+    for gradient, by in zip(gradients, moved, strict=True):
+        torch.testing.assert_close(gradient, 0.5 * by, rtol=1e-4, atol=1e-6)
+    penalty.save(str(tmp_path))
+    another = scope["L2StartingPoint"](model, 0.5)
+    another.check(str(tmp_path))
+    another.load(str(tmp_path))
+    torch.testing.assert_close(another.penalty(1), value, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="was saved without `l2_sp_weight`. Resume without it"):
+        another.check(str(tmp_path / "elsewhere"))
+
+
+# Metadata
+
+
+def test_the_citation_file_is_whole():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors", "version", "license", "type"} <= set(cited)
+    assert (cited["cff-version"], cited["type"], cited["license"]) == ("1.2.0", "software", "Apache-2.0")
+    assert cited["version"] == __version__
+    for entry in [cited, *cited["references"]]:
+        assert entry["title"] and entry["type"]
+        assert all("name" in author or "family-names" in author for author in entry["authors"])
+        assert not [author for author in entry["authors"] if "others" in author.get("name", "")]
+    assert all("year" in entry or "url" in entry for entry in cited["references"])
+
+
+def test_the_changelog_is_in_the_form_it_names():
+    titles = re.findall(r"^## \[(.+?)\](?: - \d{4}-\d\d-\d\d)?$", text_of("CHANGELOG.md"), re.MULTILINE)
+    assert titles[0] == "Unreleased" and len(titles) == text_of("CHANGELOG.md").count("\n## ")
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"^### (.+)$", text_of("CHANGELOG.md"), re.MULTILINE)) <= kinds
+    assert __version__ in text_of("CHANGELOG.md")

@@ -1,0 +1,176 @@
+"""Which adapters can be trained, averaged, scaled and measured."""
+
+import itertools
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+from ..sharding import whole_weights
+from .names import STUDENT_NAME, TEACHER_NAME
+
+
+# Values of `init_lora_weights` with which an adapter begins beside the base, not as a part of it; and those that take the same from
+# the same base again, whenever the adapter is loaded: no random numbers, and nothing that was computed before from data.
+_KEEP_BASE = {"true", "false", "gaussian", "orthogonal", "eva", "mica"}
+_REPEATABLE = _KEEP_BASE | {"pissa", "olora"}
+_PLAIN = "Use a `LoraConfig`, or `teacher='none'`."
+_LORA = "Use a `LoraConfig`."  # plain fine-tuning does not train them either
+_ONE_BANK = (
+    f"shares its trained tensors between all layers and writes them in another form than it trains them in. {_PLAIN}"
+)
+# Kinds of which no second adapter can be an average of the first: why, and what to do.
+_UNAVERAGED = {
+    "ADALORA": f"changes its rank while it trains, so no average fits. {_PLAIN}",
+    "POLY": f"mixes its tensors by the task of each row, which fine-tuning does not name. {_LORA}",
+    "SHADOW": f"carries a second model through the layers, which an average of the adapter does not have. {_LORA}",
+    "TINYLORA": _ONE_BANK,
+    "UNILORA": _ONE_BANK,
+    "VBLORA": _ONE_BANK,
+    "XLORA": f"mixes several finished adapters, so there is not one to average. {_LORA}",
+}
+NO_ADAPTER = (
+    "The model has no PEFT adapter to average. Pass `peft_config=LoraConfig(...)` or a `PeftModel`, or use "
+    "`teacher='none'`."
+)
+
+
+def student_name(model: PeftModel, earlier_teacher: bool = False) -> str:
+    """
+    Name of the adapter that is trained. Raises `ValueError` if there is not just one, named as PEFT's default, or there is one
+    of the teacher's name, unless that is an `earlier_teacher`, which will be removed.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(NO_ADAPTER)
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(f"The student must be one active adapter, got {active}. Choose one with `model.set_adapter`.")
+    if TEACHER_NAME in model.peft_config and not earlier_teacher:
+        raise ValueError(
+            f"The model already has an adapter named {TEACHER_NAME!r}, the name of the mean teacher. Remove it with "
+            f"`model.delete_adapter({TEACHER_NAME!r})`, or load the adapter you train as 'default'."
+        )
+    if active[0] != STUDENT_NAME:
+        raise ValueError(
+            f"The student's adapter is named {active[0]!r}; expected 'default', the one that PEFT saves at the root of a "
+            "folder. Create or load it without an `adapter_name`."
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            f"Adapter {active[0]!r} has no trainable parameter. Load it with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+    return active[0]
+
+
+def check_adapter(config: Any, anchor: float) -> None:
+    """Raises `ValueError` if no second adapter of this kind can be an average of the first."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise ValueError(
+            f"{kind} is prompt learning: its virtual tokens cannot be averaged beside the student's. Use a `LoraConfig` "
+            "(or another adapter in the weights), or `teacher='none'`."
+        )
+    if kind in _UNAVERAGED:
+        raise ValueError(f"{kind} {_UNAVERAGED[kind]}")
+    check_repeatable(config, "Use `'pissa'` or `'olora'`, which do; or `teacher='none'`.")
+    if getattr(config, "ensure_weight_tying", False) and _targets_embeddings(config):
+        raise ValueError(
+            "`ensure_weight_tying=True` puts the adapter of the embeddings on `lm_head` too, whose weight the loss multiplies by "
+            "directly. Leave it out, or train both whole with `modules_to_save`."
+        )
+    if getattr(config, "bias", "none") not in ("none", None):
+        raise ValueError(
+            f"`bias={config.bias!r}` trains the base model's own biases, which a second adapter cannot have. Use "
+            "`bias='none'`."
+        )
+    if anchor == 0:
+        return
+    scalable = isinstance(config, LoraConfig) and not config.use_dora and config.trainable_token_indices is None
+    if not scalable or config.modules_to_save or base_changed_by(config):
+        raise ValueError(
+            f"`teacher_anchor={anchor}` scales a LoRA update towards the base, which needs plain LoRA or rsLoRA: no DoRA, "
+            "`modules_to_save`, `trainable_token_indices` or what changes the base (PiSSA, OLoRA, KaSA, `layer_replication`, ...). "
+            "Use `teacher_anchor=0`."
+        )
+
+
+def _targets_embeddings(config) -> bool:
+    targets = config.target_modules
+    return isinstance(targets, (list, set, tuple)) and any(
+        name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in targets
+    )
+
+
+def base_changed_by(config: Any) -> str | None:
+    """
+    The option by which this kind of adapter changes the base's own weights or layers, so that without the adapter the model is
+    not the base; `None` where the base stays as it was.
+    """
+    if getattr(config, "kasa_config", None) is not None:
+        return "`kasa_config`"  # cuts off the smallest singular values
+    if getattr(config, "layer_replication", None):
+        return f"`layer_replication={config.layer_replication}`"
+    if getattr(config, "bias", "none") not in ("none", None):
+        return f"`bias={config.bias!r}`"
+    init = getattr(config, "init_lora_weights", True)
+    return None if str(init).lower() in _KEEP_BASE else f"`init_lora_weights={init!r}`"
+
+
+def check_repeatable(config: Any, advice: str) -> None:
+    """Raises `ValueError` if the adapter takes from the base what it would not take again when it is loaded."""
+    init = getattr(config, "init_lora_weights", True)
+    if str(init).lower() not in _REPEATABLE:
+        raise ValueError(
+            f"`init_lora_weights={init!r}` takes a part of the base into the adapter and does not find the same part again when the "
+            f"adapter is loaded: what is saved would compute something else than what was trained. {advice}"
+        )
+
+
+def adapter_changes_nothing(model: PeftModel, name: str) -> bool:
+    """Whether the model with adapter `name` is exactly the base: LoRA with a zero factor everywhere."""
+    config = model.peft_config[name]
+    if not isinstance(config, LoraConfig) or config.use_dora or config.lora_bias or base_changed_by(config):
+        return False
+    return all(_changes_nothing(module, name) for module in model.modules())
+
+
+def _changes_nothing(module: Any, name: str) -> bool:
+    if isinstance(module, ModulesToSaveWrapper):
+        ours, base = module.modules_to_save[name], module.original_module
+        with whole_weights(*ours.parameters(), *base.parameters()):
+            tensors = ours.state_dict()
+            return all(torch.equal(tensors[key], tensor) for key, tensor in base.state_dict().items())
+    if isinstance(module, LoraLayer):
+        parts: tuple[Any, ...] = (module.lora_B, module.lora_embedding_A)
+        zero_factor = [part[name] for part in parts if name in part]
+        return not any(getattr(t, "weight", t).any() for t in zero_factor)
+    return not isinstance(module, AuxiliaryTrainingWrapper)
+
+
+def refuse_leftovers(model: Any) -> None:
+    """
+    PEFT puts an adapter among the layers of an earlier one that it finds on a base. Those that are not its own targets would
+    be trained and saved with it.
+    """
+    tuner = model.base_model if isinstance(model, torch.nn.Module) and is_peft_model(model) else None
+    if not isinstance(tuner, BaseTuner) or not tuner.targeted_module_names:
+        return
+    own = {*tuner.targeted_module_names, *(name.rpartition(".")[0] for name in tuner.targeted_parameter_names)}
+    layers = {}
+    for name, module in tuner.model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            own.add(name)
+        elif isinstance(module, BaseTunerLayer) and set(model.active_adapters) & set(module._get_available_adapters()):
+            layers[name] = {*itertools.accumulate(name.split("."), "{}.{}".format)}  # with those it lies in
+    left = [name for name, path in layers.items() if own.isdisjoint(path)]
+    if left:
+        raise ValueError(
+            f"The model still carries an earlier adapter: {len(left)} of its layers, such as {left[0]!r}, are no targets of the new "
+            "one, and would be trained and saved with it. Load the base model again, or take the earlier adapter off before the "
+            "new one is made: `base = earlier_model.unload()`."
+        )

@@ -1,0 +1,267 @@
+"""What cannot work is refused before any work: models, adapters, data, launches, disks."""
+
+import itertools
+import logging
+import math
+import shutil
+from dataclasses import fields
+from typing import Any
+
+import torch
+from accelerate.utils import DynamoBackend, is_peft_model
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from transformers import TrainingArguments
+from trl.trainer.utils import get_config_model_id
+
+from .adapters.fitness import NO_ADAPTER, check_adapter, check_repeatable, refuse_leftovers, student_name
+from .config import MeanTeacherConfig
+from .data import check_columns, check_dataset, check_rows, trained_columns
+from .files import OutputError
+from .losses import IGNORE_INDEX
+from .ownership import has_earlier_teacher
+from .sharding import whole_shape
+
+
+logger = logging.getLogger(__name__)
+
+
+# Rows of a stream that are read, at most, in search of a label.
+_STREAM_ROWS = 1000
+
+
+def as_mean_teacher_config(args: Any, model: Any) -> MeanTeacherConfig:
+    """`args` as a [`MeanTeacherConfig`]; without any, the defaults and a folder named after the model."""
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return MeanTeacherConfig(f"{name.split('/')[-1]}-EMA-SFT")
+    if isinstance(args, MeanTeacherConfig):
+        return args
+    if isinstance(args, TrainingArguments):  # as `SFTTrainer` takes them, with its own defaults for what they lack
+        known = {f.name for f in fields(MeanTeacherConfig) if f.init}
+        return MeanTeacherConfig(**{f.name: getattr(args, f.name) for f in fields(args) if f.name in known})
+    raise TypeError(
+        f"`args` must be a `MeanTeacherConfig`, got `{type(args).__name__}`. Pass `MeanTeacherConfig(output_dir, ...)`; an "
+        "`SFTConfig` or `TrainingArguments` is read as one with the default teacher."
+    )
+
+
+def check_before_loading(
+    model: Any, args: MeanTeacherConfig, peft_config: Any, train_dataset: Any, compute_loss_func: Any
+) -> None:
+    """Raises before the model is loaded, or a data set read, for what cannot work together with the teacher."""
+    _check_peft_config(peft_config)
+    refuse_leftovers(model)
+    if args.needs_fused_forward:
+        _refuse_what_cannot_work(args, compute_loss_func, train_dataset)
+        refuse_parallelism(args.parallelism_config)
+    if args.teacher != "none":
+        _check_peft(model, peft_config, args.teacher_anchor)
+    elif peft_config is not None:
+        _warn_of_what_cannot_be_loaded(peft_config)
+
+
+def _refuse_what_cannot_work(args: MeanTeacherConfig, compute_loss_func: Any, train_dataset: Any) -> None:
+    if compute_loss_func is not None:
+        raise ValueError(
+            "`compute_loss_func` replaces the loss that the teacher is part of. Drop it, or use `teacher='none'`."
+        )
+    if args.label_smoothing_factor > 0:
+        raise ValueError(
+            f"`label_smoothing_factor={args.label_smoothing_factor}` is not supported with a teacher, whose "
+            "probabilities are soft targets already. Set it to 0, or use `teacher='none'`."
+        )
+    columns = _columns(train_dataset)
+    if {"image", "images"} & columns:
+        raise ValueError(
+            f"The data set has images (columns {sorted(columns)}); the teacher supports text alone. Remove the images, "
+            "or use `teacher='none'`."
+        )
+
+
+def _check_peft_config(peft_config: Any) -> None:
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        hint = "Pass `LoraConfig(**peft_config)`." if isinstance(peft_config, dict) else "Pass `LoraConfig(...)`."
+        raise TypeError(f"`peft_config` must be a config of PEFT, got `{type(peft_config).__name__}`. {hint}")
+
+
+def _check_peft(model: Any, peft_config: Any, anchor: float) -> None:
+    if peft_config is None and (not isinstance(model, torch.nn.Module) or not is_peft_model(model)):
+        raise ValueError(NO_ADAPTER)
+    if peft_config is None:
+        student_name(model, earlier_teacher=has_earlier_teacher(model))
+    config = peft_config if peft_config is not None else model.active_peft_config
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, (list, set, tuple)) and any(name.split(".")[-1] == "lm_head" for name in targets):
+        raise ValueError(
+            f"`target_modules={sorted(targets)}` has an adapter on `lm_head`, whose weight the loss multiplies by directly. "
+            "Leave it out, or train the whole head with `modules_to_save=['lm_head']`."
+        )
+    check_adapter(config, anchor)
+
+
+def _warn_of_what_cannot_be_loaded(peft_config: Any) -> None:
+    try:
+        check_repeatable(
+            peft_config,
+            "Save the adapter before the training too, and the trained one as a LoRA by PEFT's `save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=FOLDER_OF_THE_FIRST)`; or use `'pissa'` or `'olora'`.",
+        )
+    except ValueError as error:
+        logger.warning("%s", error)
+
+
+def refuse_parallelism(config: Any) -> None:
+    """The divergence needs whole sequences and whole logits on each rank."""
+    for name, what in (("sp", "sequence (Ulysses)"), ("cp", "context"), ("tp", "tensor")):
+        if config is not None and getattr(config, f"{name}_enabled", False):
+            raise ValueError(
+                f"{what.capitalize()} parallelism (`{name}_size={getattr(config, f'{name}_size')}`) is not supported with "
+                f"a teacher. Set `{name}_size=1` and shard with DDP, FSDP2 or DeepSpeed, or use `teacher='none'`."
+            )
+
+
+def refuse_sharding(state: Any) -> None:
+    """Raises for what shards in a way that an adapter is not whole in any checkpoint, or no pass goes through after one."""
+    fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise ValueError(
+            f"The launch asks for FSDP version {fsdp.fsdp_version}, which flattens an adapter with its base. Set "
+            "`fsdp_version: 2` under `fsdp_config`, as `--accelerate_config fsdp2` does."
+        )
+    if fsdp is not None and state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError(
+            "`torch_compile` under FSDP2 is not supported with a teacher: weights stay sharded in the pass after a checkpoint. "
+            "Leave it out, or launch with DDP as `--accelerate_config multi_gpu` does."
+        )
+    if deepspeed is None:
+        return
+    if deepspeed.zero_stage == 0:
+        raise ValueError(
+            "The launch asks for DeepSpeed with `zero_stage: 0`, which shards nothing. Set a stage of 1, 2 or 3, or use DDP as "
+            "`--accelerate_config multi_gpu` does."
+        )
+    offload = deepspeed.deepspeed_config.get("zero_optimization", {}).get("offload_param")
+    if offload and offload.get("device") == "nvme":
+        raise ValueError(
+            "DeepSpeed's `offload_param` is set to `nvme`, where no rank has its shard of the teacher at hand. Offload to the "
+            "CPU (`offload_param_device: cpu`), or use `teacher='none'`."
+        )
+
+
+def _columns(dataset: Any) -> set[str]:
+    return set(next(iter(dataset), {})) if isinstance(dataset, (Dataset, IterableDataset)) else set()
+
+
+def check_datasets(
+    train_dataset: Any, eval_dataset: Any, args: MeanTeacherConfig, formatting_func: Any, data_collator: Any
+) -> None:
+    """Before anything is loaded or tokenized: data sets, in a format that TRL knows, with a text in every row."""
+    if train_dataset is not None:  # TRL says that it is required
+        check_dataset(train_dataset, "train_dataset")
+    options: Any = args.dataset_kwargs or {}
+    if options.get("skip_prepare_dataset", False):
+        return
+    several = isinstance(eval_dataset, dict)
+    evals = eval_dataset if several else {"eval": eval_dataset}
+    evals = {name: dataset for name, dataset in evals.items() if dataset is not None}
+    for name, dataset in evals.items():
+        check_dataset(dataset, f"eval_dataset[{name!r}]" if several else "eval_dataset")
+    if train_dataset is None or formatting_func is not None or data_collator is not None:
+        return
+    for name, dataset in {"train": train_dataset, **evals}.items():
+        columns = _columns(dataset)
+        check_columns(columns, name, args.dataset_text_field)
+        check_rows(dataset, trained_columns(columns, args.dataset_text_field), f"the {name} data set")
+
+
+def check_labels(train_dataset: Any, eval_dataset: Any, compute_metrics: Any) -> None:
+    """Raises `ValueError` for tokenized data without a labelled token."""
+    _check_labels(train_dataset)
+    if compute_metrics is None:  # which may have a use for rows without a label
+        evals = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        for name, dataset in evals.items():
+            _check_labels(dataset, f"evaluation data set {name!r}")
+
+
+def _check_labels(dataset: Any, what: str = "training data") -> None:
+    """TRL drops rows without a labelled token; it does not say when none is left. Of a stream the first rows are read."""
+    if isinstance(dataset, Dataset):
+        rows = dataset.select_columns("labels") if "labels" in dataset.column_names else ()
+        missing = len(rows) > 0 or len(dataset) == 0
+    elif isinstance(dataset, IterableDataset):
+        rows, missing = itertools.islice(dataset, _STREAM_ROWS), True
+    else:
+        return
+    for row in rows:
+        if "labels" not in row or any(label != IGNORE_INDEX for label in row["labels"]):
+            return
+    if missing:
+        raise ValueError(
+            f"No token of the {what} carries a label: every one is masked, or every prompt alone fills "
+            "`max_length`. Raise `max_length`, shorten the prompts, or look at `completion_only_loss` and "
+            "`assistant_only_loss`."
+        )
+
+
+def check_fused_forward(args: MeanTeacherConfig) -> None:
+    """Raises `RuntimeError` where a regularizer has divergences and the trainer was not told to patch the forward for them."""
+    if not args.needs_fused_forward:
+        raise RuntimeError(
+            "A regularizer gives divergences, but `MeanTeacherConfig.needs_fused_forward` is false, so TRL's own forward would "
+            "leave them out. Let that property be true with the option that turns the regularizer on."
+        )
+
+
+def check_finite(trainer: Any, loss: torch.Tensor, from_entropy: bool) -> None:
+    """
+    Raises `FloatingPointError`, on all ranks together, where the loss of any is NaN or infinite: before the backward pass, in
+    which DeepSpeed takes its step.
+
+    Args:
+        from_entropy: Whether the entropy that TRL has gathered, and waited for, is not finite where any rank's loss is not.
+    """
+    if from_entropy and not trainer.accelerator.gradient_state.end_of_dataloader:
+        # At the end of an epoch TRL may leave ranks out, and without labelled tokens it puts 0.
+        entropy = trainer._metrics["train"]["entropy"][-1]
+        if math.isfinite(entropy) and entropy != 0:
+            return
+    losses = trainer.accelerator.gather(loss.detach())
+    if losses.isfinite().all():
+        return
+    bad = losses[~losses.isfinite()][0].item()  # on whichever rank
+    last = trainer.last_good_checkpoint
+    resume = f"The last good checkpoint is {last}" if last else "There is no good checkpoint of this run yet"
+    raise FloatingPointError(
+        f"The loss of step {trainer.state.global_step + 1} is {bad}; the model was not updated with it. "
+        f"{resume}. Lower `learning_rate` or `kl_weight`, or look at the data of this step; "
+        "`stop_on_nonfinite_loss=False` goes on regardless."
+    )
+
+
+def check_free_space(trainer: Any, *, checkpoint: bool) -> None:
+    """
+    Raises [`OutputError`] unless there is room for one checkpoint, or for what `save_model` writes.
+
+    Those are the student, or without an adapter the whole model; what the regularizers save; and in a checkpoint,
+    unless `save_only_model`, the optimizer's two moments. What DeepSpeed and FSDP write for themselves is as much again.
+    """
+    args, parameters = trainer.args, list(trainer.model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    needed = sum(map(_bytes, trained if is_peft_model(trainer.model) else parameters))
+    needed += sum(regularizer.bytes_to_save() for regularizer in trainer.regularizers)
+    if checkpoint and not args.save_only_model:
+        needed += 2 * sum(map(_bytes, trained))
+    if checkpoint and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        needed *= 2
+    free = shutil.disk_usage(args.output_dir).free
+    if free < needed:
+        what = "one checkpoint" if checkpoint else "the trained model"
+        raise OutputError(
+            f"`output_dir={args.output_dir!r}` has {free / 2**20:.0f} MiB free; {what} needs {needed / 2**20:.0f} MiB. "
+            "Free some space, or choose another `--output_dir`."
+        )
+
+
+def _bytes(parameter: Any) -> int:
+    return whole_shape(parameter).numel() * parameter.element_size()

@@ -1,0 +1,221 @@
+"""The plan of a comparison: which arms, with which seeds, measured how. Light: a report reads it too."""
+
+import os
+import re
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from ..evaluation.settings import Suite
+from ..files import read_json
+
+
+DEFAULT_CONFIG = str(files("trl_ema") / "configs" / "compare_smollm2.yaml")
+BASE = "base"
+PLAN = "plan.json"
+# `TEACHER_NAME`, whose module loads PEFT.
+_TEACHER = "teacher"
+_KEYS = {"output_dir": str, "training": dict, "arms": dict, "reference": str, "seeds": list, "evaluation": dict}
+# Of a run; the comparison sets them.
+_RESERVED = ("seed", "output_dir", "measure", "resume_from_checkpoint", "eval_samples")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One way to fine-tune.
+
+    Args:
+        name (`str`): Folder and label.
+        options (`dict`): Options of `trl-ema train` that differ from the common ones. `learning_rate_scale` multiplies the
+            common learning rate.
+        interpolate (`str`, *optional*): Train nothing: take this arm's student and scale its adapter.
+        scales (`tuple`): Factors of the adapter's update: 0 is the base model, 1 the student.
+    """
+
+    name: str
+    options: dict
+    interpolate: str | None = None
+    scales: tuple[float, ...] = ()
+
+    @classmethod
+    def from_dict(cls, name: str, options: dict | None) -> "Arm":
+        """From an entry of `arms` in the YAML file."""
+        if not re.fullmatch(r"[\w.-]+", str(name)) or name == BASE:
+            raise ValueError(
+                f"An arm is named {name!r}; it becomes a folder, so use letters, digits, `_`, `-` and `.`, and not {BASE!r}, the "
+                "model before training."
+            )
+        if not isinstance(options, dict | None):
+            raise ValueError(f"Arm {name!r} is {options!r}; expected options such as `{{teacher: none}}`.")
+        options = dict(options or {})
+        reserved = [key for key in _RESERVED if key in options]
+        if reserved:
+            raise ValueError(f"Arm {name!r} sets {reserved}, which the comparison itself sets. Leave them out.")
+        scales = options.pop("scales", None) or []
+        if not isinstance(scales, list) or not all(isinstance(scale, int | float) for scale in scales):
+            raise ValueError(f"`scales` of arm {name!r} is {scales!r}; expected a list of factors such as [0.25, 0.5].")
+        arm = cls(name, options, options.pop("interpolate", None), tuple(scales))
+        if "learning_rate_scale" in arm.options and "learning_rate" in arm.options:
+            raise ValueError(f"Arm {name!r} has `learning_rate` and `learning_rate_scale`. Give one of them.")
+        if (arm.interpolate is None) == bool(arm.scales):
+            raise ValueError(
+                f"Arm {name!r} needs `interpolate` and `scales` together: an arm's name and a list of factors."
+            )
+        if arm.interpolate is not None and arm.options:
+            raise ValueError(f"Arm {name!r} interpolates and trains nothing, but has options {sorted(arm.options)}.")
+        return arm
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    The plan of a comparison, read from a YAML file by [`load_comparison`].
+
+    Args:
+        output_dir (`str`): One folder below it for each arm and seed.
+        training (`dict`): Options of `trl-ema train` common to all arms.
+        arms (`dict`): Name to [`Arm`].
+        seeds (`tuple`): Each arm is trained once with each.
+        suite ([`Suite`]): What is measured.
+        reference (`str`, *optional*): The arm that the others' gain and forgetting are given as shares of; by default the
+            first that is plain SFT.
+        plain_sft (`tuple`, *optional*): The arms that are plain SFT, as [`run_comparison`] understood their options. A report,
+            which knows no TRL, reads it from the kept plan; a plan that was not run does not know.
+        averaged (`tuple`, *optional*): The arms whose teacher is an average of the student, likewise.
+    """
+
+    output_dir: str
+    training: dict
+    arms: dict[str, Arm]
+    seeds: tuple[int, ...]
+    suite: Suite
+    reference: str | None = None
+    plain_sft: tuple[str, ...] | None = None
+    averaged: tuple[str, ...] | None = None
+
+    def folder(self, arm: str, seed: int) -> str:
+        """Where an arm's run with this seed lies."""
+        return os.path.join(self.output_dir, arm, f"seed_{seed}")
+
+    def options(self, arm: Arm, seed: int) -> dict:
+        """Options of `trl-ema train` for one run."""
+        options = {**self.training, **arm.options}
+        scale = options.pop("learning_rate_scale", None)
+        if scale is not None:
+            options["learning_rate"] = float(self.training["learning_rate"]) * scale
+        run = {
+            "seed": seed,
+            "output_dir": self.folder(arm.name, seed),
+            # Held out alike for every arm, and for the evaluation.
+            "eval_samples": self.suite.domain_samples,
+            "measure": False,
+            "resume_from_checkpoint": "true",
+        }
+        return options | run
+
+    def evaluations(self, arm: Arm, seed: int) -> dict[str, tuple[str, str, float]]:
+        """
+        The ways to use an arm (`"student"`, `"teacher"`, `"scale_0.5"`), and for each the folder of the adapter, the folder of
+        its figures and the adapter's scale.
+        """
+        folder = self.folder(arm.name, seed)
+        if arm.interpolate is None:
+            ways = {"student": (folder, 1.0)}
+            if self.averaged is None:
+                raise ValueError(
+                    "A plan that was not run does not know which arms have a teacher to evaluate. Run it with `run_comparison`, and "
+                    "read it back with `kept_comparison`."
+                )
+            # A frozen teacher is the start, not a result.
+            if arm.name in self.averaged:
+                ways["teacher"] = (os.path.join(folder, _TEACHER), 1.0)
+        else:
+            ways = {f"scale_{scale:g}": (self.folder(arm.interpolate, seed), scale) for scale in arm.scales}
+        return {
+            role: (adapter, os.path.join(folder, "evaluation", role), scale) for role, (adapter, scale) in ways.items()
+        }
+
+    def is_trained(self, arm: str, seed: int) -> bool:
+        """Whether this run is done."""
+        return os.path.isfile(os.path.join(self.folder(arm, seed), "metrics.json"))
+
+    def trained(self) -> list[Arm]:
+        """The arms that are trained, in order."""
+        return [arm for arm in self.arms.values() if arm.interpolate is None]
+
+
+def load_comparison(path: str, output_dir: str | None = None) -> Comparison:
+    """
+    The plan in a YAML file, checked as far as it can be before any work.
+
+    Args:
+        output_dir (`str`, *optional*): Instead of the file's own.
+
+    Raises:
+        ValueError: Unknown keys, an option that `trl-ema train` does not have, an arm that interpolates no trained one.
+    """
+    with open(path, encoding="utf-8") as file:
+        return _comparison(yaml.safe_load(file) or {}, path, output_dir)
+
+
+def kept_comparison(folder: str) -> Comparison:
+    """
+    The plan that [`run_comparison`] wrote into its output folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It was written by an earlier version.
+    """
+    path = Path(folder, PLAN)
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no comparison: {path} is missing. Run `trl-ema compare` first.")
+    plan = read_json(path)
+    comparison = _comparison({key: value for key, value in plan.items() if key in _KEYS}, str(path), folder)
+    for name, what in (("plain_sft", "are plain SFT"), ("averaged", "have a teacher that is an average")):
+        if name not in plan:
+            raise ValueError(
+                f"{path} does not say which arms {what} (`{name}`): it was written by an earlier trl_ema. Run `trl-ema "
+                "compare` once more with the same configuration, which does nothing that is done again, or add the list of names."
+            )
+    return replace(comparison, plain_sft=tuple(plan["plain_sft"]), averaged=tuple(plan["averaged"]))
+
+
+def _comparison(plan: dict, path: str, output_dir: str | None) -> Comparison:
+    unknown = sorted(set(plan) - set(_KEYS)) if isinstance(plan, dict) else [plan]
+    if unknown:
+        raise ValueError(f"{path} has unknown keys {unknown}; expected some of {list(_KEYS)}.")
+    for key, kind in _KEYS.items():
+        if plan.get(key) is not None and not isinstance(plan[key], kind):
+            what = {str: "a text", dict: "a mapping `name: value`", list: "a list such as [0, 1, 2]"}[kind]
+            raise ValueError(f"`{key}` in {path} is {plan[key]!r}; expected {what}.")
+    arms = {name: Arm.from_dict(name, options) for name, options in (plan.get("arms") or {}).items()}
+    if not arms:
+        raise ValueError(f"{path} has no arms. List some under `arms`, such as `sft: {{teacher: none}}`.")
+    comparison = Comparison(
+        output_dir=output_dir or plan.get("output_dir") or "runs/comparison",
+        training=plan.get("training") or {},
+        arms=arms,
+        seeds=tuple(plan.get("seeds") or (0,)),
+        suite=Suite.from_dict(plan.get("evaluation") or {}),
+        reference=plan.get("reference"),
+    )
+    reserved = [key for key in _RESERVED if key in comparison.training]
+    if reserved:
+        raise ValueError(
+            f"`training` in {path} sets {reserved}, which the comparison itself sets: `seeds`, `output_dir`, and "
+            "`domain_samples` under `evaluation`. Leave them out."
+        )
+    trained = [arm.name for arm in comparison.trained()]
+    if comparison.reference is not None and comparison.reference not in trained:
+        raise ValueError(
+            f"`reference` in {path} is {comparison.reference!r}; expected an arm that is trained: one of {trained}."
+        )
+    for arm in arms.values():
+        if "learning_rate_scale" in arm.options and "learning_rate" not in comparison.training:
+            raise ValueError(f"Arm {arm.name!r} scales the learning rate; give the common one under `training`.")
+        if arm.interpolate is not None and arm.interpolate not in trained:
+            raise ValueError(f"Arm {arm.name!r} interpolates {arm.interpolate!r}, which is no trained arm of this run.")
+    return comparison

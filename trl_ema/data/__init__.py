@@ -1,0 +1,38 @@
+"""Named data sets and files to TRL's prompt/completion rows, whole ones, and which of them to hold out."""
+
+from .formats import (
+    FORMATS,
+    as_chat,
+    as_conversation,
+    check_columns,
+    to_prompt_completion,
+    trained_columns,
+    trl_format,
+    with_prompts,
+)
+from .loading import NoSplitError, hub_errors, load_rows, load_split
+from .rows import IncompleteRowsError, NoAnswersError, check_dataset, check_rows, complete_rows
+from .split import held_out_of_stream, held_out_split
+
+
+__all__ = [
+    "FORMATS",
+    "IncompleteRowsError",
+    "NoAnswersError",
+    "NoSplitError",
+    "as_chat",
+    "as_conversation",
+    "check_columns",
+    "check_dataset",
+    "check_rows",
+    "complete_rows",
+    "held_out_of_stream",
+    "held_out_split",
+    "hub_errors",
+    "load_rows",
+    "load_split",
+    "to_prompt_completion",
+    "trained_columns",
+    "trl_format",
+    "with_prompts",
+]

