@@ -121,12 +121,14 @@ def test_each_token_is_the_one_that_its_random_number_draws_from_the_models_own_
 
 def test_first_tokens_are_as_frequent_as_the_model_says(tmp_path):
     model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)  # likely and unlikely tokens
     texts = write(model, tmp_path, Sampling(num_texts=4000, num_tokens=2, chat=False), batch_size=2000)
     expected = 4000 * model.eval()(torch.tensor([[BOS]])).logits[0, -1].detach().double().softmax(-1).numpy()
     found = np.bincount([row[1] for row in texts.ids], minlength=len(expected))
     often = expected >= 5
     groups = [np.append(x[often], x[~often].sum()) for x in (found, expected)]
-    assert stats.chisquare(*groups).pvalue > 0.01
+    assert 10 < often.sum() < len(expected) and stats.chisquare(*groups).pvalue > 0.01
     # Nothing is cut off: what nucleus sampling (0.9) or top-50 would leave out comes as well.
     order = expected.argsort()[::-1]
     tail = order[expected[order].cumsum() > 0.95 * 4000]
@@ -212,15 +214,15 @@ def interrupted_after(model, calls):
     return model
 
 
-@pytest.mark.parametrize("calls", [0, 30, 90, 150])
-def test_after_an_interruption_in_the_middle_of_a_batch_only_the_rest_is_written(tmp_path, reference, calls):
+@pytest.mark.parametrize(("calls", "finished"), [(0, 0), (30, 1), (75, 3), (90, 4)])
+def test_after_an_interruption_in_the_middle_of_a_batch_only_the_rest_is_written(tmp_path, reference, calls, finished):
     model = tiny_model().train()
     model.gradient_checkpointing_enable()
     with pytest.raises(KeyboardInterrupt):
         write(interrupted_after(model, calls), tmp_path)
     assert all(m.training for m in model.modules()) and model.is_gradient_checkpointing
-    parts = [path for path in tmp_path.glob("*.parts/*")]
-    assert len(parts) == min(calls, 69) // 23 + max(calls - 69, 0) // 31 or calls > 69
+    parts = list(tmp_path.glob("*.parts/*"))
+    assert len(parts) == finished
     again, count = tiny_model(), []
     generate = again.generate
     again.generate = lambda *a, **k: count.append(1) or generate(*a, **k)
@@ -316,15 +318,11 @@ def test_a_4bit_model_writes_in_4_bits_and_trains_on(tiny_folder, tmp_path):
     quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     folder = str(tiny_folder / "model")
     plain, tokenizer = load_base(folder, dtype=torch.float32)
-    sampling = Sampling(8, 24)
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model, _ = load_base(folder, dtype=dtype, quantization_config=quantized)
-        found[dtype] = model_fingerprint(model, tokenizer)
-    assert model_fingerprint(plain, tokenizer) not in found.values()
+    sampling = Sampling(8, 40)
     model, _ = load_base(folder, dtype=torch.float32, quantization_config=quantized)
     texts = write(model, tmp_path / "base", sampling, tokenizer)
-    assert texts.about["fingerprint"] == found[torch.float32]
+    plain_texts = write(plain, tmp_path / "plain", sampling, tokenizer)
+    assert texts.ids != plain_texts.ids and texts.about["fingerprint"] != plain_texts.about["fingerprint"]
     peft = get_peft_model(model, lora(init_lora_weights=False))
     assert write(peft, tmp_path / "peft", sampling, tokenizer) == texts
     assert model_fingerprint(peft, tokenizer) == texts.about["fingerprint"]
@@ -339,7 +337,7 @@ def test_a_start_token_that_only_the_models_configuration_names_is_used_if_it_is
     tokenizer = qwen2_tokenizer()
     assert tokenizer.bos_token_id is None
     model = tiny_model("qwen2", vocab_size=416, bos_token_id=tokenizer.eos_token_id)
-    texts = write(model, tmp_path, tokenizer=tokenizer)
+    texts = write(model, tmp_path, Sampling(4, 40), tokenizer)
     assert texts.about["start"] == tokenizer.eos_token_id == texts.ids[0][0]
 
 
@@ -347,9 +345,9 @@ def test_an_unknown_start_names_the_option_that_gives_it(tmp_path):
     tokenizer = qwen2_tokenizer()
     model = tiny_model("qwen2", vocab_size=416, bos_token_id=17)  # an ordinary word
     with pytest.raises(ValueError, match=r"Give it as `start_token` \(`rehearsal_start_token` in training\)") as error:
-        write(model, tmp_path, tokenizer=tokenizer)
+        write(model, tmp_path, Sampling(4, 40), tokenizer)
     assert tokenizer.eos_token in str(error.value)
-    texts = write(model, tmp_path, Sampling(4, 24, start_token=tokenizer.eos_token), tokenizer)
+    texts = write(model, tmp_path, Sampling(4, 40, start_token=tokenizer.eos_token), tokenizer)
     assert texts.ids[0][0] == tokenizer.eos_token_id
 
 
