@@ -551,6 +551,20 @@ def test_a_model_is_known_in_any_precision_that_its_weights_have():
     assert model_fingerprint(rounded, tokenizer) != model_fingerprint(tiny_model(), tokenizer)
 
 
+def test_a_4bit_model_is_known_in_any_precision_that_its_weights_had(tmp_path):
+    tokenizer, found = make_tokenizer(), {}
+    tiny_model().bfloat16().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for kind in ("nf4", "fp4"):
+        for dtype in (torch.float32, torch.bfloat16):
+            quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype)
+            model, _ = load_base(str(tmp_path), dtype=dtype, quantization_config=quantized)
+            found[kind, dtype] = model_fingerprint(model, tokenizer)
+            model(torch.tensor([[BOS]]))  # where it may be repacked
+            assert model_fingerprint(model, tokenizer) == found[kind, dtype]
+    assert len({*found.values()}) == 2 and found["nf4", torch.float32] == found["nf4", torch.bfloat16]
+
+
 @pytest.mark.parametrize(
     "name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
 )
