@@ -359,6 +359,7 @@ MUST_NOT_REACH = {
     "trainer": ("evaluation", "script", "measurement", "comparison", "cli"),
     "checkpointing": ("trainer", "evaluation"),
     "regularizers": ("trainer", "checkpointing", "evaluation"),
+    "texts": ("trainer", "regularizers", "checkpointing", "evaluation", "script", "cli"),
     "forward": ("trainer", "checkpointing", "evaluation"),
     "adapters": ("regularizers", "forward", "checkpointing", "trainer", "evaluation"),
     "losses": ("adapters", "regularizers", "config"),

@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from test_cli import trl_ema
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import BitsAndBytesConfig
 
 from trl_ema import texts as module
@@ -410,7 +412,9 @@ def test_too_few_tokens_for_a_chat_are_refused_with_how_many_it_takes(tmp_path):
 
 def test_a_sharded_model_is_told_of_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "any_sharded", lambda model: True)
-    with pytest.raises(ValueError, match=r"`trl-ema rehearse --num_texts 14 --num_tokens 24 --output_file FILE`"):
+    with pytest.raises(
+        ValueError, match=r"cannot write texts: .* `trl-ema rehearse --num_texts 14 --num_tokens 24 --output_file FILE`"
+    ):
         write(tiny_model(), tmp_path)
 
 
@@ -591,6 +595,20 @@ def test_what_a_trainer_sets_does_not_make_another_model_and_what_computes_does(
     assert model_fingerprint(model, tokenizer) == before
     model.config.rms_norm_eps *= 2
     assert model_fingerprint(model, tokenizer) != before
+
+
+def test_a_sharded_model_is_known_and_finds_the_texts_of_the_whole_one(tmp_path, reference):
+    write(tiny_model(), tmp_path)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny_model()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        assert model_fingerprint(model, make_tokenizer()) == reference.about["fingerprint"]
+        assert write(model, tmp_path) == reference
+        with pytest.raises(ValueError, match="cannot write texts"):
+            write(model, tmp_path / "new")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

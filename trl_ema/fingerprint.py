@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .adapters.files import function_fields
 from .adapters.names import tuner_layers
 from .adapters.switching import without_adapter
+from .sharding import is_sharded, whole_weights
 from .workarounds import keep_4bit_layers_trainable
 
 
@@ -34,6 +35,7 @@ def model_fingerprint(model: Any, tokenizer: PreTrainedTokenizerBase, before: Co
 
     Of the model all weights count, as float32: one is the same in bfloat16 and float32 if its weights were bfloat16 before.
     Quantized weights count as they are. An adapter that is active counts too. Of the tokenizer its vocabulary and chat template.
+    Of a sharded model (ZeRO-3, FSDP2) it is that of the whole one, and every rank must call it.
 
     Args:
         before (callable, *optional*): Context in which the model is as before its training. By default it is the model without its
@@ -41,7 +43,9 @@ def model_fingerprint(model: Any, tokenizer: PreTrainedTokenizerBase, before: Co
     """
     keep_4bit_layers_trainable(model)  # unpacks what an evaluation has packed
     with before() if before is not None else without_adapter(model):
-        ours = hashlib.sha256(json.dumps(_plain_config(model.config.to_dict()), sort_keys=True, default=str).encode())
+        ours = hashlib.sha256(
+            json.dumps(_plain_config(model.config.to_diff_dict()), sort_keys=True, default=str).encode()
+        )
         base = dict(_base_tensors(base_of(model)))
         for name, tensor in sorted(base.items()):
             _add_tensor(ours, name, tensor)
@@ -67,12 +71,10 @@ def _plain_config(config: dict) -> dict:
 def _base_tensors(module: Any, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers, each once, by the names they have without an adapter."""
     seen = set() if seen is None else seen
-    if isinstance(module, BaseTunerLayer):
-        yield from _base_tensors(module.base_layer, prefix, seen)
-        return
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        yield from _base_tensors(module.original_module, prefix, seen)
-        return
+    for wrapper, inside in ((BaseTunerLayer, "base_layer"), (AuxiliaryTrainingWrapper, "original_module")):
+        if isinstance(module, wrapper):
+            yield from _base_tensors(getattr(module, inside), prefix, seen)
+            return
     own = {**module._parameters}
     own |= {name: x for name, x in module._buffers.items() if name not in module._non_persistent_buffers_set}
     for name, tensor in own.items():
@@ -98,10 +100,11 @@ def _add_adapter(digest: Any, model: Any, base: set[int]) -> None:
 def _add_tensor(digest: Any, name: str, tensor: Any) -> None:
     """A tensor's name, shape and values; of 4-bit weights their scales too."""
     state = getattr(tensor, "quant_state", None)
-    digest.update(f"{name} {tuple(tensor.shape)} {getattr(state, 'quant_type', None)}".encode())
-    for block in tensor.detach().reshape(-1).split(_BLOCK):
-        values = block.cpu()
-        digest.update((values.float() if values.is_floating_point() else values.view(torch.uint8)).numpy())
+    with whole_weights(tensor) if is_sharded(tensor) else nullcontext([tensor]) as (whole,):
+        digest.update(f"{name} {tuple(whole.shape)} {getattr(state, 'quant_type', None)}".encode())
+        for block in whole.detach().reshape(-1).split(_BLOCK):
+            values = block.cpu()
+            digest.update((values.float() if values.is_floating_point() else values.view(torch.uint8)).numpy())
     if state is not None:
         scales = [state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
         for i, scale in enumerate(scales):

@@ -132,9 +132,9 @@ def write_texts(
     path = Path(path)
     before = before or (lambda: without_adapter(model))
     size = BATCH_SIZE if batch_size is None else plain_count("batch_size", batch_size, 1)
-    if any_sharded(model):
+    if any_sharded(model) and not path.exists():
         raise ValueError(
-            "A sharded model (ZeRO-3, FSDP) is too slow to write texts with. Write them before, on one device, with "
+            "A sharded model (ZeRO-3, FSDP) cannot write texts: every token would gather all weights. Let it write before, whole, with "
             f"`trl-ema rehearse --num_texts {sampling.num_texts} --num_tokens {sampling.num_tokens} --output_file FILE`."
         )
     about = _about(model, tokenizer, sampling, fingerprint or model_fingerprint(model, tokenizer, before), size)
@@ -443,7 +443,7 @@ def _check_fingerprint(path: Path, about: dict, expected: str) -> None:
 
 
 def _checksum(tensors: dict[str, Tensor], about: str) -> str:
-    digest = hashlib.sha256(about.encode())
+    digest: Any = hashlib.sha256(about.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].numpy())
