@@ -7,9 +7,11 @@ import os
 import random
 import re
 import stat
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -693,3 +695,64 @@ def test_the_command_refuses_an_adapter(tmp_path):
     get_peft_model(tiny_model(), lora()).save_pretrained(tmp_path)
     done = trl_ema("rehearse", "--model_name_or_path", tmp_path, check=False)
     assert done.returncode == 1 and "is an adapter. A training that goes on from it writes its own texts" in done.stderr
+
+
+class StandIn:
+    """What is used of vLLM, over transformers."""
+
+    made = []
+
+    class SamplingParams:
+        def __init__(self, **settings):
+            self.settings = settings
+
+    class LLM:
+        def __init__(self, model, revision, tokenizer_revision, dtype, generation_config):
+            assert (revision, tokenizer_revision, dtype, generation_config) == ("main", "main", "float32", "vllm")
+            self.model, _ = load_base(model, dtype=torch.float32)
+            StandIn.made.append(self)
+
+        def generate(self, prompts, settings, use_tqdm):
+            found = []
+            for prompt, one in zip(prompts, settings, strict=True):
+                own = one.settings
+                assert (own["temperature"], own["top_p"], own["top_k"], own["min_p"]) == (1, 1, 0, 0) and own[
+                    "ignore_eos"
+                ]
+                seeded = torch.rand(1, own["max_tokens"], generator=torch.Generator().manual_seed(own["seed"]))
+                (ids,) = module._continue(
+                    self.model, [prompt["prompt_token_ids"]], seeded.double(), own["stop_token_ids"]
+                )
+                found.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids))]))
+            return found
+
+
+def test_the_command_lets_vllm_write_where_it_is_asked_to(tiny_folder, tmp_path, monkeypatch):
+    options = [
+        "--model_name_or_path",
+        tiny_folder / "model",
+        "--num_texts",
+        6,
+        "--num_tokens",
+        40,
+        "--dtype",
+        "float32",
+    ]
+    options += ["--backend", "vllm", "--output_file", tmp_path / "texts.safetensors"]
+    done = trl_ema("rehearse", *options, check=False)
+    assert done.returncode == 1 and "This needs `vllm`. Install it with `pip install 'trl_ema[vllm]'`" in done.stderr
+    monkeypatch.setitem(sys.modules, "vllm", StandIn)
+    trl_ema("rehearse", *options)
+    texts = load_texts(tmp_path / "texts.safetensors")
+    header, end = texts.about["header"], texts.about["ends"][0]
+    assert texts.about["backend"] == "VLLMWriter" and [len(row) for row in texts.ids[::2]] == [40] * 3
+    for row in texts.ids[1::2]:
+        assert row[: len(header)] == header and (len(row) == 40 or row[-1] == end)
+    assert "they were there already" in trl_ema("rehearse", *options).stdout and len(StandIn.made) == 1
+    model, tokenizer = load_base(str(tiny_folder / "model"), dtype=torch.float32)
+    assert model_fingerprint(model, tokenizer) == texts.about["fingerprint"]
+
+
+def test_vllm_is_not_asked_for_4_bits(tiny_folder):
+    done = trl_ema("rehearse", "--backend", "vllm", "--load_in_4bit", "true", check=False)
+    assert done.returncode != 0 and "Leave out one of `backend` and `load_in_4bit`" in done.stderr

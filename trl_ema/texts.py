@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from .workarounds import keep_4bit_layers_trainable
 
 BATCH_SIZE = 64
 KINDS = ("raw", "chat")
+# (prompts, random numbers, ends): what is written after each prompt
+Continuation = Callable[[list[list[int]], Tensor, Iterable[int]], list[list[int]]]
 
 _ONE = 2.0**52  # a probability of 1 as a whole number, in which every float32 above 2^-28 is exact
 _SENTINEL = "SELFWRITTENPROMPT"
@@ -88,7 +91,7 @@ class Texts:
         ids (`list` of `list` of `int`): The tokens of each as the model wrote them; of a chat with those of the template.
         kinds (`list` of `str`): Of each `"raw"` or `"chat"`.
         about (`dict`): `sampling`, `fingerprint` of model and tokenizer, their name, `start`, `header`, `tail` and `ends` (tokens),
-            `batch_size` and `versions`.
+            `batch_size`, `backend` and `versions`.
     """
 
     ids: list[list[int]]
@@ -105,6 +108,7 @@ def write_texts(
     before: Context | None = None,
     fingerprint: str | None = None,
     batch_size: int | None = None,
+    continuation: Continuation | None = None,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] | None = None,
@@ -121,6 +125,8 @@ def write_texts(
             [`StartingPoint.activate`]. By default it is the model without its adapter.
         fingerprint (`str`, *optional*): [`model_fingerprint`] within `before`, if it is known.
         batch_size (`int`, *optional*): Texts written at once. To go on after an interruption it must be the same.
+        continuation (callable, *optional*): Writes instead of `model`, and must compute as it does: takes prompts (tokens), random
+            numbers in [0, 1) of shape `(prompts, tokens at most)` and the tokens that end a text, with which it ends.
         rank, world_size (`int`): Rank r writes each batch i with i mod world_size = r.
         barrier (callable, *optional*): Returns when every rank has called it, of several; each calls it twice.
 
@@ -132,18 +138,24 @@ def write_texts(
     path = Path(path)
     before = before or (lambda: without_adapter(model))
     size = BATCH_SIZE if batch_size is None else plain_count("batch_size", batch_size, 1)
-    if any_sharded(model) and not path.exists():
+    if any_sharded(model) and continuation is None and not path.exists():
         raise ValueError(
             "A sharded model (ZeRO-3, FSDP) cannot write texts: every token would gather all weights. Let it write before, whole, with "
             f"`trl-ema rehearse --num_texts {sampling.num_texts} --num_tokens {sampling.num_tokens} --output_file FILE`."
         )
-    about = _about(model, tokenizer, sampling, fingerprint or model_fingerprint(model, tokenizer, before), size)
+    about = _about(model, tokenizer, sampling)
+    about |= {
+        "fingerprint": fingerprint or model_fingerprint(model, tokenizer, before),
+        "batch_size": size,
+        "backend": "transformers" if continuation is None else type(continuation).__name__,
+    }
     batches = _batches(sampling, about["header"] is not None, size)
     wait = barrier or (lambda: None)
     # Another job may finish the same texts at any moment: every rank comes to both barriers, whatever it finds.
     if not path.exists():
         with before(), _ready_to_write(model):
-            _write_parts(model, batches[rank::world_size], about, path, progress and rank == 0)
+            go_on = continuation or partial(_continue, model)
+            _write_parts(go_on, batches[rank::world_size], about, path, progress and rank == 0)
     wait()
     if rank == 0 and not path.exists():
         _join_parts(path, batches, about)
@@ -168,7 +180,7 @@ def _load_same(path: Path, about: dict) -> Texts:
 # What the texts are made of
 
 
-def _about(model: Any, tokenizer: Any, sampling: Sampling, fingerprint: str, batch_size: int) -> dict:
+def _about(model: Any, tokenizer: Any, sampling: Sampling) -> dict:
     """All that decides over the texts. `header` and `tail` are what the template writes before and after a prompt."""
     chats = sampling.chat if sampling.chat is not None else bool(tokenizer.chat_template)
     header, tail = _around_prompt(tokenizer) if chats else (None, None)
@@ -184,13 +196,11 @@ def _about(model: Any, tokenizer: Any, sampling: Sampling, fingerprint: str, bat
         ends.add(special)
     return {
         "model": getattr(model.config, "_name_or_path", ""),
-        "fingerprint": fingerprint,
         "sampling": asdict(sampling),
         "start": None if sampling.chat else _start_token(model, tokenizer, sampling.start_token),
         "header": header,
         "tail": tail,
         "ends": sorted(ends),
-        "batch_size": batch_size,
         "versions": {name: version(name) for name in ("trl_ema", "torch", "transformers")},
     }
 
@@ -275,25 +285,25 @@ def _ready_to_write(model: Any) -> AbstractContextManager:
     return switched([*switches, (base_of(model), "generation_config", GenerationConfig())])
 
 
-def _write_parts(model: Any, batches: list[list[int]], about: dict, path: Path, progress: bool) -> None:
+def _write_parts(go_on: Continuation, batches: list[list[int]], about: dict, path: Path, progress: bool) -> None:
     with tqdm(total=sum(map(len, batches)), desc="Writing texts", unit="text", disable=not progress) as bar:
         for numbers in batches:
             part = _part(path, numbers)
             if _read_part(part, about) is None:
                 chat = _is_chat(numbers[0], about)
-                rows = (_write_chats if chat else _write_raw)(model, numbers, about)
+                rows = (_write_chats if chat else _write_raw)(go_on, numbers, about)
                 _save(part, Texts(rows, [KINDS[chat]] * len(rows), about), path)
             bar.update(len(numbers))
 
 
-def _write_raw(model: Any, numbers: list[int], about: dict) -> list[list[int]]:
+def _write_raw(go_on: Continuation, numbers: list[int], about: dict) -> list[list[int]]:
     sampling = about["sampling"]
     starts = [[about["start"]] for _ in numbers]
-    written = _continue(model, starts, _uniforms(numbers, sampling["seed"], sampling["num_tokens"] - 1), ends=())
+    written = go_on(starts, _uniforms(numbers, sampling["seed"], sampling["num_tokens"] - 1), ())
     return [start + row for start, row in zip(starts, written, strict=True)]
 
 
-def _write_chats(model: Any, numbers: list[int], about: dict) -> list[list[int]]:
+def _write_chats(go_on: Continuation, numbers: list[int], about: dict) -> list[list[int]]:
     sampling = about["sampling"]
     length, third = sampling["num_tokens"], sampling["num_tokens"] // 3
     uniforms = _uniforms(numbers, sampling["seed"], third + length)
@@ -301,11 +311,11 @@ def _write_chats(model: Any, numbers: list[int], about: dict) -> list[list[int]]
     # A template that ends a turn with plain text ends the prompt with the first token of that.
     turn_ends = ends if ends & set(tail) else ends | {tail[0]}
     headers = [header for _ in numbers]
-    prompts = _continue(model, headers, uniforms[:, :third], turn_ends)
+    prompts = go_on(headers, uniforms[:, :third], turn_ends)
     # An end of the model's own counts, but is written as the template writes it.
     begun = [header + (p[:-1] if p and p[-1] in turn_ends else p) + tail for p in prompts]
     room = length - min(map(len, begun))
-    answers = _continue(model, begun, uniforms[:, third : third + room], ends)
+    answers = go_on(begun, uniforms[:, third : third + room], ends)
     return [(row + answer)[:length] for row, answer in zip(begun, answers, strict=True)]
 
 
