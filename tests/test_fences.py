@@ -70,6 +70,7 @@ CALLED = {
     "transformers.Trainer._save": "output_dir state_dict",
     "transformers.Trainer.pop_callback": "callback",
     "transformers.Trainer.push_to_hub": "| commit_message revision",
+    "transformers.generation.GenerationMixin.generate": "| generation_config logits_processor",
     "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func": (
         "gate_logits num_experts top_k attention_mask"
     ),
@@ -97,6 +98,7 @@ NAMED = {
     "accelerate.state.AcceleratorState": "deepspeed_plugin dynamo_plugin fsdp_plugin",
     "accelerate.state.GradientState": "end_of_dataloader",
     "bitsandbytes.backends.cpu.ops": "logger",
+    "bitsandbytes.functional.QuantState": "absmax nested offset quant_type state2",
     "bitsandbytes.nn.Linear4bit": "compute_dtype support_avx512bf16_for_cpu",
     "datasets.Dataset": "info",
     "datasets.DatasetInfo": "dataset_name",
@@ -130,7 +132,7 @@ NAMED = {
     "peft.utils.other.ModulesToSaveWrapper": "modules_to_save",
     "peft.utils.other.TrainableTokensWrapper": "weight",
     "torch.nn.Linear": "bias weight",
-    "torch.nn.Module": "_modules forward",
+    "torch.nn.Module": "_buffers _modules _non_persistent_buffers_set _parameters forward",
     "torch.nn.modules.module._IncompatibleKeys": "missing_keys unexpected_keys",
     "torch.distributed.fsdp.MixedPrecisionPolicy": "output_dtype",
     "torch.distributed.tensor.DTensor": "device_mesh from_local full_tensor placements to_local",
@@ -141,7 +143,7 @@ NAMED = {
     "transformers.GraniteConfig": "logits_scaling",
     "transformers.LlamaConfig": "max_position_embeddings",
     "transformers.MixtralConfig": "num_experts_per_tok num_local_experts",
-    "transformers.PreTrainedModel": "config quantization_config",
+    "transformers.PreTrainedModel": "config generation_config quantization_config",
     "transformers.PretrainedConfig": "_attn_implementation _attn_implementation_internal _commit_hash _name_or_path get_text_config",
     "transformers.Trainer": (
         "callback_handler current_gradient_accumulation_steps hub_model_id is_deepspeed_enabled is_fsdp_enabled lr_scheduler model_wrapped push_in_progress resume_from_checkpoint"

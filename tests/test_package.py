@@ -210,7 +210,7 @@ MODULES_OF = {"PyYAML": "yaml"}
 # Parts that need an extra: they may import what it brings.
 OF_EXTRAS = {
     "deepspeed", "gguf", "obonet", "lm_eval", "nltk", "rouge_score", "sacrebleu", "sentence_transformers", "jinja2",
-    "matplotlib", "scipy",
+    "matplotlib", "scipy", "vllm",
 }  # fmt: skip
 
 
@@ -359,6 +359,7 @@ MUST_NOT_REACH = {
     "trainer": ("evaluation", "script", "measurement", "comparison", "cli"),
     "checkpointing": ("trainer", "evaluation"),
     "regularizers": ("trainer", "checkpointing", "evaluation"),
+    "texts": ("trainer", "regularizers", "checkpointing", "evaluation", "script", "cli"),
     "forward": ("trainer", "checkpointing", "evaluation"),
     "adapters": ("regularizers", "forward", "checkpointing", "trainer", "evaluation"),
     "losses": ("adapters", "regularizers", "config"),

@@ -1,4 +1,4 @@
-"""The command `trl-ema`: train, evaluate, compare, report. Thin over the functions of the same names."""
+"""The command `trl-ema`: train, evaluate, compare, report, rehearse. Thin over the functions of the same names."""
 
 import argparse
 import logging
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .evaluation.suite import HeldOutText
+    from .texts import Texts
 
 
 _DESCRIPTION = """\
@@ -31,6 +32,8 @@ Fine-tune a language model on a new domain, and let it drift less from what it w
   trl-ema evaluate --model out --output_dir after --against before
   trl-ema compare --config FILE.yaml     several methods on the same data, seeds and steps, then the report
   trl-ema report FOLDER                  the report again, from a comparison's folder
+  trl-ema rehearse --model_name_or_path Qwen/Qwen2-1.5B
+                                         the texts of a model that trainings hold it to, written beforehand
 
 `trl-ema COMMAND --help` lists the options of a command.
 """
@@ -216,7 +219,7 @@ def _which_model(args: EvaluationArguments) -> tuple[str, str | None, str, str]:
     return name, adapter, base, revision
 
 
-def _precision(args: EvaluationArguments) -> dict:
+def _precision(args: "EvaluationArguments | RehearsalArguments") -> dict:
     """Options of `from_pretrained`."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -382,7 +385,126 @@ def train(arguments: list[str]) -> None:
     runpy.run_path(recipe, run_name="__main__")
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "compare": compare, "report": report}
+@dataclass
+class RehearsalArguments:
+    """
+    Let a model write texts itself: what a training with rehearsal holds it to, so that it forgets less.
+
+    A training writes them when it begins, and finds those that are there. Write them beforehand where it could not, or
+    slowly: on a slow machine, or for a sharded launch (ZeRO-3, FSDP). Give the precision and quantization of the training.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub name or path of a model; default: the offline demo model."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model from the hub."})
+    num_texts: int = field(default=512, metadata={"help": "Texts to write, at least 1."})
+    num_tokens: int = field(
+        default=128,
+        metadata={"help": "Tokens of a text: of a raw one exactly, of a chat at most, with those of its template."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of the texts: another one gives others."})
+    start_token: str | None = field(
+        default=None,
+        metadata={
+            "help": "Token that raw texts start with, as the tokenizer writes it; default: its `bos_token`, else that of the "
+            "model's configuration."
+        },
+    )
+    chat: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Chats alone (true) or raw texts alone (false); default: half of each if the tokenizer has a chat template."
+        },
+    )
+    output_file: str | None = field(
+        default=None,
+        metadata={"help": "Where to, a `.safetensors` file; default: in the cache, where trainings look for it."},
+    )
+    batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Texts written at once, 64 by default. To go on after an interruption it must be the same."},
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "4-bit NF4 with double quantization, as in training."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "`auto`, `float32`, `bfloat16` or `float16`.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    backend: str = field(
+        default="transformers",
+        metadata={
+            "help": "What the model runs in; `vllm` (the extra of that name) is faster on a GPU, without 4 bits.",
+            "choices": ["transformers", "vllm"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        from .options import take_booleans
+
+        take_booleans(self)
+        if self.backend == "vllm" and self.load_in_4bit:
+            raise ValueError(
+                "`backend='vllm'` has no 4-bit weights as the training has them. Leave out one of `backend` and `load_in_4bit`."
+            )
+
+
+def rehearse(arguments: list[str]) -> None:
+    """`trl-ema rehearse`: let a model write texts, and print two of them."""
+    import time
+
+    from trl import TrlParser
+
+    from .evaluation.models import is_adapter, load_base
+    from .fingerprint import model_fingerprint
+    from .offline import demo_model
+    from .texts import Sampling, texts_path, write_texts
+    from .vllm_writer import VLLMWriter
+
+    parser = TrlParser(RehearsalArguments, prog="trl-ema rehearse")  # type: ignore[arg-type]
+    (args,) = parser.parse_args_and_config(arguments)
+    sampling = Sampling(args.num_texts, args.num_tokens, args.seed, args.start_token, args.chat)
+    name = args.model_name_or_path or demo_model()
+    if is_adapter(name):
+        raise ValueError(
+            f"`model_name_or_path={name!r}` is an adapter. A training that goes on from it writes its own texts; give a base model."
+        )
+    # vLLM takes most of a GPU's memory; then the model is loaded here only to be known.
+    on_cpu = {"device_map": {"": "cpu"}} if args.backend == "vllm" else {}
+    model, tokenizer = load_base(name, args.model_revision, **_precision(args) | on_cpu)
+    fingerprint = model_fingerprint(model, tokenizer)
+    path = args.output_file or texts_path(fingerprint, sampling)
+    there = os.path.exists(path)
+    use_vllm = args.backend == "vllm" and not there
+    writer = VLLMWriter(name, args.model_revision, args.dtype) if use_vllm else None
+    start = time.perf_counter()
+    texts = write_texts(
+        model, tokenizer, sampling, path, fingerprint=fingerprint, batch_size=args.batch_size, continuation=writer
+    )
+    seconds = None if there else (time.perf_counter() - start) / len(texts.ids)
+    print_texts(texts, str(path), tokenizer, seconds)
+
+
+def print_texts(texts: "Texts", path: str, tokenizer: "PreTrainedTokenizerBase", seconds: float | None) -> None:
+    """
+    Where the texts are, how many of which kind, and one of each kind.
+
+    Args:
+        seconds (`float`, *optional*): That one took to write; of texts that were there already `None`.
+    """
+    counts = {kind: texts.kinds.count(kind) for kind in sorted({*texts.kinds}, reverse=True)}
+    kinds = " and ".join(f"{count} {kind}" for kind, count in counts.items())
+    for kind in counts:
+        text = tokenizer.decode(texts.ids[texts.kinds.index(kind)])
+        print(f"\nA {kind} one:\n{text}")
+    how = "they were there already" if seconds is None else f"{seconds:.2f} seconds each"
+    tokens = sum(map(len, texts.ids))
+    print(f"\n{len(texts.ids)} texts ({kinds}; {tokens:,} tokens; {how}) are in {path}.")
+
+
+COMMANDS = {"train": train, "evaluate": evaluate, "compare": compare, "report": report, "rehearse": rehearse}
 
 
 def main() -> None:
