@@ -10,11 +10,11 @@ import torch
 from conftest import adapter_weights, logged, lora, make_tokenizer, rows, tiny_model
 from peft import get_peft_model
 from trl import SFTTrainer
-from trl_ema.texts import Sampling, load_texts, texts_path, write_texts
 
 from trl_ema import MeanTeacherConfig
 from trl_ema.regularizers.rehearsal import FILE, Rehearsal
 from trl_ema.schedules import BudgetedWeight
+from trl_ema.texts import Sampling, load_texts, texts_path, write_texts
 
 
 TEXTS = dict(rehearsal_num_texts=10, rehearsal_num_tokens=12)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .adapters.files import function_fields
-from .adapters.names import tuner_layers
+from .adapters.names import base_of, tuner_layers
 from .adapters.switching import without_adapter
 from .sharding import is_sharded, whole_weights
 from .workarounds import keep_4bit_layers_trainable
@@ -53,11 +53,6 @@ def model_fingerprint(model: Any, tokenizer: PreTrainedTokenizerBase, before: Co
             _add_adapter(ours, model, {id(tensor) for tensor in base.values()})
     theirs = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
     return f"{ours.hexdigest()[:16]}-{hashlib.sha256(theirs.encode()).hexdigest()[:16]}"
-
-
-def base_of(model: Any) -> Any:
-    """The model that transformers made, in which an adapter is active or not; without the prompt of prompt learning."""
-    return model.get_base_model() if is_peft_model(model) else model
 
 
 def _plain_config(config: dict) -> dict:

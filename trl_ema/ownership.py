@@ -8,7 +8,7 @@ from accelerate.utils import is_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 
 from .adapters.fitness import base_changed_by
-from .adapters.names import STUDENT_NAME, TEACHER_NAME
+from .adapters.names import STUDENT_NAME, TEACHER_NAME, base_of
 from .adapters.switching import take_off
 from .regularizers.base import Regularizer
 
@@ -88,8 +88,3 @@ def undo_earlier_run(model: Any) -> None:
         take_off(earlier)
         for parameter in before.trained:
             parameter.requires_grad_(True)
-
-
-def base_of(model: Any) -> Any:
-    """The model inside a `PeftModel`; another one as it is."""
-    return model.get_base_model() if is_peft_model(model) else model

@@ -32,9 +32,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from .adapters.names import base_of
 from .adapters.switching import Switch, switched, without_adapter
 from .files import OutputError
-from .fingerprint import Context, base_of, model_fingerprint
+from .fingerprint import Context, model_fingerprint
 from .offline import cache_dir
 from .options import plain_count, take_booleans
 from .sharding import any_sharded
@@ -188,7 +189,7 @@ def _about(model: Any, tokenizer: Any, sampling: Sampling) -> dict:
     if around + sampling.num_tokens // 3 >= sampling.num_tokens:
         raise ValueError(
             f"`num_tokens={sampling.num_tokens}` leaves no room for an answer: the chat template takes {around}, and the prompt a "
-            f"third. Give at least {3 * around // 2 + 1} (`rehearsal_tokens` in training), or `chat=False`."
+            f"third. Give at least {3 * around // 2 + 1} (`rehearsal_num_tokens` in training), or `chat=False`."
         )
     ends = _ends_of_text(model, tokenizer)
     special = next((token for token in tail or () if _is_special(tokenizer, token)), None)
@@ -450,6 +451,16 @@ def _check_fingerprint(path: Path, about: dict, expected: str) -> None:
                 "Quantization counts, and so do the chat template and tokens that were added. Give the file of this model, or "
                 "none: then it writes its own."
             )
+
+
+def save_texts(texts: Texts, path: str | Path) -> None:
+    """
+    Write `texts` to `path`, whole or not at all.
+
+    Raises:
+        OutputError: They cannot be written, as on a full disk.
+    """
+    _save(Path(path), texts, Path(path))
 
 
 def _checksum(tensors: dict[str, Tensor], about: str) -> str:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from .adapters.fitness import base_changed_by, refuse_leftovers
+from .adapters.names import base_of
 from .adapters.starting_point import StartingPoint
 from .checkpointing.state import RegularizerCallback
 from .checkpointing.trainer import CheckpointingTrainer
@@ -32,7 +33,7 @@ from .files import check_output_dir
 from .forward import add_regularized_forward, check_head
 from .model_card import method_of
 from .options import changed
-from .ownership import base_of, claim, claim_before, undo_earlier_run
+from .ownership import claim, claim_before, undo_earlier_run
 from .regularizers import make_regularizers
 from .regularizers.divergence import TeacherDivergence
 from .regularizers.micro_batch import RegularizedForward, TokenMean
@@ -132,7 +133,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
                 with self.precision():
                     check_head(base)
             add_regularized_forward(base, dft=self.args.loss_type == "dft")
-        for regularizer in make_regularizers(self.model, self.args, self.processing_class):
+        for regularizer in make_regularizers(self.model, self.args, self.processing_class, self.starting_point):
             self.regularizers.append(regularizer)  # one by one: an error leaves to the claim what is there by then
 
     def check_is_owner(self) -> None:

@@ -1,6 +1,9 @@
 """Names of adapters and of their parameters."""
 
+from typing import Any
+
 import torch
+from accelerate.utils import is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 
@@ -30,3 +33,8 @@ def twin_name(name: str, student: str) -> str:
 def tuner_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The layers that an adapter has put into the model, in order."""
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def base_of(model: Any) -> Any:
+    """The model that transformers made, in which an adapter is active or not; without the prompt of prompt learning."""
+    return model.get_base_model() if is_peft_model(model) else model

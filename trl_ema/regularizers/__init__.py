@@ -5,13 +5,16 @@ from typing import Any
 
 from peft import PeftModel
 
+from ..adapters.starting_point import StartingPoint
 from ..config import MeanTeacherConfig
 from .base import Regularizer
 from .divergence import TeacherDivergence
 from .rehearsal import Rehearsal
 
 
-def make_regularizers(model: PeftModel, args: MeanTeacherConfig, tokenizer: Any) -> Iterator[Regularizer]:
+def make_regularizers(
+    model: PeftModel, args: MeanTeacherConfig, tokenizer: Any, start: StartingPoint | None
+) -> Iterator[Regularizer]:
     """
     The regularizers that `args` asks for, one by one, attached to `model` before it is wrapped for training.
 
@@ -21,4 +24,4 @@ def make_regularizers(model: PeftModel, args: MeanTeacherConfig, tokenizer: Any)
     if args.teacher != "none":
         yield TeacherDivergence(model, args)
     if args.rehearsal_weight:
-        yield Rehearsal(model, args, tokenizer)
+        yield Rehearsal(model, args, tokenizer, start)

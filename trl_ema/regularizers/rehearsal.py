@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
 
+from ..adapters.starting_point import StartingPoint
 from ..config import MeanTeacherConfig
 from ..forward import Divergence, divergence_mask, num_sequences
 from ..schedules import BudgetedWeight, RampedWeight
-from ..sharding import any_sharded
 from ..texts import Sampling, Texts, load_texts, model_fingerprint, save_texts, texts_path, write_texts
 from .base import Gather, Inputs, Regularizer
 from .micro_batch import TokenMean
@@ -41,6 +40,7 @@ class Rehearsal(Regularizer):
         model (`PeftModel`): Its adapter is about to be trained.
         args ([`MeanTeacherConfig`]): The options that begin with `rehearsal_`, and `drift_budget`.
         tokenizer (`PreTrainedTokenizerBase`): Of the model.
+        start ([`StartingPoint`], *optional*): The model before training; only one with an adapter has it.
 
     Raises:
         ValueError: The texts at hand are another model's or damaged, are fewer than a micro-batch takes, or one is longer than
@@ -52,13 +52,13 @@ class Rehearsal(Regularizer):
 
     name = "rehearsal"
 
-    def __init__(self, model: Any, args: MeanTeacherConfig, tokenizer: Any):
-        if not is_peft_model(model):
+    def __init__(self, model: Any, args: MeanTeacherConfig, tokenizer: Any, start: StartingPoint | None):
+        if start is None:
             raise ValueError(
                 "`rehearsal_weight` needs a model with a PEFT adapter, which is switched off to have the model before training. Pass "
                 "`peft_config=LoraConfig(...)` or a `PeftModel`."
             )
-        self.args, self.model, self.tokenizer = args, model, tokenizer
+        self.args, self.model, self.tokenizer, self.start = args, model, tokenizer, start
         self.sampling = Sampling(
             num_texts=args.rehearsal_num_texts,
             num_tokens=args.rehearsal_num_tokens,
@@ -71,8 +71,7 @@ class Rehearsal(Regularizer):
         self._micro_batch = self._micro_batches = 0
         self._last_weight = self.weight.value(0)
         self.texts: Texts | None = None
-        # Where ZeRO-3 shards it nobody has the weights that tell one model from another.
-        self.fingerprint = None if any_sharded(model) else model_fingerprint(model, tokenizer)
+        self.fingerprint = model_fingerprint(model, tokenizer, start.activate)
         found = next((path for path in self._paths() if os.path.isfile(path)), args.rehearsal_texts)
         if found is not None:
             self.use(load_texts(found, model_fingerprint=self.fingerprint))
@@ -81,8 +80,7 @@ class Rehearsal(Regularizer):
         """Where texts may lie: where the user says, else beside the run or in the cache."""
         if self.args.rehearsal_texts is not None:
             return [self.args.rehearsal_texts]
-        paths = [os.path.join(str(self.args.output_dir), FILE)]
-        return paths if self.fingerprint is None else [*paths, str(texts_path(self.fingerprint, self.sampling))]
+        return [os.path.join(str(self.args.output_dir), FILE), str(texts_path(self.fingerprint, self.sampling))]
 
     def use(self, texts: Texts) -> None:
         """From now on these texts are rehearsed."""
@@ -100,11 +98,11 @@ class Rehearsal(Regularizer):
         self.texts, self.rows = texts, rows
 
     def begin(self, trainer: Any, state: dict | None = None) -> None:
-        self.start, self.pad = trainer.starting_point, self.tokenizer.pad_token_id
+        self.pad = self.tokenizer.pad_token_id
         if self.texts is None:
             self.use(self._write(trainer))
         beside = os.path.join(str(self.args.output_dir), FILE)
-        if trainer.is_world_process_zero() and not os.path.isfile(beside):
+        if trainer.is_world_process_zero() and self.texts is not None and not os.path.isfile(beside):
             save_texts(self.texts, beside)
         self.weight, self.taken = make_weight(self.args), 0
         self.kl_of_log, self.kl_of_step = TokenMean(), TokenMean()
@@ -118,11 +116,6 @@ class Rehearsal(Regularizer):
                 )
 
     def _write(self, trainer: Any) -> Texts:
-        if any_sharded(self.model):
-            raise ValueError(
-                "The launch shards the model, which cannot write texts then. Write them before, on one process: `trl-ema rehearse "
-                "--model_name_or_path MODEL --output_file FILE`, and give them with `rehearsal_texts=FILE`."
-            )
         accelerator, path = trainer.accelerator, self._paths()[-1]
         logger.info("The model writes %d texts to rehearse, once, into %s", self.sampling.num_texts, path)
         with trainer.precision():
