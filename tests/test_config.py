@@ -21,7 +21,8 @@ OWN_FIELDS = [f for f in fields(MeanTeacherConfig) if f.name in MeanTeacherConfi
 CHANGED = dict(
     teacher="ema", ema_decay=0.99, ema_warmup=True, ema_update_steps=2, teacher_anchor=0.5, kl_weight=0.25,
     kl_warmup_ratio=0.1, kl_direction="jsd", jsd_mixture=0.25, kl_temperature=2.0, kl_tokens="all", eval_teacher=True,
-    stop_on_nonfinite_loss=False, kl_fraction=0.5,
+    stop_on_nonfinite_loss=False, kl_fraction=0.5, rehearsal_weight=2.0, rehearsal_fraction=0.25, rehearsal_texts="texts",
+    rehearsal_num_texts=64, rehearsal_num_tokens=32, rehearsal_start_token="<s>", drift_budget=0.05,
 )  # fmt: skip
 
 
@@ -118,12 +119,21 @@ def test_default_half_life_is_in_force_only_without_a_decay(make_config):
 )
 def test_numbers_of_any_kind_become_pythons(make_config, number):
     for f in OWN_FIELDS:
-        if f.name in ("ema_half_life", "jsd_mixture") or not isinstance(CHANGED.get(f.name), (int, float)):
+        if f.name in (
+            "ema_half_life",
+            "jsd_mixture",
+            "rehearsal_fraction",
+            "rehearsal_num_tokens",
+            "drift_budget",
+        ) or not isinstance(CHANGED.get(f.name), (int, float)):
             continue
         if isinstance(CHANGED[f.name], bool):
             continue
-        value = getattr(make_config(**{f.name: number(1)}), f.name)
+        others = {"rehearsal_weight": 1.0} if f.name.startswith("rehearsal_") else {}
+        value = getattr(make_config(**(others | {f.name: number(1)})), f.name)
         assert value == 1 and type(value) in (int, float), f.name
+    rehearsing = make_config(rehearsal_weight=number(1), rehearsal_num_tokens=number(8), drift_budget=number(1))
+    assert rehearsing.rehearsal_num_tokens == 8 and type(rehearsing.drift_budget) in (int, float)
     json.dumps(make_config(kl_weight=number(1)).to_dict())
     value = make_config(kl_weight=np.float32(0.25)).kl_weight
     assert value == 0.25 and type(value) is float
@@ -338,3 +348,31 @@ def test_every_field_has_one_help_text_that_the_docstring_does_not_repeat():
     for f in OWN_FIELDS:
         assert f.metadata.get("help", "").endswith("."), f.name
         assert f.metadata["help"] not in " ".join(MeanTeacherConfig.__doc__.split())
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        (dict(rehearsal_weight=-1.0), "`rehearsal_weight` must be at least 0 and finite, got -1.0. Use 0 for no rehearsal; try 4"),
+        (dict(rehearsal_weight=1.0, rehearsal_fraction=1.0), r"`rehearsal_fraction` must be inside \(0, 1\), got 1.0.*try 0.33"),
+        (dict(rehearsal_weight=1.0, rehearsal_fraction=0.0), r"`rehearsal_fraction` must be inside \(0, 1\), got 0.0"),
+        (dict(rehearsal_weight=1.0, rehearsal_num_texts=0), "`rehearsal_num_texts` must be a whole number of at least 1, got 0"),
+        (dict(rehearsal_weight=1.0, rehearsal_num_tokens=3), "`rehearsal_num_tokens` must be a whole number of at least 8, got 3"),
+        (dict(rehearsal_weight=1.0, drift_budget=0.0), "`drift_budget` must be above 0 and finite, got 0.0.*try 0.05"),
+        (dict(drift_budget=0.1), "`drift_budget=0.1` is kept by the weight of the rehearsal, which is 0. Give the weight"),
+    ],
+)  # fmt: skip
+def test_options_of_rehearsal_that_cannot_be_are_refused(make_config, options, match):
+    with pytest.raises(ValueError, match=match):
+        make_config(**options)
+
+
+def test_rehearsal_alone_is_not_plain_sft_and_needs_the_fused_forward(make_config):
+    assert make_config(teacher="none").is_plain_sft and not make_config(teacher="none").needs_fused_forward
+    rehearsing = make_config(teacher="none", rehearsal_weight=1.0)
+    assert rehearsing.needs_fused_forward and not rehearsing.is_plain_sft
+
+
+def test_options_of_rehearsal_without_a_weight_are_warned_of(make_config):
+    with pytest.warns(UserWarning, match="Ignored with .*`rehearsal_weight=0.0`: `rehearsal_num_texts=64`"):
+        make_config(rehearsal_num_texts=64)

@@ -14,9 +14,17 @@ from trl_ema.forward import Divergence
 from trl_ema.regularizers import make_regularizers
 from trl_ema.regularizers.base import Regularizer
 from trl_ema.regularizers.divergence import TeacherDivergence
+from trl_ema.regularizers.rehearsal import Rehearsal
 
 
+TEXTS = dict(rehearsal_num_texts=10, rehearsal_num_tokens=12)
 L2SP = documented("regularizers.md", "L2StartingPoint")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    """Of the texts that a model writes."""
+    monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path / "cache"))
 
 
 def l2_sp(make_trainer, weight, **options):
@@ -33,6 +41,10 @@ METHODS = {
         teacher="frozen", kl_weight=weight, peft_config=lora(init_lora_weights=False), **options
     ),
     "l2_sp": l2_sp,
+    # Off it is not there at all.
+    "rehearsal": lambda make, weight, **options: make(
+        teacher="none", rehearsal_weight=weight, **({} if not weight else TEXTS), **options
+    ),
 }
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -54,7 +66,7 @@ def test_off_equals_plain_sft_step_for_step(make_trainer, method, options):
 
 def test_every_regularizer_is_held_to_this():
     of_ours = {cls for cls in _below(Regularizer) if cls.__module__.startswith("trl_ema.")}
-    assert of_ours == {TeacherDivergence}  # a new one needs an entry in METHODS
+    assert of_ours == {TeacherDivergence, Rehearsal}  # a new one needs an entry in METHODS
 
 
 def _below(cls):
@@ -110,7 +122,7 @@ def test_a_checkpoint_without_it_is_refused_before_anything_is_loaded(make_train
     make_trainer(teacher="none", save_strategy="steps", save_steps=2).train()
     trainer = METHODS[method](make_trainer, 1.0)
     before = adapter_weights(trainer)
-    if method == "frozen":  # the base is in every checkpoint
+    if method in ("frozen", "rehearsal"):  # the base is in every checkpoint, and the texts are beside the run
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
         return
     with pytest.raises(ValueError, match="missing"):
@@ -294,7 +306,7 @@ def test_a_model_that_is_given_on_is_freed_of_all_of_them(make_trainer, given):
 def test_one_that_does_not_fit_leaves_the_others_to_whoever_has_the_model_next(make_trainer, monkeypatch):
     model = get_peft_model(tiny_model(), lora())
 
-    def failing(model, args):
+    def failing(model, args, *_):
         yield TeacherDivergence(model, args)
         raise ValueError("does not fit")
 
@@ -336,7 +348,8 @@ def test_options_make_the_list(make_trainer):
     (found,) = make_trainer(teacher="frozen").regularizers
     assert isinstance(found, TeacherDivergence) and found.teacher.is_base and found.folder is None
     trainer = make_trainer(teacher="none")
-    (made,) = make_regularizers(trainer.model, make_trainer(teacher="ema").args)
+    args = make_trainer(teacher="ema").args
+    (made,) = make_regularizers(trainer.model, args, trainer.processing_class, trainer.starting_point)
     assert made.folder == "teacher" and made.teacher.model is trainer.model
 
 

@@ -86,6 +86,10 @@ CITATIONS = {
   year         = {2022}
 }""",
 }
+_REHEARSAL = (
+    "Beside it, rehearsal: KL(model before training || student), with a weight that began at {weight:g}, on texts that the model "
+    "before training wrote itself (arXiv:2605.26097)."
+)
 _TRAINING = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "gradient_accumulation_steps", "max_length", "packing", "loss_type", "weight_decay", "optim_args",
              "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "seed")  # fmt: skip
@@ -286,6 +290,8 @@ def _method(trainer: Any) -> list[str]:
 
     args = trainer.args
     lines = ["## Method (trl_ema)", "", _PLAIN if args.is_plain_sft else _METHODS[args.teacher], ""]
+    if args.rehearsal_weight:
+        lines += [_REHEARSAL.format(weight=args.rehearsal_weight), ""]
     if trainer.teacher is not None:
         lines += _FORMULA
     lines.append(
