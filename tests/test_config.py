@@ -22,7 +22,7 @@ CHANGED = dict(
     teacher="ema", ema_decay=0.99, ema_warmup=True, ema_update_steps=2, teacher_anchor=0.5, kl_weight=0.25,
     kl_warmup_ratio=0.1, kl_direction="jsd", jsd_mixture=0.25, kl_temperature=2.0, kl_tokens="all", eval_teacher=True,
     stop_on_nonfinite_loss=False, kl_fraction=0.5, rehearsal_weight=2.0, rehearsal_fraction=0.25, rehearsal_texts="texts",
-    rehearsal_num_texts=64, rehearsal_num_tokens=32, rehearsal_start_token="<s>", drift_budget=0.05,
+    rehearsal_num_texts=64, rehearsal_num_tokens=32, rehearsal_start="<s>", drift_budget=0.05,
 )  # fmt: skip
 
 

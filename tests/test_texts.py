@@ -348,7 +348,7 @@ def test_a_start_token_that_only_the_models_configuration_names_is_used_if_it_is
 def test_an_unknown_start_names_the_option_that_gives_it(tmp_path):
     tokenizer = qwen2_tokenizer()
     model = tiny_model("qwen2", vocab_size=416, bos_token_id=17)  # an ordinary word
-    with pytest.raises(ValueError, match=r"Give it as `start_token` \(`rehearsal_start_token` in training\)") as error:
+    with pytest.raises(ValueError, match=r"Give it as `start_token` \(`rehearsal_start` in training\)") as error:
         write(model, tmp_path, Sampling(4, 40), tokenizer)
     assert tokenizer.eos_token in str(error.value)
     texts = write(model, tmp_path, Sampling(4, 40, start_token=tokenizer.eos_token), tokenizer)

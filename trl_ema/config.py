@@ -155,7 +155,7 @@ class MeanTeacherConfig(SFTConfig):
         default=512, metadata={"help": "Texts to write; at least one micro-batch of them."}
     )
     rehearsal_num_tokens: int = field(default=128, metadata={"help": "Tokens of a text, at most; at least 8."})
-    rehearsal_start_token: str | None = field(
+    rehearsal_start: str | None = field(
         default=None,
         metadata={"help": "Token that a text begins with, where the tokenizer names none (`bos_token`)."},
     )

@@ -211,7 +211,7 @@ def _start_token(model: Any, tokenizer: Any, given: str | None) -> int:
         token = tokenizer.get_vocab().get(given)
         if token is None:
             raise ValueError(
-                f"`start_token={given!r}` (`rehearsal_start_token` in training) is no token of the tokenizer. Give one as it is written "
+                f"`start_token={given!r}` (`rehearsal_start` in training) is no token of the tokenizer. Give one as it is written "
                 f"there, such as {tokenizer.eos_token!r}."
             )
         return token
@@ -223,7 +223,7 @@ def _start_token(model: Any, tokenizer: Any, given: str | None) -> int:
         return token
     raise ValueError(
         "The tokenizer has no `bos_token`, and the model's configuration names none: nobody knows what a document starts with. Give "
-        f"it as `start_token` (`rehearsal_start_token` in training); often it is {tokenizer.eos_token!r}."
+        f"it as `start_token` (`rehearsal_start` in training); often it is {tokenizer.eos_token!r}."
     )
 
 

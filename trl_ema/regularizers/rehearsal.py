@@ -62,7 +62,7 @@ class Rehearsal(Regularizer):
         self.sampling = Sampling(
             num_texts=args.rehearsal_num_texts,
             num_tokens=args.rehearsal_num_tokens,
-            start_token=args.rehearsal_start_token,
+            start_token=args.rehearsal_start,
         )
         self.weight = make_weight(args)
         self.kl_of_log, self.kl_of_step = TokenMean(), TokenMean()
