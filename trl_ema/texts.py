@@ -46,7 +46,7 @@ KINDS = ("raw", "chat")
 # (prompts, random numbers, ends): what is written after each prompt
 Continuation = Callable[[list[list[int]], Tensor, Iterable[int]], list[list[int]]]
 
-_ONE = 2.0**52  # a probability of 1 as a whole number, in which every float32 above 2^-28 is exact
+_ONE = 2.0**52  # a probability of 1 as a whole number; of a float32 above 2^-28 no digit is lost
 _SENTINEL = "SELFWRITTENPROMPT"
 
 
@@ -389,7 +389,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """
     probabilities = logits.float().softmax(-1)
     are_numbers = probabilities[:, 0].isfinite().all()  # one NaN makes all of its row NaN
-    cumulative = (probabilities.double() * _ONE).long().cumsum(-1)
+    cumulative = (probabilities * _ONE).long().cumsum(-1)
     total = cumulative[:, -1:]
     at = torch.minimum((uniforms[:, None] * total).long(), total - 1)
     tokens = torch.searchsorted(cumulative, at, right=True)[:, 0]
