@@ -190,6 +190,11 @@ def _about(model: Any, tokenizer: Any, sampling: Sampling) -> dict:
             f"`num_tokens={sampling.num_tokens}` leaves no room for an answer: the chat template takes {around}, and the prompt a "
             f"third. Give at least {3 * around // 2 + 1} (`rehearsal_tokens` in training), or `chat=False`."
         )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and sampling.num_tokens > limit:
+        raise ValueError(
+            f"`num_tokens={sampling.num_tokens}` (`rehearsal_tokens` in training) is more than the {limit} positions that the model knows."
+        )
     ends = _ends_of_text(model, tokenizer)
     special = next((token for token in tail or () if _is_special(tokenizer, token)), None)
     if special is not None:
@@ -377,8 +382,8 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """
     One token of softmax(logits) a row, by inversion: the first whose cumulative probability exceeds the row's uniform number.
 
-    Probabilities are summed as whole numbers, which is exact in any order: every device finds the same, with PyTorch's
-    deterministic algorithms too. A token of probability 0 is never drawn.
+    Probabilities are summed as whole numbers, which is exact in any order: PyTorch has no repeatable sum of floats along a row on
+    a GPU. A token of probability 0 is never drawn.
 
     Args:
         logits (`Tensor`): Of shape `(rows, vocabulary)`.
