@@ -148,6 +148,21 @@ def test_draws_are_exact_and_impossible_tokens_never_come():
     assert tokens.tolist() == [0, 0, 2, 2, 3, 3] and are_numbers
 
 
+@pytest.mark.gpu
+def test_a_gpu_draws_what_a_cpu_draws_and_writes_the_same_twice(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(64, 50_000, generator=generator)
+    uniforms = torch.rand(64, generator=generator, dtype=torch.float64)
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    try:
+        there = draw_tokens(logits.cuda(), uniforms.cuda())[0].cpu()
+        texts = [write(tiny_model().cuda(), tmp_path / str(i)) for i in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (there != draw_tokens(logits, uniforms)[0]).sum() <= 1  # the softmax may round otherwise
+    assert texts[0] == texts[1]
+
+
 def test_the_models_own_settings_of_generation_do_not_count(tmp_path, reference):
     model = tiny_model()
     own = dict(
@@ -410,6 +425,11 @@ def test_too_few_tokens_for_a_chat_are_refused_with_how_many_it_takes(tmp_path):
         write(tiny_model(), tmp_path, Sampling(4, 4))
     texts = write(tiny_model(), tmp_path, Sampling(4, 5))
     assert [len(row) for row in texts.ids if row[0] == BOS] == [5, 5]
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`num_tokens=129` .* is more than the 128 positions"):
+        write(tiny_model(), tmp_path, Sampling(2, 129))
 
 
 def test_a_sharded_model_is_told_of_the_command(tmp_path, monkeypatch):

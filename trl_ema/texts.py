@@ -47,7 +47,7 @@ KINDS = ("raw", "chat")
 # (prompts, random numbers, ends): what is written after each prompt
 Continuation = Callable[[list[list[int]], Tensor, Iterable[int]], list[list[int]]]
 
-_ONE = 2.0**52  # a probability of 1 as a whole number, in which every float32 above 2^-28 is exact
+_ONE = 2.0**52  # a probability of 1 as a whole number; of a float32 above 2^-28 no digit is lost
 _SENTINEL = "SELFWRITTENPROMPT"
 
 
@@ -190,6 +190,11 @@ def _about(model: Any, tokenizer: Any, sampling: Sampling) -> dict:
         raise ValueError(
             f"`num_tokens={sampling.num_tokens}` leaves no room for an answer: the chat template takes {around}, and the prompt a "
             f"third. Give at least {3 * around // 2 + 1} (`rehearsal_num_tokens` in training), or `chat=False`."
+        )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and sampling.num_tokens > limit:
+        raise ValueError(
+            f"`num_tokens={sampling.num_tokens}` (`rehearsal_num_tokens` in training) is more than the {limit} positions that the model knows."
         )
     ends = _ends_of_text(model, tokenizer)
     special = next((token for token in tail or () if _is_special(tokenizer, token)), None)
@@ -378,8 +383,8 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """
     One token of softmax(logits) a row, by inversion: the first whose cumulative probability exceeds the row's uniform number.
 
-    Probabilities are summed as whole numbers, which is exact in any order: every device finds the same, with PyTorch's
-    deterministic algorithms too. A token of probability 0 is never drawn.
+    Probabilities are summed as whole numbers, which is exact in any order: PyTorch has no repeatable sum of floats along a row on
+    a GPU. A token of probability 0 is never drawn.
 
     Args:
         logits (`Tensor`): Of shape `(rows, vocabulary)`.
@@ -390,7 +395,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """
     probabilities = logits.float().softmax(-1)
     are_numbers = probabilities[:, 0].isfinite().all()  # one NaN makes all of its row NaN
-    cumulative = (probabilities.double() * _ONE).long().cumsum(-1)
+    cumulative = (probabilities * _ONE).long().cumsum(-1)
     total = cumulative[:, -1:]
     at = torch.minimum((uniforms[:, None] * total).long(), total - 1)
     tokens = torch.searchsorted(cumulative, at, right=True)[:, 0]

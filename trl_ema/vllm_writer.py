@@ -1,6 +1,8 @@
 """Lets vLLM write a model's texts, which is faster on a GPU: the `continuation` of [`trl_ema.texts.write_texts`]."""
 
 from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
 
 from torch import Tensor
 
@@ -24,18 +26,15 @@ class VLLMWriter:
 
     def __init__(self, model: str, revision: str = "main", dtype: str = "auto"):
         require("vllm", "vllm")
-        from vllm import LLM
-
-        self.engine = LLM(
+        self.vllm: Any = import_module("vllm")
+        self.engine = self.vllm.LLM(
             model=model, revision=revision, tokenizer_revision=revision, dtype=dtype, generation_config="vllm"
         )
 
     def __call__(self, prompts: list[list[int]], uniforms: Tensor, ends: Iterable[int]) -> list[list[int]]:
         """What the model writes after each of the prompts: a token for each column of `uniforms`, or until one of `ends`, with it."""
-        from vllm import SamplingParams
-
         settings = [
-            SamplingParams(
+            self.vllm.SamplingParams(
                 temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
                 max_tokens=uniforms.shape[1], ignore_eos=True, stop_token_ids=sorted(ends), seed=int(row[0] * 2**31),
                 detokenize=False,
