@@ -15,7 +15,8 @@ KL_TOKENS = ("loss", "all")
 DEFAULT_HALF_LIFE = 0.25
 _NUMBERS = (
     "ema_half_life", "ema_decay", "teacher_anchor", "kl_weight", "kl_warmup_ratio", "kl_temperature", "jsd_mixture",
-    "kl_fraction", "rehearsal_weight", "rehearsal_fraction", "drift_budget",
+    "kl_fraction", "rehearsal_weight", "rehearsal_fraction", "drift_budget", "rehearsal_num_texts",
+    "rehearsal_num_tokens",
 )  # fmt: skip
 _OPTIONAL = ("ema_half_life", "ema_decay", "drift_budget")
 _EMA_FIELDS = ("ema_half_life", "ema_decay", "ema_warmup", "ema_update_steps")
