@@ -71,6 +71,8 @@ class Rehearsal(Regularizer):
         self._micro_batch = self._micro_batches = 0
         self._last_weight = self.weight.value(0)
         self.texts: Texts | None = None
+        self.digest = ""  # of the texts
+        self._pass, self._order = -1, np.empty(0, dtype=int)  # through all texts, and the order in it
         self.fingerprint = model_fingerprint(model, tokenizer, start.activate)
         found = next((path for path in self._paths() if os.path.isfile(path)), args.rehearsal_texts)
         if found is not None:
@@ -95,7 +97,7 @@ class Rehearsal(Regularizer):
                 f"A rehearsed text has {longest} tokens, `max_length` is {self.args.max_length}. Raise it, or write texts with a "
                 "lower `rehearsal_num_tokens`."
             )
-        self.texts, self.rows = texts, rows
+        self.texts, self.rows, self.digest = texts, rows, digest_of(texts)
 
     def begin(self, trainer: Any, state: dict | None = None) -> None:
         self.pad = self.tokenizer.pad_token_id
@@ -109,7 +111,7 @@ class Rehearsal(Regularizer):
         if state is not None:
             self.weight.load(state["weight"])
             self.taken = state["taken"]
-            if self.texts is not None and state["texts"] != digest_of(self.texts):
+            if state["texts"] != self.digest:
                 raise ValueError(
                     "The checkpoint was made with other rehearsed texts than those of this run. Give its own with "
                     f"`rehearsal_texts`; they lie beside the run, as {FILE}."
@@ -139,8 +141,10 @@ class Rehearsal(Regularizer):
         """The text that is taken at this place, of all places of the run."""
         assert self.texts is not None
         number = len(self.texts.ids)
-        order = np.random.default_rng([self.args.seed, position // number]).permutation(number)
-        return self.texts.ids[order[position % number]]
+        if self._pass != position // number:
+            self._pass = position // number
+            self._order = np.random.default_rng([self.args.seed, self._pass]).permutation(number)
+        return self.texts.ids[self._order[position % number]]
 
     def _num_predicted(self, num_items: torch.Tensor | None) -> int:
         """Predictions that the mean is over, those of whatever TRL divides its own mean by."""
@@ -184,8 +188,7 @@ class Rehearsal(Regularizer):
         }
 
     def state(self) -> dict[str, Any]:
-        texts = None if self.texts is None else digest_of(self.texts)
-        return {"taken": self.taken, "weight": self.weight.state(), "texts": texts}
+        return {"taken": self.taken, "weight": self.weight.state(), "texts": self.digest}
 
 
 def make_weight(args: MeanTeacherConfig) -> RampedWeight | BudgetedWeight:
