@@ -660,18 +660,14 @@ def test_an_adapter_that_is_off_does_not_make_another_model(options, tied):
 # The command
 
 
+def six_texts(tiny_folder):
+    model = tiny_folder / "model"
+    return ["--model_name_or_path", model, "--num_texts", 6, "--num_tokens", 40, "--dtype", "float32"]
+
+
 def test_the_command_writes_texts_and_prints_one_of_each_kind(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path))
-    options = [
-        "--model_name_or_path",
-        tiny_folder / "model",
-        "--num_texts",
-        6,
-        "--num_tokens",
-        40,
-        "--dtype",
-        "float32",
-    ]
+    options = six_texts(tiny_folder)
     done = trl_ema("rehearse", *options)
     (path,) = tmp_path.glob("texts/*")
     texts = load_texts(path)
@@ -748,16 +744,7 @@ class StandIn:
 
 
 def test_the_command_lets_vllm_write_where_it_is_asked_to(tiny_folder, tmp_path, monkeypatch):
-    options = [
-        "--model_name_or_path",
-        tiny_folder / "model",
-        "--num_texts",
-        6,
-        "--num_tokens",
-        40,
-        "--dtype",
-        "float32",
-    ]
+    options = six_texts(tiny_folder)
     options += ["--backend", "vllm", "--output_file", tmp_path / "texts.safetensors"]
     done = trl_ema("rehearse", *options, check=False)
     assert done.returncode == 1 and "This needs `vllm`. Install it with `pip install 'trl_ema[vllm]'`" in done.stderr

@@ -68,7 +68,7 @@ class Rehearsal(Regularizer):
         self.kl_of_log, self.kl_of_step = TokenMean(), TokenMean()
         self.taken = 0  # texts, by all ranks
         self._first = 0  # of this step, among all that are taken
-        self._micro_batch = self._micro_batches = 0
+        self._micro_batch = self._predicted = 0
         self._last_weight = self.weight.value(0)
         self.texts: Texts | None = None
         self.digest = ""  # of the texts
@@ -129,8 +129,11 @@ class Rehearsal(Regularizer):
     # Which texts
 
     def before_step(self, batches: Sequence[Inputs], step: int, device: torch.device, gather: Gather | None) -> None:
-        self._first, self._micro_batch, self._micro_batches = self.taken, 0, len(batches)
+        self._first, self._micro_batch = self.taken, 0
         self.taken += len(batches) * self.args.world_size * self.rows
+        # Predictions that the mean is over: those of all whose labelled tokens TRL counts together.
+        ranks = [self.args.process_index] if gather is None else range(self.args.world_size)
+        self._predicted = sum(_num_predicted(self._chosen(i, rank)) for i in range(len(batches)) for rank in ranks)
 
     def _chosen(self, micro_batch: int, rank: int) -> list[list[int]]:
         """Texts of one rank in one micro-batch of this step."""
@@ -146,17 +149,6 @@ class Rehearsal(Regularizer):
             self._order = np.random.default_rng([self.args.seed, self._pass]).permutation(number)
         return self.texts.ids[self._order[position % number]]
 
-    def _num_predicted(self, num_items: torch.Tensor | None) -> int:
-        """Predictions that the mean is over, those of whatever TRL divides its own mean by."""
-        if num_items is None:
-            places = [(self._micro_batch, self.args.process_index)]
-        else:
-            ranks = (
-                range(self.args.world_size) if self.args.average_tokens_across_devices else [self.args.process_index]
-            )
-            places = [(i, rank) for i in range(self._micro_batches) for rank in ranks]
-        return sum(len(ids) - 1 for place in places for ids in self._chosen(*place))
-
     # The loss
 
     def add_rows(self, inputs: Inputs, step: int, num_items: torch.Tensor | None) -> tuple[Inputs, list[Divergence]]:
@@ -165,7 +157,8 @@ class Rehearsal(Regularizer):
         weight = self._last_weight = self.weight.value(step)
         # TRL divides by the labelled tokens.
         num_labels = divergence_mask("loss", **inputs).sum() if num_items is None else num_items
-        factor = float(torch.as_tensor(num_labels).clamp(min=1)) / self._num_predicted(num_items)
+        predicted = _num_predicted(texts) if num_items is None else self._predicted
+        factor = float(torch.as_tensor(num_labels).clamp(min=1)) / predicted
         self._micro_batch += 1
         packed = "attention_mask" not in inputs
         batch = _with_documents(inputs, texts) if packed else _with_rows(inputs, texts, self.pad)
@@ -189,6 +182,10 @@ class Rehearsal(Regularizer):
 
     def state(self) -> dict[str, Any]:
         return {"taken": self.taken, "weight": self.weight.state(), "texts": self.digest}
+
+
+def _num_predicted(texts: list[list[int]]) -> int:
+    return sum(len(ids) - 1 for ids in texts)
 
 
 def make_weight(args: MeanTeacherConfig) -> RampedWeight | BudgetedWeight:
