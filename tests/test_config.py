@@ -22,7 +22,8 @@ CHANGED = dict(
     teacher="ema", ema_decay=0.99, ema_warmup=True, ema_update_steps=2, teacher_anchor=0.5, kl_weight=0.25,
     kl_warmup_ratio=0.1, kl_direction="jsd", jsd_mixture=0.25, kl_temperature=2.0, kl_tokens="all", eval_teacher=True,
     stop_on_nonfinite_loss=False, kl_fraction=0.5, rehearsal_weight=2.0, rehearsal_fraction=0.25, rehearsal_texts="texts",
-    rehearsal_num_texts=64, rehearsal_num_tokens=32, rehearsal_start="<s>", drift_budget=0.05,
+    rehearsal_num_texts=64, rehearsal_num_tokens=32, rehearsal_start="<s>",
+    rehearsal_chat=False, drift_budget=0.05,
 )  # fmt: skip
 
 
@@ -155,7 +156,7 @@ def test_every_number_has_a_range(make_config, name, value):
         make_config(**{name: value})
 
 
-BOOLEANS = [name for name, value in CHANGED.items() if isinstance(value, bool)]
+BOOLEANS = [f.name for f in OWN_FIELDS if f.type is bool]
 
 
 @pytest.mark.parametrize("name", BOOLEANS)
@@ -181,7 +182,7 @@ def test_a_hosts_boolean_is_never_taken_from_its_text(make_config):
     assert len(SWITCHES) > 40 and {"packing", "bf16", "completion_only_loss", "eval_teacher"} <= set(SWITCHES)
     changes = dict.fromkeys(SWITCHES, "false")
     del changes["bf16"]
-    config = make_config(**changes)
+    config = make_config(**changes, rehearsal_weight=1.0)
     assert {name: getattr(config, name) for name in changes} == dict.fromkeys(changes, False)
     changes = {name: "true" for name in SWITCHES if name not in NOT_ALONE}
     with warnings.catch_warnings():

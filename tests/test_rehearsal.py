@@ -167,6 +167,13 @@ def test_other_texts_than_those_of_the_checkpoint_are_refused(rehearsing, tmp_pa
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("chat, kinds", [(None, {"raw", "chat"}), (True, {"chat"}), (False, {"raw"})])
+def test_one_kind_of_texts_can_be_asked_for(rehearsing, chat, kinds):
+    trainer = rehearsing(rehearsal_chat=chat, max_steps=1)
+    trainer.train()
+    assert {*of(trainer).texts.kinds} == kinds
+
+
 def test_texts_are_written_once_for_a_model_and_kept_beside_the_run(rehearsing, tmp_path, monkeypatch):
     first = rehearsing()
     assert of(first).texts is None  # written when training begins

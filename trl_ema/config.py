@@ -160,6 +160,13 @@ class MeanTeacherConfig(SFTConfig):
         default=None,
         metadata={"help": "Token that a text begins with, where the tokenizer names none (`bos_token`)."},
     )
+    rehearsal_chat: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Let the model write chats alone (True) or raw texts alone (False); by default half of each, and without a "
+            "chat template raw ones."
+        },
+    )
     drift_budget: float | None = field(
         default=None,
         metadata={

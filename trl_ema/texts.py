@@ -189,7 +189,7 @@ def _about(model: Any, tokenizer: Any, sampling: Sampling) -> dict:
     if around + sampling.num_tokens // 3 >= sampling.num_tokens:
         raise ValueError(
             f"`num_tokens={sampling.num_tokens}` leaves no room for an answer: the chat template takes {around}, and the prompt a "
-            f"third. Give at least {3 * around // 2 + 1} (`rehearsal_num_tokens` in training), or `chat=False`."
+            f"third. Give at least {3 * around // 2 + 1} (`rehearsal_num_tokens` in training), or `chat=False` (`rehearsal_chat`)."
         )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and sampling.num_tokens > limit:
@@ -251,7 +251,7 @@ def _around_prompt(tokenizer: Any) -> tuple[list[int], list[int]]:
     Raises:
         ValueError: There is no template, or it cannot be cut so.
     """
-    hint = "Set `chat=False` (raw texts alone), or mend `tokenizer.chat_template`."
+    hint = "Set `chat=False` (`rehearsal_chat` in training; raw texts alone), or mend `tokenizer.chat_template`."
     if not tokenizer.chat_template:
         raise ValueError(f"`chat=True`, but the tokenizer has no chat template. {hint}")
     messages = [{"role": "user", "content": _SENTINEL}]

@@ -63,6 +63,7 @@ class Rehearsal(Regularizer):
             num_texts=args.rehearsal_num_texts,
             num_tokens=args.rehearsal_num_tokens,
             start_token=args.rehearsal_start,
+            chat=args.rehearsal_chat,
         )
         self.weight = make_weight(args)
         self.kl_of_log, self.kl_of_step = TokenMean(), TokenMean()
