@@ -159,7 +159,8 @@ class Rehearsal(Regularizer):
         # TRL divides by the labelled tokens.
         num_labels = divergence_mask("loss", **inputs).sum() if num_items is None else num_items
         predicted = _num_predicted(texts) if num_items is None else self._predicted
-        factor = float(torch.as_tensor(num_labels).clamp(min=1)) / predicted
+        # Not read here, where the host would wait for it.
+        factor = torch.as_tensor(num_labels, dtype=torch.float64).clamp(min=1) / predicted
         self._micro_batch += 1
         packed = "attention_mask" not in inputs
         batch = _with_documents(inputs, texts) if packed else _with_rows(inputs, texts, self.pad)
@@ -213,35 +214,36 @@ def _with_rows(inputs: Inputs, texts: list[list[int]], pad: int) -> Inputs:
     for name, value in inputs.items():
         if not (torch.is_tensor(value) and value.shape == (rows, length)):
             continue
-        more = torch.full((len(texts), longest), of_text.get(name, 0), dtype=value.dtype)
-        for row, ids in zip(more, texts, strict=True):
-            if name == "input_ids":
-                row[: len(ids)] = torch.tensor(ids)
-            elif name == "attention_mask":
-                row[: len(ids)] = 1
-        own = torch.nn.functional.pad(value, (0, longest - length), value=of_text.get(name, 0))
-        batch[name] = torch.cat([own, more.to(value.device)])
+        fill = of_text.get(name, 0)
+        begins = [{"input_ids": ids, "attention_mask": [1] * len(ids)}.get(name, []) for ids in texts]
+        more = torch.tensor([begin + [fill] * (longest - len(begin)) for begin in begins])
+        own = torch.nn.functional.pad(value, (0, longest - length), value=fill)
+        batch[name] = torch.cat([own, _to(more, value)])
     return batch
 
 
 def _with_documents(inputs: Inputs, texts: list[list[int]]) -> Inputs:
     """A packed micro-batch with the texts as further documents."""
-    device, batch = inputs["input_ids"].device, dict(inputs)
+    batch = dict(inputs)
     ids = torch.tensor([token for text in texts for token in text])
     more = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
     more["position_ids"] = torch.cat([torch.arange(len(text)) for text in texts])
     for name, value in more.items():
         if name in inputs:
-            batch[name] = torch.cat([inputs[name], value[None].to(device, inputs[name].dtype)], 1)
+            batch[name] = torch.cat([inputs[name], _to(value[None], inputs[name])], 1)
     lengths = torch.tensor([len(text) for text in texts])
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if name in inputs:
-            bounds = inputs[name][-1] + lengths.cumsum(0).to(device, inputs[name].dtype)
+            bounds = inputs[name][-1] + _to(lengths.cumsum(0), inputs[name])
             batch[name] = torch.cat([inputs[name], bounds])
     for name in ("max_length_q", "max_length_k"):
         if name in inputs:
-            batch[name] = max(inputs[name], int(lengths.max()))
+            batch[name] = max(inputs[name], *map(len, texts))
     return batch
+
+
+def _to(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return tensor.to(like.dtype).to(like.device, non_blocking=True)  # otherwise the host would wait
 
 
 def digest_of(texts: Texts) -> str:
