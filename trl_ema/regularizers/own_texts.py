@@ -21,7 +21,8 @@ class OwnTexts:
 
     Args:
         model (`PeftModel`): Its adapter is about to be trained.
-        args ([`MeanTeacherConfig`]): `rehearsal_texts`, `rehearsal_num_texts`, `rehearsal_num_tokens` and `rehearsal_start`.
+        args ([`MeanTeacherConfig`]): `rehearsal_texts`, `rehearsal_num_texts`, `rehearsal_num_tokens`, `rehearsal_start` and
+            `rehearsal_chat`.
         tokenizer (`PreTrainedTokenizerBase`): Of the model.
         start ([`StartingPoint`]): The model before training.
 
@@ -35,6 +36,7 @@ class OwnTexts:
             num_texts=args.rehearsal_num_texts,
             num_tokens=args.rehearsal_num_tokens,
             start_token=args.rehearsal_start,
+            chat=args.rehearsal_chat,
         )
         self.fingerprint = model_fingerprint(model, tokenizer, start.activate)
         found = next((path for path in self._paths() if os.path.isfile(path)), args.rehearsal_texts)
