@@ -2,11 +2,22 @@
 
 import logging
 import os
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ..adapters.starting_point import StartingPoint
 from ..config import MeanTeacherConfig
-from ..texts import Sampling, Texts, load_texts, model_fingerprint, save_texts, texts_path, write_texts
+from ..texts import (
+    Sampling,
+    Texts,
+    check_sampling,
+    load_texts,
+    model_fingerprint,
+    save_texts,
+    texts_path,
+    write_texts,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -39,26 +50,39 @@ class OwnTexts:
             chat=args.rehearsal_chat,
         )
         self.fingerprint = model_fingerprint(model, tokenizer, start.activate)
-        found = next((path for path in self._paths() if os.path.isfile(path)), args.rehearsal_texts)
-        self.at_hand = None if found is None else load_texts(found, model_fingerprint=self.fingerprint)
+        self.at_hand = self._find()
+        if self.at_hand is None:
+            check_sampling(model, tokenizer, self.sampling)
 
-    def _paths(self) -> list[str]:
-        """Where texts may lie: where the user says, else beside the run or in the cache."""
-        if self.args.rehearsal_texts is not None:
-            return [self.args.rehearsal_texts]
-        return [os.path.join(str(self.args.output_dir), FILE), str(texts_path(self.fingerprint, self.sampling))]
+    def _find(self) -> Texts | None:
+        given, beside = self.args.rehearsal_texts, os.path.join(str(self.args.output_dir), FILE)
+        if given is not None:
+            return load_texts(given, model_fingerprint=self.fingerprint)
+        if os.path.isfile(beside):
+            texts = load_texts(beside, model_fingerprint=self.fingerprint)
+            if texts.about["sampling"] == asdict(self.sampling):
+                return texts
+            logger.info("%s holds texts of another sampling, %s: they are not used.", beside, texts.about["sampling"])
+        return load_texts(self._cached, model_fingerprint=self.fingerprint) if self._cached.is_file() else None
+
+    @property
+    def _cached(self) -> Path:
+        return texts_path(self.fingerprint, self.sampling)
 
     def get(self, trainer: Any) -> Texts:
         """The texts, which the model writes now where none are at hand; they are kept beside the run. Called on all ranks."""
         if self.at_hand is None:
             self.at_hand = self._write(trainer)
         beside = os.path.join(str(self.args.output_dir), FILE)
-        if trainer.is_world_process_zero() and not os.path.isfile(beside):
+        if trainer.is_world_process_zero() and self._differs_from(beside):
             save_texts(self.at_hand, beside)
         return self.at_hand
 
+    def _differs_from(self, beside: str) -> bool:
+        return not os.path.isfile(beside) or load_texts(beside) != self.at_hand
+
     def _write(self, trainer: Any) -> Texts:
-        accelerator, path = trainer.accelerator, self._paths()[-1]
+        accelerator, path = trainer.accelerator, self._cached
         logger.info("The model writes %d texts, once, into %s", self.sampling.num_texts, path)
         with trainer.precision():
             return write_texts(

@@ -1,22 +1,28 @@
-"""Rehearsal: the student is held to the model before training, on texts that this has written itself."""
+"""Rehearsal: the student is held to the model before training, on texts that this has written itself, or that are given."""
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import TrainerControl
 
 from ..adapters.starting_point import StartingPoint
 from ..config import MeanTeacherConfig
 from ..forward import Divergence, divergence_mask, num_sequences
-from ..schedules import BudgetedWeight, RampedWeight
+from ..schedules import BudgetedWeight, RampedWeight, SmoothedMean
 from ..texts import Texts
 from .base import Gather, Inputs, Regularizer
+from .given_texts import given_texts
 from .micro_batch import TokenMean
 from .own_texts import FILE, OwnTexts
+
+
+logger = logging.getLogger(__name__)
 
 
 class Rehearsal(Regularizer):
@@ -26,6 +32,8 @@ class Rehearsal(Regularizer):
     In expectation over texts of the model before training this is the drift itself, KL(before ‖ student) over whole sequences.
     At the start of a training it is zero, and so is its gradient: no ramp is needed.
 
+    With `rehearsal_loss="ce"` the texts are trained on as data instead: λ · CE(text; p_θ), a mean over the same tokens.
+
     Each micro-batch gets so many texts as further rows that their share is `rehearsal_fraction`. All texts are taken once before
     any is taken again, in a seeded order that depends on nothing but how many were taken so far.
 
@@ -34,65 +42,92 @@ class Rehearsal(Regularizer):
         args ([`MeanTeacherConfig`]): The options that begin with `rehearsal_`, and `drift_budget`.
         tokenizer (`PreTrainedTokenizerBase`): Of the model.
         start ([`StartingPoint`], *optional*): The model before training; only one with an adapter has it.
+        dataset (`Dataset` or `IterableDataset`, *optional*): Rows to rehearse instead of self-written texts, see [`given_texts`].
 
     Raises:
         ValueError: The texts at hand are another model's or damaged, are fewer than a micro-batch takes, or one is longer than
-            `max_length`; or there are none, and the launch is one under which the model cannot write any.
+            `max_length`; or there are none, and the model cannot write any.
 
     Sources: Marek et al. 2026, https://arxiv.org/abs/2605.26097 (self-written texts with KL; LoRA in TRL and the budget are
-    ours).
+    ours); Zhang et al. 2025, https://arxiv.org/abs/2508.04676 (general texts replayed as data).
     """
 
     name = "rehearsal"
 
-    def __init__(self, model: Any, args: MeanTeacherConfig, tokenizer: Any, start: StartingPoint | None):
-        if start is None:
+    def __init__(
+        self, model: Any, args: MeanTeacherConfig, tokenizer: Any, start: StartingPoint | None, dataset: Any = None
+    ):
+        given = args.rehearsal_dataset if dataset is None else dataset
+        if start is None and (given is None or args.rehearsal_loss == "kl"):
             raise ValueError(
                 "`rehearsal_weight` needs a model with a PEFT adapter, which is switched off to have the model before training. Pass "
-                "`peft_config=LoraConfig(...)` or a `PeftModel`."
+                "`peft_config=LoraConfig(...)` or a `PeftModel`, or rehearse a `rehearsal_dataset` with `rehearsal_loss='ce'`."
             )
         self.args, self.tokenizer, self.start = args, tokenizer, start
-        self.weight = make_weight(args)
-        self.kl_of_log, self.kl_of_step = TokenMean(), TokenMean()
         self.taken = 0  # texts, by all ranks
         self._first = 0  # of this step, among all that are taken
         self._micro_batch = self._predicted = 0
-        self._last_weight = self.weight.value(0)
         self.texts: Texts | None = None
         self.digest = ""  # of the texts
         self._pass, self._order = -1, np.empty(0, dtype=int)  # through all texts, and the order in it
+        self._start_anew()
+        self.own: OwnTexts | None = None
+        if given is not None:
+            self.use(given_texts(given, args, tokenizer))
+            return
+        assert start is not None
         self.own = OwnTexts(model, args, tokenizer, start)
         if self.own.at_hand is not None:
             self.use(self.own.at_hand)
+        else:
+            self._check(args.rehearsal_num_texts, float(args.rehearsal_num_tokens))
+
+    def _start_anew(self) -> None:
+        self.weight, self.taken = make_weight(self.args), 0
+        self.loss_of_log, self.loss_of_step, self.smoothed = TokenMean(), TokenMean(), SmoothedMean()
+        self._last_weight = self.weight.value(0)
 
     def use(self, texts: Texts) -> None:
         """From now on these texts are rehearsed."""
-        rows, longest = _rows_of_micro_batch(self.args, texts), max(map(len, texts.ids))
-        if rows > len(texts.ids):
+        lengths = [len(ids) for ids in texts.ids]
+        if self.args.max_length is not None and max(lengths) > self.args.max_length:
             raise ValueError(
-                f"{len(texts.ids)} texts are fewer than the {rows} that a micro-batch rehearses. Write more "
-                "(`rehearsal_num_texts`), or lower `rehearsal_fraction`."
-            )
-        if self.args.max_length is not None and longest > self.args.max_length:
-            raise ValueError(
-                f"A rehearsed text has {longest} tokens, `max_length` is {self.args.max_length}. Raise it, or write texts with a "
+                f"A rehearsed text has {max(lengths)} tokens, `max_length` is {self.args.max_length}. Raise it, or write texts with a "
                 "lower `rehearsal_num_tokens`."
             )
-        self.texts, self.rows, self.digest = texts, rows, digest_of(texts)
+        self.rows = self._check(len(lengths), sum(lengths) / len(lengths))
+        self.texts, self.digest = texts, digest_of(texts)
+
+    def _check(self, number: int, mean_length: float) -> int:
+        """How many texts of so many a micro-batch takes. Raises `ValueError` if there are not as many."""
+        rows = _rows_of_micro_batch(self.args, mean_length)
+        if rows > number:
+            raise ValueError(
+                f"{number} texts are fewer than the {rows} that a micro-batch rehearses. Give or write more "
+                "(`rehearsal_num_texts`), or lower `rehearsal_fraction`."
+            )
+        return rows
 
     def begin(self, trainer: Any, state: dict | None = None) -> None:
         self.pad = self.tokenizer.pad_token_id
-        self.use(self.own.get(trainer))
-        self.weight, self.taken = make_weight(self.args), 0
-        self.kl_of_log, self.kl_of_step = TokenMean(), TokenMean()
+        if self.own is not None:
+            self.use(self.own.get(trainer))
+        self._start_anew()
+        self._control = trainer.control
         if state is not None:
+            self.check_state(state)
             self.weight.load(state["weight"])
             self.taken = state["taken"]
-            if state["texts"] != self.digest:
-                raise ValueError(
-                    "The checkpoint was made with other rehearsed texts than those of this run. Give its own with "
-                    f"`rehearsal_texts`; they lie beside the run, as {FILE}."
+            self.smoothed.load(state.get("smoothed", self.smoothed.state()))
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        if self.texts is not None and state["texts"] != self.digest:
+            mend = f"Give its own with `rehearsal_texts`; they lie beside the run, as {FILE}."
+            if self.own is None:
+                mend = (
+                    "Give its own `rehearsal_dataset`, with the same `rehearsal_num_texts` and `rehearsal_num_tokens`."
                 )
+            raise ValueError(f"The checkpoint was made with other rehearsed texts than those of this run. {mend}")
 
     # Which texts
 
@@ -131,26 +166,45 @@ class Rehearsal(Regularizer):
         self._micro_batch += 1
         packed = "attention_mask" not in inputs
         batch = _with_documents(inputs, texts) if packed else _with_rows(inputs, texts, self.pad)
-        return batch, [Divergence(self.start, weight * factor, "all", list(range(own, own + len(texts))))]
+        teacher = self.start if self.args.rehearsal_loss == "kl" else None
+        return batch, [Divergence(teacher, weight * factor, "all", list(range(own, own + len(texts))))]
+
+    @property
+    def _watches(self) -> bool:
+        """Whether it must know the divergence of each step, which costs a message between the ranks."""
+        return self.weight.observes or (self.args.max_drift is not None and self.args.rehearsal_loss == "kl")
 
     def observe(self, sums: list[torch.Tensor]) -> None:
         for total, tokens in sums:
-            self.kl_of_log.add(total, tokens)
-            if self.weight.observes:
-                self.kl_of_step.add(total, tokens)
+            self.loss_of_log.add(total, tokens)
+            if self._watches:
+                self.loss_of_step.add(total, tokens)
 
     def after_step(self, step: int, gather: Gather) -> None:
-        if self.weight.observes:
-            self.weight.observe(self.kl_of_step.take(gather, self.args.device))
+        if not self._watches:
+            return
+        found = self.loss_of_step.take(gather, self.args.device)
+        self.weight.observe(found)
+        stop_at_drift(self._control, self.smoothed.add(found), self.args.max_drift, "on rehearsed texts")
 
     def metrics(self, gather: Gather) -> dict[str, float]:
         return {
-            "rehearsal_kl": self.kl_of_log.take(gather, self.args.device),
+            f"rehearsal_{self.args.rehearsal_loss}": self.loss_of_log.take(gather, self.args.device),
             "rehearsal_weight": self._last_weight,
         }
 
     def state(self) -> dict[str, Any]:
-        return {"taken": self.taken, "weight": self.weight.state(), "texts": self.digest}
+        return {
+            "taken": self.taken, "weight": self.weight.state(), "texts": self.digest, "smoothed": self.smoothed.state()
+        }  # fmt: skip
+
+
+def stop_at_drift(control: TrainerControl, drift: float, limit: float | None, where: str) -> None:
+    """Let a training save a checkpoint and stop, after this step, where `drift` is above the `limit`."""
+    if limit is None or drift <= limit:
+        return
+    logger.warning("The drift %s is %.4g nats per token, above `max_drift=%g`: saved and stopped.", where, drift, limit)
+    control.should_save = control.should_training_stop = True
 
 
 def _num_predicted(texts: list[list[int]]) -> int:
@@ -164,11 +218,11 @@ def make_weight(args: MeanTeacherConfig) -> RampedWeight | BudgetedWeight:
     return BudgetedWeight(args.rehearsal_weight, args.drift_budget)
 
 
-def _rows_of_micro_batch(args: MeanTeacherConfig, texts: Texts) -> int:
+def _rows_of_micro_batch(args: MeanTeacherConfig, mean_length: float) -> int:
     """How many texts beside a whole micro-batch have the share that is asked for: of its rows, or of its tokens where it is packed."""
     ratio, own = args.rehearsal_fraction / (1 - args.rehearsal_fraction), float(args.per_device_train_batch_size)
     if args.packing and args.max_length is not None:
-        own *= args.max_length / (sum(map(len, texts.ids)) / len(texts.ids))
+        own *= args.max_length / mean_length
     return max(1, math.floor(ratio * own + 0.5))
 
 
