@@ -170,9 +170,14 @@ class Rehearsal(Regularizer):
         return batch, [Divergence(teacher, weight * factor, "all", list(range(own, own + len(texts))))]
 
     @property
+    def watches_drift(self) -> bool:
+        """Whether training stops at a divergence of its own."""
+        return self.args.max_drift is not None and self.args.rehearsal_loss == "kl"
+
+    @property
     def _watches(self) -> bool:
         """Whether it must know the divergence of each step, which costs a message between the ranks."""
-        return self.weight.observes or (self.args.max_drift is not None and self.args.rehearsal_loss == "kl")
+        return self.weight.observes or self.watches_drift
 
     def observe(self, sums: list[torch.Tensor]) -> None:
         for total, tokens in sums:
@@ -185,7 +190,8 @@ class Rehearsal(Regularizer):
             return
         found = self.loss_of_step.take(gather, self.args.device)
         self.weight.observe(found)
-        stop_at_drift(self._control, self.smoothed.add(found), self.args.max_drift, "on rehearsed texts")
+        if self.watches_drift:
+            stop_at_drift(self._control, self.smoothed.add(found), self.args.max_drift, "on rehearsed texts")
 
     def metrics(self, gather: Gather) -> dict[str, float]:
         return {
