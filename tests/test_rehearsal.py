@@ -12,7 +12,8 @@ from peft import get_peft_model
 from trl import SFTTrainer
 
 from trl_ema import MeanTeacherConfig
-from trl_ema.regularizers.rehearsal import FILE, Rehearsal
+from trl_ema.regularizers.own_texts import FILE
+from trl_ema.regularizers.rehearsal import Rehearsal
 from trl_ema.schedules import BudgetedWeight
 from trl_ema.texts import Sampling, load_texts, texts_path, write_texts
 
@@ -173,12 +174,12 @@ def test_texts_are_written_once_for_a_model_and_kept_beside_the_run(rehearsing, 
     first.train()
     kept = load_texts(str(tmp_path / "out" / FILE))
     assert len(kept.ids) == 10 and max(map(len, kept.ids)) <= 12
-    monkeypatch.setattr("trl_ema.regularizers.rehearsal.write_texts", lambda *_, **__: pytest.fail("written again"))
+    monkeypatch.setattr("trl_ema.regularizers.own_texts.write_texts", lambda *_, **__: pytest.fail("written again"))
     shutil.rmtree(tmp_path / "out")
     again = rehearsing()
     again.train()
     assert of(again).texts.ids == kept.ids and os.path.isfile(tmp_path / "out" / FILE)
-    assert os.path.isfile(texts_path(of(again).fingerprint, of(again).sampling))
+    assert os.path.isfile(texts_path(of(again).own.fingerprint, of(again).own.sampling))
 
 
 # Bad input

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import logging
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,15 +13,10 @@ from ..adapters.starting_point import StartingPoint
 from ..config import MeanTeacherConfig
 from ..forward import Divergence, divergence_mask, num_sequences
 from ..schedules import BudgetedWeight, RampedWeight
-from ..texts import Sampling, Texts, load_texts, model_fingerprint, save_texts, texts_path, write_texts
+from ..texts import Texts
 from .base import Gather, Inputs, Regularizer
 from .micro_batch import TokenMean
-
-
-logger = logging.getLogger(__name__)
-
-# The texts, beside a run.
-FILE = "rehearsal.safetensors"
+from .own_texts import FILE, OwnTexts
 
 
 class Rehearsal(Regularizer):
@@ -58,12 +51,7 @@ class Rehearsal(Regularizer):
                 "`rehearsal_weight` needs a model with a PEFT adapter, which is switched off to have the model before training. Pass "
                 "`peft_config=LoraConfig(...)` or a `PeftModel`."
             )
-        self.args, self.model, self.tokenizer, self.start = args, model, tokenizer, start
-        self.sampling = Sampling(
-            num_texts=args.rehearsal_num_texts,
-            num_tokens=args.rehearsal_num_tokens,
-            start_token=args.rehearsal_start,
-        )
+        self.args, self.tokenizer, self.start = args, tokenizer, start
         self.weight = make_weight(args)
         self.kl_of_log, self.kl_of_step = TokenMean(), TokenMean()
         self.taken = 0  # texts, by all ranks
@@ -73,16 +61,9 @@ class Rehearsal(Regularizer):
         self.texts: Texts | None = None
         self.digest = ""  # of the texts
         self._pass, self._order = -1, np.empty(0, dtype=int)  # through all texts, and the order in it
-        self.fingerprint = model_fingerprint(model, tokenizer, start.activate)
-        found = next((path for path in self._paths() if os.path.isfile(path)), args.rehearsal_texts)
-        if found is not None:
-            self.use(load_texts(found, model_fingerprint=self.fingerprint))
-
-    def _paths(self) -> list[str]:
-        """Where texts may lie: where the user says, else beside the run or in the cache."""
-        if self.args.rehearsal_texts is not None:
-            return [self.args.rehearsal_texts]
-        return [os.path.join(str(self.args.output_dir), FILE), str(texts_path(self.fingerprint, self.sampling))]
+        self.own = OwnTexts(model, args, tokenizer, start)
+        if self.own.at_hand is not None:
+            self.use(self.own.at_hand)
 
     def use(self, texts: Texts) -> None:
         """From now on these texts are rehearsed."""
@@ -101,11 +82,7 @@ class Rehearsal(Regularizer):
 
     def begin(self, trainer: Any, state: dict | None = None) -> None:
         self.pad = self.tokenizer.pad_token_id
-        if self.texts is None:
-            self.use(self._write(trainer))
-        beside = os.path.join(str(self.args.output_dir), FILE)
-        if trainer.is_world_process_zero() and self.texts is not None and not os.path.isfile(beside):
-            save_texts(self.texts, beside)
+        self.use(self.own.get(trainer))
         self.weight, self.taken = make_weight(self.args), 0
         self.kl_of_log, self.kl_of_step = TokenMean(), TokenMean()
         if state is not None:
@@ -116,15 +93,6 @@ class Rehearsal(Regularizer):
                     "The checkpoint was made with other rehearsed texts than those of this run. Give its own with "
                     f"`rehearsal_texts`; they lie beside the run, as {FILE}."
                 )
-
-    def _write(self, trainer: Any) -> Texts:
-        accelerator, path = trainer.accelerator, self._paths()[-1]
-        logger.info("The model writes %d texts to rehearse, once, into %s", self.sampling.num_texts, path)
-        with trainer.precision():
-            return write_texts(
-                self.model, self.tokenizer, self.sampling, path, before=self.start.activate, fingerprint=self.fingerprint,
-                rank=accelerator.process_index, world_size=accelerator.num_processes, barrier=accelerator.wait_for_everyone,
-            )  # fmt: skip
 
     # Which texts
 
