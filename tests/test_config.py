@@ -394,5 +394,5 @@ def test_rehearsal_alone_is_not_plain_sft_and_needs_the_fused_forward(make_confi
 
 
 def test_options_of_rehearsal_without_a_weight_are_warned_of(make_config):
-    with pytest.warns(UserWarning, match="Ignored with .*`rehearsal_weight=0.0`: `rehearsal_num_texts=64`"):
+    with pytest.warns(UserWarning, match="Ignored with .*`rehearsal_weight=0.0`.*: `rehearsal_num_texts=64`"):
         make_config(rehearsal_num_texts=64)

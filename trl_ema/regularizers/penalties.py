@@ -102,8 +102,8 @@ class WeightPenalty(Regularizer):
 
     def load(self, directory: str) -> None:
         tensors = load_file(self._file(directory))
-        for part in self.kept:  # in the order of the model
-            setattr(self, part, {name: tensors[f"{part}.{name}"] for name in self.start})
+        for part in self.kept:  # in the order of the model; copies, since what is read is the file itself
+            setattr(self, part, {name: tensors[f"{part}.{name}"].clone() for name in self.start})
 
     def bytes_to_save(self) -> int:
         return len(self.kept) * sum(start.numel() * start.element_size() for start in self.start.values())
