@@ -24,6 +24,7 @@ CHANGED = dict(
     stop_on_nonfinite_loss=False, kl_fraction=0.5, rehearsal_weight=2.0, rehearsal_fraction=0.25, rehearsal_texts="texts",
     rehearsal_num_texts=64, rehearsal_num_tokens=32, rehearsal_start="<s>",
     rehearsal_chat=False, drift_budget=0.05, max_drift=0.5,
+    l1_weight=1e-5, l2_weight=0.01, ewc_weight=3.0, ewc_num_texts=32,
 )  # fmt: skip
 # Those exclude others of them.
 APART = {"ema_half_life", "rehearsal_dataset", "rehearsal_loss"}
@@ -78,6 +79,10 @@ def ignored_settings(record):
         ("kl_temperature", float("inf"), "finite", "Try 1.0"),
         ("jsd_mixture", 0.0, "inside (0, 1)", "'forward'"),
         ("jsd_mixture", 1.0, "inside (0, 1)", "'reverse'"),
+        ("l1_weight", -1.0, "at least 0", "try 1e-5"),
+        ("l2_weight", float("inf"), "finite", "try 1e-2"),
+        ("ewc_weight", -0.5, "at least 0", "try 1"),
+        ("ewc_num_texts", 0, "at least 1", "Try 128"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Ignored with")
@@ -133,7 +138,7 @@ def test_numbers_of_any_kind_become_pythons(make_config, number):
             continue
         if isinstance(CHANGED[f.name], bool):
             continue
-        others = {"rehearsal_weight": 1.0} if f.name.startswith("rehearsal_") else {}
+        others = {f"{part}_weight": 1.0 for part in ("rehearsal", "ewc") if f.name.startswith(f"{part}_")}
         value = getattr(make_config(**(others | {f.name: number(1)})), f.name)
         assert value == 1 and type(value) in (int, float), f.name
     rehearsing = make_config(rehearsal_weight=number(1), rehearsal_num_tokens=number(8), drift_budget=number(1))
@@ -228,6 +233,8 @@ def test_what_is_no_number_is_refused(make_config, name, value):
             ["teacher_anchor", "kl_direction", "eval_teacher"],
         ),
         (dict(kl_direction="reverse", jsd_mixture=0.1), ["jsd_mixture"]),
+        (dict(rehearsal_num_texts=64, ewc_num_texts=32), ["rehearsal_num_texts", "ewc_num_texts"]),
+        (dict(ewc_weight=1.0, rehearsal_num_texts=64, rehearsal_fraction=0.5), ["rehearsal_fraction"]),
     ],
 )
 def test_ignored_settings_are_named_in_one_warning_at_the_callers_line(tmp_path, changes, ignored):
@@ -240,7 +247,13 @@ def test_ignored_settings_are_named_in_one_warning_at_the_callers_line(tmp_path,
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(teacher="frozen", kl_weight=0.5), dict(teacher="none"), dict(kl_direction="jsd", jsd_mixture=0.1)],
+    [
+        {},
+        dict(teacher="frozen", kl_weight=0.5),
+        dict(teacher="none"),
+        dict(kl_direction="jsd", jsd_mixture=0.1),
+        dict(ewc_weight=1.0, ewc_num_texts=32, rehearsal_num_texts=64, rehearsal_start="<s>", rehearsal_texts="texts"),
+    ],
 )
 def test_used_settings_give_no_warning(make_config, changes):
     with warnings.catch_warnings(record=True) as record:
@@ -310,6 +323,13 @@ def test_config_survives_conversion_from_its_own_fields(make_config, changes):
 )
 def test_a_weight_decay_among_the_optimizers_arguments_is_no_plain_sft(make_config, arguments, plain):
     assert make_config(teacher="none", optim="sgd", optim_args=arguments).is_plain_sft == plain
+
+
+@pytest.mark.parametrize("name", ["l1_weight", "l2_weight", "ewc_weight", "weight_decay"])
+def test_what_holds_the_weights_is_no_plain_sft_and_needs_no_other_forward(make_config, name):
+    assert make_config(teacher="none").is_plain_sft
+    config = make_config(teacher="none", **{name: 1e-3})
+    assert not config.is_plain_sft and not config.needs_fused_forward
 
 
 # Of the libraries below
@@ -391,7 +411,7 @@ def test_rehearsal_alone_is_not_plain_sft_and_needs_the_fused_forward(make_confi
 
 
 def test_options_of_rehearsal_without_a_weight_are_warned_of(make_config):
-    with pytest.warns(UserWarning, match="Ignored with .*`rehearsal_weight=0.0`: `rehearsal_num_texts=64`"):
+    with pytest.warns(UserWarning, match="Ignored with .*`rehearsal_weight=0.0`.*: `rehearsal_num_texts=64`"):
         make_config(rehearsal_num_texts=64)
 
 

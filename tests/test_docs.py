@@ -677,25 +677,26 @@ def test_the_example_of_a_regularizer_is_the_penalty_that_it_says(a_run, tmp_pat
     scope = {}
     exec(code, scope)
     model = a_run.model
-    penalty = scope["L2StartingPoint"](model, 0.5)
+    penalty = scope["GroupLasso"](model, 0.5)
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert penalty.penalty(0) == 0
+    value = penalty.penalty(0)
+    assert value == 0 and not any(gradient.any() for gradient in torch.autograd.grad(value, trained))
     torch.manual_seed(0)
     moved = [torch.randn_like(p) for p in trained]
     with torch.no_grad():
         for p, by in zip(trained, moved, strict=True):
             p.add_(by)
     value = penalty.penalty(1)
-    torch.testing.assert_close(value, 0.25 * sum(by.square().sum() for by in moved))
+    torch.testing.assert_close(value, 0.5 * sum(by.norm() for by in moved))
     gradients = torch.autograd.grad(value, trained)
     for gradient, by in zip(gradients, moved, strict=True):
-        torch.testing.assert_close(gradient, 0.5 * by, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradient, 0.5 * by / by.norm(), rtol=1e-4, atol=1e-6)
     penalty.save(str(tmp_path))
-    another = scope["L2StartingPoint"](model, 0.5)
+    another = scope["GroupLasso"](model, 0.5)
     another.check(str(tmp_path))
     another.load(str(tmp_path))
     torch.testing.assert_close(another.penalty(1), value, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="was saved without `l2_sp_weight`. Resume without it"):
+    with pytest.raises(ValueError, match="was saved without `group_lasso_weight`. Resume without it"):
         another.check(str(tmp_path / "elsewhere"))
 
 

@@ -255,8 +255,10 @@ def cited(text):
         (dict(teacher="frozen", loss_type="dft"), {"frozen teacher", "DFT", "ASFT"}),
         (dict(teacher="none"), set()),
         (dict(teacher="none", loss_type="dft"), {"DFT"}),
+        (dict(teacher="none", l1_weight=1e-3), {"EMA study"}),
+        (dict(teacher="none", l2_weight=1e-3), {"L2-SP"}),
     ],
-    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 def test_card_cites_what_the_run_used_and_nothing_else(make_trained, card_of, options, used):
     assert cited(card_of(make_trained(**options)).text) == ALWAYS | used
@@ -306,6 +308,9 @@ def test_every_citation_is_whole_bibtex():
         (dict(teacher="frozen"), "SFT with a frozen teacher", "1606.09282"),
         (dict(teacher="frozen", loss_type="dft"), "ASFT", "2509.23753"),
         (dict(teacher="none"), "SFT", None),
+        (dict(teacher="none", l1_weight=1e-3), "SFT with an L1 penalty", None),
+        (dict(teacher="none", l1_weight=1e-3, l2_weight=1e-3), "SFT with L2-SP", "1802.01483"),
+        (dict(teacher="none", ewc_weight=1.0, l2_weight=1e-3), "SFT with EWC", "1612.00796"),
     ],
 )
 def test_method_of_a_run_has_a_name_and_the_paper_that_introduced_it(tmp_path, options, name, paper):

@@ -14,11 +14,12 @@ from trl_ema.forward import Divergence
 from trl_ema.regularizers import make_regularizers
 from trl_ema.regularizers.base import Regularizer
 from trl_ema.regularizers.divergence import TeacherDivergence
+from trl_ema.regularizers.penalties import EWC, L2SP, L1Penalty
 from trl_ema.regularizers.rehearsal import Rehearsal
 
 
 TEXTS = dict(rehearsal_num_texts=10, rehearsal_num_tokens=12)
-L2SP = documented("regularizers.md", "L2StartingPoint")
+GroupLasso = documented("regularizers.md", "GroupLasso")
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +28,9 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path / "cache"))
 
 
-def l2_sp(make_trainer, weight, **options):
+def group_lasso(make_trainer, weight, **options):
     trainer = make_trainer(teacher="none", **options)
-    trainer.regularizers.append(L2SP(trainer.model, weight))
+    trainer.regularizers.append(GroupLasso(trainer.model, weight))
     return trainer
 
 
@@ -40,12 +41,18 @@ METHODS = {
     "frozen adapter": lambda make, weight, **options: make(
         teacher="frozen", kl_weight=weight, peft_config=lora(init_lora_weights=False), **options
     ),
-    "l2_sp": l2_sp,
+    "l1": lambda make, weight, **options: make(teacher="none", l1_weight=weight, **options),
+    "l2": lambda make, weight, **options: make(teacher="none", l2_weight=weight, **options),
+    "documented": group_lasso,
     # Off it is not there at all.
     "rehearsal": lambda make, weight, **options: make(
         teacher="none", rehearsal_weight=weight, **({} if not weight else TEXTS), **options
     ),
+    "ewc": lambda make, weight, **options: make(
+        teacher="none", ewc_weight=100 * weight, **({} if not weight else TEXTS), **options
+    ),
 }
+OF_WEIGHTS = ("l1", "l2", "documented")
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -65,8 +72,8 @@ def test_off_equals_plain_sft_step_for_step(make_trainer, method, options):
 
 
 def test_every_regularizer_is_held_to_this():
-    of_ours = {cls for cls in _below(Regularizer) if cls.__module__.startswith("trl_ema.")}
-    assert of_ours == {TeacherDivergence, Rehearsal}  # a new one needs an entry in METHODS
+    of_ours = {cls for cls in _below(Regularizer) if cls.__module__.startswith("trl_ema.") and hasattr(cls, "name")}
+    assert of_ours == {TeacherDivergence, Rehearsal, L1Penalty, L2SP, EWC}  # a new one needs an entry in METHODS
 
 
 def _below(cls):
@@ -81,9 +88,7 @@ def test_on_it_holds_the_student_back(make_trainer, method):
         trainer = METHODS[method](make_trainer, weight, max_steps=12)
         batch = next(iter(trainer.get_train_dataloader()))
         inputs = {key: batch[key].to(trainer.model.device) for key in ("input_ids", "attention_mask")}
-        measure = (
-            functools.partial(_moved, trainer, inputs) if method != "l2_sp" else functools.partial(_weights, trainer)
-        )
+        measure = functools.partial(*((_weights, trainer) if method in OF_WEIGHTS else (_moved, trainer, inputs)))
         start = measure()
         trainer.train()
         kept[weight] = (measure() - start).square().sum().item()
@@ -135,7 +140,7 @@ def test_a_penalty_counts_once_per_optimizer_step_however_the_batch_is_cut(make_
     """SGD: weights after the first step tell the gradient."""
     options = dict(optim="sgd", learning_rate=0.5, max_steps=1, max_grad_norm=0.0)
     options |= dict(gradient_accumulation_steps=split, per_device_train_batch_size=4 // split)
-    trainer, held = l2_sp(make_trainer, 0.0, **options), l2_sp(make_trainer, 0.3, **options)
+    trainer, held = (make_trainer(teacher="none", l2_weight=weight, **options) for weight in (0.0, 0.3))
     shift = 0.1
     held.regularizers[0].start = {name: start + shift for name, start in held.regularizers[0].start.items()}
     for one in (trainer, held):
@@ -320,8 +325,7 @@ def test_one_that_does_not_fit_leaves_the_others_to_whoever_has_the_model_next(m
 def test_a_penalty_leaves_other_adapters_to_the_files(make_trainer, tmp_path):
     model = get_peft_model(tiny_model(), lora())
     model.add_adapter("other", lora())
-    trainer = make_trainer(model=model, peft_config=None, teacher="none")
-    trainer.regularizers.append(L2SP(trainer.model, 0.1))
+    trainer = make_trainer(model=model, peft_config=None, teacher="none", l2_weight=0.1)
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "other" / "adapter_model.safetensors").is_file()
 

@@ -17,9 +17,12 @@ DEFAULT_HALF_LIFE = 0.25
 _NUMBERS = (
     "ema_half_life", "ema_decay", "teacher_anchor", "kl_weight", "kl_warmup_ratio", "kl_temperature", "jsd_mixture",
     "kl_fraction", "rehearsal_weight", "rehearsal_fraction", "drift_budget", "rehearsal_num_texts",
-    "rehearsal_num_tokens", "max_drift",
+    "rehearsal_num_tokens", "max_drift", "l1_weight", "l2_weight", "ewc_weight", "ewc_num_texts",
 )  # fmt: skip
 _OPTIONAL = ("ema_half_life", "ema_decay", "drift_budget", "max_drift")
+# Of rehearsal, and of the Fisher information too.
+_OF_TEXTS = ("rehearsal_texts", "rehearsal_num_texts", "rehearsal_num_tokens", "rehearsal_start", "rehearsal_chat")
+_PENALTIES = ("l1_weight", "l2_weight", "ewc_weight")
 _EMA_FIELDS = ("ema_half_life", "ema_decay", "ema_warmup", "ema_update_steps")
 
 
@@ -37,6 +40,10 @@ class MeanTeacherConfig(SFTConfig):
 
         loss += rehearsal_weight · KL(p_before ‖ p_θ)          a mean over all tokens of the rehearsed texts
 
+    Penalties hold the trained weights near their start θ₀, with or without the others, once per optimizer step:
+
+        loss += l1_weight · Σ|θ − θ₀| + l2_weight / 2 · ‖θ − θ₀‖² + ewc_weight / 2 · Σ F·(θ − θ₀)²
+
     `teacher="ema"` is this method, `"frozen"` keeps φ where it started (d = 1), `"none"` is plain SFT: with it the
     losses equal [`~trl.SFTTrainer`]'s step for step. (Over a 4-bit base in a run that is neither `bf16` nor `fp16`, TRL
     trains the adapter in bfloat16; here it stays float32, with every teacher, and all else is equal.) With
@@ -45,7 +52,8 @@ class MeanTeacherConfig(SFTConfig):
     The options are described by their `help`, which is also what `--help` prints.
 
     Sources: Tarvainen & Valpola 2017, https://arxiv.org/abs/1703.01780 (mean teacher, ramp); Zhu et al. 2025,
-    https://arxiv.org/abs/2509.23753 (ASFT).
+    https://arxiv.org/abs/2509.23753 (ASFT); Li et al. 2018, https://arxiv.org/abs/1802.01483 (L2-SP); Kirkpatrick et al. 2017,
+    https://arxiv.org/abs/1612.00796 (EWC).
     """
 
     teacher: str = field(
@@ -201,6 +209,31 @@ class MeanTeacherConfig(SFTConfig):
             "`rehearsal_kl`, or what is measured on general rows every `drift_steps`. Above 0."
         },
     )
+    l1_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the sum of |w - w0| over the trained weights, w0 where they started; at least 0, 0 is none. Larger "
+            "keeps more; try 1e-5."
+        },
+    )
+    l2_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the sum of (w - w0)^2 / 2 over the trained weights, w0 where they started (L2-SP); at least 0, 0 is "
+            "none. Larger keeps more; try 1e-2."
+        },
+    )
+    ewc_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the sum of F (w - w0)^2 / 2 (elastic weight consolidation), F the Fisher information of the model "
+            "before training on texts that it has written itself; at least 0, 0 is none. Larger keeps more; try 1."
+        },
+    )
+    ewc_num_texts: int = field(
+        default=128,
+        metadata={"help": "Texts, of those written, that the Fisher information is measured on; at least 1."},
+    )
     stop_on_nonfinite_loss: bool = field(
         default=True,
         metadata={
@@ -248,7 +281,8 @@ class MeanTeacherConfig(SFTConfig):
         """
         of_optimizer = dict(part.partition("=")[::2] for part in (self.optim_args or "").replace(" ", "").split(","))
         decay = self.weight_decay or float(of_optimizer.get("weight_decay", 0))
-        others = (decay, self.label_smoothing_factor, self.neftune_noise_alpha)
+        others = [decay, self.label_smoothing_factor, self.neftune_noise_alpha]
+        others += [getattr(self, name) for name in _PENALTIES]
         return not self.needs_fused_forward and self.loss_type == "nll" and not any(others)
 
     def _warn_about_ignored(self):
@@ -260,15 +294,19 @@ class MeanTeacherConfig(SFTConfig):
             others = [n for n in default if n.startswith("kl_") or n in ("teacher_anchor", "eval_teacher")]
             ignored += [n for n in others if getattr(self, n) != default[n]]
         if not self.rehearsal_weight:
-            ignored += [n for n in default if n.startswith("rehearsal_") and getattr(self, n) != default[n]]
-        elif self.rehearsal_dataset is not None:  # nothing is written
+            used = _OF_TEXTS if self.ewc_weight else ()
+            others = [n for n in default if n.startswith("rehearsal_") and n not in used]
+            ignored += [n for n in others if getattr(self, n) != default[n]]
+        elif self.rehearsal_dataset is not None and not self.ewc_weight:  # nothing is written
             ignored += [n for n in ("rehearsal_start", "rehearsal_chat") if getattr(self, n) != default[n]]
+        if not self.ewc_weight and self.ewc_num_texts != default["ewc_num_texts"]:
+            ignored.append("ewc_num_texts")
         if self.kl_direction != "jsd" and self.jsd_mixture != default["jsd_mixture"]:
             ignored.append("jsd_mixture")
         if ignored:
             warnings.warn(
                 f"Ignored with `teacher={self.teacher!r}`, `kl_direction={self.kl_direction!r}`, "
-                f"`rehearsal_weight={self.rehearsal_weight!r}`: "
+                f"`rehearsal_weight={self.rehearsal_weight!r}`, `ewc_weight={self.ewc_weight!r}`: "
                 + ", ".join(f"`{name}={getattr(self, name)!r}`" for name in ignored)
                 + ".",
                 stacklevel=4,
@@ -278,6 +316,7 @@ class MeanTeacherConfig(SFTConfig):
 def _check(config: MeanTeacherConfig) -> None:
     """Raises `ValueError` for what is out of its range, or excludes something else."""
     _check_rehearsal(config)
+    _check_penalties(config)
     _check_choice("teacher", config.teacher, TEACHERS)
     _check_choice("kl_direction", config.kl_direction, KL_DIRECTIONS)
     _check_choice("kl_tokens", config.kl_tokens, KL_TOKENS)
@@ -356,6 +395,15 @@ def _check_rehearsed_texts(config: MeanTeacherConfig) -> None:
             f"`rehearsal_num_tokens={tokens}` is more than `max_length={config.max_length}`, which no row may pass. Lower the one "
             "or raise the other."
         )
+
+
+def _check_penalties(config: MeanTeacherConfig) -> None:
+    for name, hint in zip(_PENALTIES, ("1e-5", "1e-2", "1"), strict=True):
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise ValueError(
+                f"`{name}` must be at least 0 and finite, got {getattr(config, name)}. Use 0 for no penalty; try {hint}."
+            )
+    config.ewc_num_texts = plain_count("ewc_num_texts", config.ewc_num_texts, 1, "Try 128.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -17,8 +17,8 @@ _METHODS = {
     "ema": "Supervised fine-tuning with a mean teacher: the student is pulled towards an exponential moving average of its "
     "own adapter, so that it keeps general abilities while it learns the domain.",
     "frozen": "Supervised fine-tuning with a frozen teacher: the student is pulled towards the model it started from.",
-    "none": "Supervised fine-tuning without a teacher. It is not plain: weight decay, label smoothing, NEFTune's noise or a "
-    "loss other than the cross-entropy shapes it too (see Settings).",
+    "none": "Supervised fine-tuning without a teacher. It is not plain: a penalty, rehearsal, weight decay, label "
+    "smoothing, NEFTune's noise or a loss other than the cross-entropy shapes it too (see Settings).",
 }
 _PLAIN = "Plain supervised fine-tuning, no teacher."
 _FORMULA = ("    loss = CE(y; p_student) + kl_weight * D(p_teacher, p_student)", "")
@@ -53,6 +53,21 @@ CITATIONS = {
   author  = {Zhu, He and Su, Junyou and Lai, Peng and Ma, Ren and Zhang, Wenjia and Yang, Linyi and Chen, Guanhua},
   journal = {arXiv preprint arXiv:2509.23753},
   year    = {2025}
+}""",
+    "L2-SP": r"""@inproceedings{li2018explicit,
+  title     = {Explicit Inductive Bias for Transfer Learning with Convolutional Networks},
+  author    = {Li, Xuhong and Grandvalet, Yves and Davoine, Franck},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2018}
+}""",
+    "EWC": r"""@article{kirkpatrick2017overcoming,
+  title   = {Overcoming catastrophic forgetting in neural networks},
+  author  = {Kirkpatrick, James and Pascanu, Razvan and Rabinowitz, Neil and Veness, Joel and others},
+  journal = {Proceedings of the National Academy of Sciences},
+  volume  = {114},
+  number  = {13},
+  pages   = {3521--3526},
+  year    = {2017}
 }""",
     "LoRA": r"""@inproceedings{hu2022lora,
   title     = {{LoRA}: Low-Rank Adaptation of Large Language Models},
@@ -90,6 +105,12 @@ _REHEARSAL = (
     "Beside it, rehearsal: KL(model before training || student), with a weight that began at {weight:g}, on texts that the model "
     "before training wrote itself (arXiv:2605.26097)."
 )
+_PENALTIES = {
+    "l1_weight": "a penalty of {weight:g} times the sum of |weights - their start| (L1)",
+    "l2_weight": "a penalty of {weight:g} / 2 times ||weights - their start||^2 (L2-SP, arXiv:1802.01483)",
+    "ewc_weight": "elastic weight consolidation (arXiv:1612.00796) of weight {weight:g}, with the Fisher information of the model "
+    "before training on texts that it wrote itself",
+}
 _TRAINING = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "gradient_accumulation_steps", "max_length", "packing", "loss_type", "weight_decay", "optim_args",
              "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "seed")  # fmt: skip
@@ -140,6 +161,13 @@ def method_of(args: Any) -> tuple[str, dict[str, str]]:
         return "ASFT", {"title": "Anchored Supervised Fine-Tuning", "id": "2509.23753"}
     if args.teacher == "frozen":
         return "SFT with a frozen teacher", {"title": "Learning without Forgetting", "id": "1606.09282"}
+    if args.ewc_weight:
+        return "SFT with EWC", {"title": "Overcoming catastrophic forgetting in neural networks", "id": "1612.00796"}
+    if args.l2_weight:
+        title = "Explicit Inductive Bias for Transfer Learning with Convolutional Networks"
+        return "SFT with L2-SP", {"title": title, "id": "1802.01483"}
+    if args.l1_weight:
+        return "SFT with an L1 penalty", {}
     return "SFT", {}
 
 
@@ -292,6 +320,9 @@ def _method(trainer: Any) -> list[str]:
     lines = ["## Method (trl_ema)", "", _PLAIN if args.is_plain_sft else _METHODS[args.teacher], ""]
     if args.rehearsal_weight:
         lines += [_REHEARSAL.format(weight=args.rehearsal_weight), ""]
+    for name, text in _PENALTIES.items():
+        if getattr(args, name):
+            lines += [f"Beside it, {text.format(weight=getattr(args, name))}.", ""]
     if trainer.teacher is not None:
         lines += _FORMULA
     lines.append(
@@ -322,8 +353,10 @@ def _cited_works(trainer: Any) -> list[str]:
     drift = any(name.startswith("drift_") or "kl_base_model" in name for table in figures for name in table)
     used = {
         "mean teacher": args.teacher == "ema",
-        "EMA study": args.teacher == "ema",
+        "EMA study": args.teacher == "ema" or args.l1_weight > 0,
         "frozen teacher": args.teacher == "frozen",
+        "L2-SP": args.l2_weight > 0,
+        "EWC": args.ewc_weight > 0,
         "DFT": dft,
         "ASFT": dft and args.teacher == "frozen",
         "LoRA": adapter.get("peft_type") == "LORA",

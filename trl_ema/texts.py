@@ -36,6 +36,7 @@ from .adapters.names import base_of
 from .adapters.switching import Switch, switched, without_adapter
 from .files import OutputError
 from .fingerprint import Context, model_fingerprint
+from .losses import IGNORE_INDEX
 from .offline import cache_dir
 from .options import plain_count, take_booleans
 from .sharding import any_sharded
@@ -278,6 +279,23 @@ def _around_prompt(tokenizer: Any) -> tuple[list[int], list[int]]:
             f"The chat template writes nothing before a user's message, nothing after it, or not the message: {text!r}. {hint}"
         )
     return ids[0], ids[1]
+
+
+def drawn_labels(texts: Texts) -> list[list[int]]:
+    """The tokens of each text that the model has drawn; −100 for those it was given: a raw text's start, a chat's template."""
+    labels = []
+    for ids, kind in zip(texts.ids, texts.kinds, strict=True):
+        row = list(ids)
+        given = [range(1)]
+        if kind == "chat":
+            header, tail = texts.about["header"], texts.about["tail"]
+            # A prompt ends before any token that ends a turn, and the tail has one of them: it is not found too early.
+            begin = next(i for i in range(len(header), len(ids)) if ids[i : i + len(tail)] == tail)
+            given = [range(len(header)), range(begin, begin + len(tail))]
+        for place in (place for part in given for place in part):
+            row[place] = IGNORE_INDEX
+        labels.append(row)
+    return labels
 
 
 def _batches(sampling: Sampling, chats: bool, size: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ One rank of `torchrun`: `EMARegularizedSFTTrainer` against a plain dense trainer
     torchrun --nproc_per_node 2 trainer_worker.py FOLDER zero3      after it: its dense runs are kept in FOLDER
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import adapter_weights, config, logged, lora, make_tokenizer, rows, tiny_model
 from datasets import Dataset
-from documented import documented
 from peft import get_peft_model
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import TrainerCallback
@@ -27,7 +27,9 @@ from trl import SFTTrainer
 from trl_ema import EMARegularizedSFTTrainer
 from trl_ema.evaluation.drift import measure_drift
 from trl_ema.measurement import starting_point, trainer_batches
+from trl_ema.regularizers.penalties import squared_scores
 from trl_ema.sharding import any_sharded, gather_whole, local_shard, reshard, whole_shape
+from trl_ema.texts import Sampling, drawn_labels, write_texts
 
 
 DECAY, KL_WEIGHT = 0.7, 0.8
@@ -113,7 +115,8 @@ def run(trainer_class, folder, case, **more):
     data, tokenizer = options.pop("data", 16), make_tokenizer()
     model = options.pop("model", None)
     adapter = (options.pop("peft_config", None) or lora()) if model is None else None
-    l2_weight = options.pop("l2_weight", 0.0)
+    if trainer_class is Dense:
+        l2_weight = options.pop("l2_weight", 0.0)
     trainer = trainer_class(
         tiny_model() if model is None else model,
         args=config(folder, **options),
@@ -121,10 +124,8 @@ def run(trainer_class, folder, case, **more):
         processing_class=tokenizer,
         peft_config=adapter,
     )
-    if l2_weight and trainer_class is Dense:
+    if trainer_class is Dense:
         trainer.l2_weight = l2_weight
-    elif l2_weight:
-        trainer.regularizers.append(documented("regularizers.md", "L2StartingPoint")(trainer.model, l2_weight))
     trainer.train()
     return trainer
 
@@ -197,6 +198,35 @@ def drift_from_a_start_that_is_not_the_base(folder, mode):
     return torch.tensor(found["kl_base_model"])
 
 
+def check_fisher(folder, mode):
+    """Each rank's texts make their part of it. A sharded model cannot, and says so."""
+    file = str(Path(folder, "texts.safetensors"))
+    case = dict(
+        teacher="none", ewc_weight=2.0, ewc_num_texts=5, rehearsal_texts=file, use_cpu=mode == "ddp", ddp_backend="gloo"
+    )
+    if mode in ("zero3", "fsdp2"):
+        with pytest.raises(ValueError, match="`ewc_weight`: a sharded model"):
+            run(EMARegularizedSFTTrainer, folder, case)
+        return
+    if mode == "ddp" and int(os.environ["RANK"]) == 0:
+        write_texts(get_peft_model(tiny_model(), lora()), make_tokenizer(), Sampling(6, 12), file)
+    torch.distributed.barrier()
+    trainer = run(EMARegularizedSFTTrainer, folder, case)
+    (ewc,) = trainer.regularizers
+    texts = ewc.own.get(trainer)
+    labels = drawn_labels(texts)[:5]
+    model = get_peft_model(tiny_model(), lora())
+    for name, start in ewc.start.items():
+        model.get_parameter(name).data.copy_(start)
+    sums = squared_scores(model, _trainable(model), zip(texts.ids, labels, strict=False))
+    number = sum(label != -100 for row in labels for label in row)
+    assert any(one.any() for one in sums)
+    for one, found in zip(sums, ewc.fisher.values(), strict=True):
+        torch.testing.assert_close(found.cpu(), one / number, rtol=1e-4, atol=1e-9)
+        both = trainer.accelerator.gather(found[None].contiguous())
+        assert torch.equal(both[0], both[1])
+
+
 def main(folder: str, mode: str) -> None:
     saved = Path(folder, "expected.pt")  # by the run under DDP, for the others
     made = {} if mode == "ddp" else torch.load(saved)
@@ -210,6 +240,8 @@ def main(folder: str, mode: str) -> None:
         check(name, ours, made[name])
         check_update(ours)
         print(f"<{name}> done", flush=True)
+    unset_hf_deepspeed_config()
+    check_fisher(folder, mode)
     unset_hf_deepspeed_config()
     drift = drift_from_a_start_that_is_not_the_base(folder, mode)
     if drift is not None:

@@ -9,6 +9,8 @@ from ..adapters.starting_point import StartingPoint
 from ..config import MeanTeacherConfig
 from .base import Regularizer
 from .divergence import TeacherDivergence
+from .own_texts import OwnTexts
+from .penalties import EWC, L2SP, L1Penalty
 from .rehearsal import Rehearsal
 
 
@@ -29,3 +31,22 @@ def make_regularizers(
         yield TeacherDivergence(model, args)
     if args.rehearsal_weight:
         yield Rehearsal(model, args, tokenizer, start, rehearsal_dataset)
+    yield from _penalties(model, args, tokenizer, start)
+
+
+def _penalties(
+    model: PeftModel, args: MeanTeacherConfig, tokenizer: Any, start: StartingPoint | None
+) -> Iterator[Regularizer]:
+    if not (args.l1_weight or args.l2_weight or args.ewc_weight):
+        return
+    if start is None:
+        raise ValueError(
+            "`l1_weight`, `l2_weight` and `ewc_weight` hold the weights of a PEFT adapter, and the model has none. Pass "
+            "`peft_config=LoraConfig(...)` or a `PeftModel`."
+        )
+    if args.l1_weight:
+        yield L1Penalty(model, args.l1_weight)
+    if args.l2_weight:
+        yield L2SP(model, args.l2_weight)
+    if args.ewc_weight:
+        yield EWC(model, args.ewc_weight, OwnTexts(model, args, tokenizer, start), args.ewc_num_texts)
