@@ -35,18 +35,22 @@ class Divergence:
     A term of the loss of a micro-batch, λ · Σ D(teacher, student) over some of its predictions.
 
     Args:
-        teacher ([`Teacher`]): Gives the context of its pass.
+        teacher ([`Teacher`]): Gives the context of its pass; one over no sequence has none.
         weight (`float`): λ. The loss is divided by the number of labelled tokens, as the cross-entropy is.
         tokens (`str`): Which predictions, see [`divergence_mask`].
         sequences (`list[int]`, *optional*): Numbers of [`sequence_numbers`], those that the teacher sees; all by default.
         options: `direction`, `mixture` and `temperature` of [`fused_linear_cross_entropy_kl`].
     """
 
-    teacher: Teacher
+    teacher: Teacher | None
     weight: float
     tokens: str = "loss"
     sequences: list[int] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+
+# Beside it there is the cross-entropy alone.
+_NONE = Divergence(None, 0.0, sequences=[])
 
 
 @dataclass
@@ -82,16 +86,17 @@ def divergence_mask(
     Which next-token predictions the divergence covers, `(batch, seq_len - 1)`.
 
     `"loss"`: those with a label. `"all"`: every prediction of a real token, so neither padding nor, in packed rows, the
-    first token of the next document (where `position_ids` is 0).
+    first token of the next document (where `position_ids` is 0). `"prompt"`: those of `"all"` without a label.
     """
+    labelled = labels[:, 1:] != IGNORE_INDEX
     if kl_tokens == "loss":
-        return labels[:, 1:] != IGNORE_INDEX
+        return labelled
     mask = torch.ones_like(labels[:, 1:], dtype=torch.bool)
     if attention_mask is not None:
         mask &= attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
     if position_ids is not None:
         mask &= position_ids[:, 1:] != 0
-    return mask
+    return mask & ~labelled if kl_tokens == "prompt" else mask
 
 
 def sequence_numbers(input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **_) -> torch.Tensor:
@@ -153,7 +158,7 @@ class _Tokens:
     Args:
         inputs: The teacher's.
         teacher: Predictions of the divergence, in the teacher's inputs.
-        student: The same in the student's, before those that have a label alone.
+        student: The same in the student's, before those that have a label and no divergence.
     """
 
     inputs: dict
@@ -168,21 +173,25 @@ def _choose_tokens(kl_tokens: str, sequences: list[int] | None, inputs: dict) ->
         return torch.nn.functional.pad(mask, (0, 1))
 
     mask = whole(divergence_mask(kl_tokens, **inputs))
+    labelled = whole(divergence_mask("loss", **inputs))
+    if sequences is None and kl_tokens == "prompt":  # none of which has a label
+        num_taught, num_others = torch.stack([mask.sum(), labelled.sum()]).tolist()
+        taught = _positions(mask, num_taught)
+        return _Tokens(inputs, taught, torch.cat([taught, _positions(labelled, num_others)]))
     if sequences is None:
         positions = mask.flatten().nonzero().squeeze(1)
         return _Tokens(inputs, positions, positions)
     numbers = torch.tensor(sorted(sequences), dtype=torch.long)
     numbers = numbers.to(mask.device, non_blocking=True)  # otherwise the host would wait
     chosen = _tokens_of(numbers, inputs)
-    predicted = whole(chosen[:, 1:])
-    others = whole(divergence_mask("loss", **inputs)) & ~predicted
-    mask &= predicted
+    mask &= whole(chosen[:, 1:])
+    others = labelled & ~mask
     num_taught, num_others, num_tokens = torch.stack([mask.sum(), others.sum(), chosen.sum()]).tolist()
     student = torch.cat([_positions(mask, num_taught), _positions(others, num_others)])
     if not len(numbers):
         return _Tokens({}, student[:0], student)
-    taught = _of_sequences(numbers, chosen, num_tokens, inputs)
-    return _Tokens(taught, _positions(whole(divergence_mask(kl_tokens, **taught)), num_taught), student)
+    seen = _of_sequences(numbers, chosen, num_tokens, inputs)
+    return _Tokens(seen, _positions(whole(divergence_mask(kl_tokens, **seen)), num_taught), student)
 
 
 def _select(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -204,14 +213,14 @@ def logit_transform(config: Any) -> LogitTransform:
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
 
 
-def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False) -> None:
+def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False, eaft: bool = False) -> None:
     """
     Patch `model.forward`: with `fused_lm_head=True` and a list of `divergences` it returns a [`RegularizedOutput`], else what
     it returned before.
 
     Args:
         model (`PreTrainedModel`): The base model inside the `PeftModel`, already patched by `add_fused_lm_head`.
-        dft (`bool`): Weights the cross-entropy, see [`fused_linear_cross_entropy_kl`].
+        dft, eaft (`bool`): Weight the cross-entropy, see [`fused_linear_cross_entropy_kl`].
     """
     fused_forward = model.forward
     text_config = model.config.get_text_config()
@@ -222,7 +231,8 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False) -> Non
     def forward(self, *args, fused_lm_head=False, divergences=None, **kwargs):
         if divergences is None:
             return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
-        taught = [_teach(self, divergence, args, kwargs) for divergence in divergences]
+        asked = divergences or [_NONE]
+        taught = [_teach(self, divergence, args, kwargs) for divergence in asked]
         labels = kwargs.pop("labels")
         outputs = self.base_model(*args, **kwargs)
         head = self.get_output_embeddings()
@@ -230,7 +240,7 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False) -> Non
         own_heads = [(None, None) if one.head[0] is weight else one.head for one in taught]
         found = []
         with whole_weights(weight, bias, *itertools.chain(*own_heads)) as (weight, bias, *own_heads):
-            for i, (divergence, one) in enumerate(zip(divergences, taught, strict=True)):
+            for i, (divergence, one) in enumerate(zip(asked, taught, strict=True)):
                 # With the first goes the cross-entropy, of all labels; the others are of their own tokens alone.
                 positions = one.tokens.student if i == 0 else one.tokens.student[: len(one.tokens.teacher)]
                 targets = _select(labels, positions + 1).to(weight.device)
@@ -246,6 +256,7 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False) -> Non
                     teacher_bias=own_heads[2 * i + 1],
                     transform=transform,
                     dft=dft and i == 0,
+                    eaft=eaft and i == 0,
                     **divergence.options,
                 )
                 found.append((fused, targets, len(one.tokens.teacher)))
@@ -259,7 +270,7 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False) -> Non
             ce_loss=first.ce_loss,
             divergences=torch.stack(
                 [torch.stack([f.kl_loss, torch.full_like(f.kl_loss, number)]) for f, _, number in found]
-            ),
+            )[: len(divergences)],
         )
 
     model.forward = types.MethodType(forward, model)
@@ -278,6 +289,7 @@ def _teach(model: Any, divergence: Divergence, args: tuple, inputs: dict) -> _Ta
     tokens = _choose_tokens(divergence.tokens, divergence.sequences, inputs)
     if divergence.sequences is not None and not len(divergence.sequences):
         return _Taught(tokens)
+    assert divergence.teacher is not None
     with divergence.teacher.activate(), torch.no_grad():
         hidden = model.base_model(*args, **_teacher_inputs(tokens.inputs)).last_hidden_state
         head = model.get_output_embeddings()
