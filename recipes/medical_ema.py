@@ -34,11 +34,12 @@ from trl_ema.noise import hide_noise
 from trl_ema.script import describe_run, load_data, load_tokenizer, lora, parse, quantization, resume_from, sources
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], subspace: type | None = None) -> None:
+    """`subspace`: further options, which make another adapter than LoRA; see `recipes/subspaces.py`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     hide_noise()
     start = time.perf_counter()
-    args, training_args, model_args = parse(arguments)
+    args, training_args, model_args, *others = parse(arguments, *([] if subspace is None else [subspace]))
     say = print if training_args.process_index == 0 else lambda *_: None
     check_output_dir(training_args.output_dir)
     checkpoint = resume_from(training_args)
@@ -49,26 +50,29 @@ def main(arguments: list[str]) -> None:
         train, held_out = load_data(args, tokenizer, training_args.dataset_text_field)
     general = as_chat(Dataset.from_list(general_rows()), tokenizer)
 
-    # Model: TRL loads it
+    # Model and adapter: TRL loads the one and makes the other
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    model, peft_config, save = model_name, lora(model_args), EMARegularizedSFTTrainer.save_model
+    if others:
+        model, peft_config, save = others[0].make(model_name, tokenizer, training_args, model_args)
 
     # Trainer: TRL's own, with the teacher of `MeanTeacherConfig`
     if training_args.metric_for_best_model in ("loss", "eval_loss"):  # of two sets that are evaluated
         training_args.metric_for_best_model = "eval_domain_loss"
     with hub_errors("model", model_name):
         trainer = EMARegularizedSFTTrainer(
-            model_name,
+            model,
             args=training_args,
             train_dataset=train,
             eval_dataset={"domain": held_out, "general": general},
             processing_class=tokenizer,
             quantization_config=quantization(model_args, training_args),
-            peft_config=lora(model_args),
+            peft_config=peft_config,
         )
     if args.drift_steps:
         trainer.add_callback(DriftCallback(trainer, args.drift_steps))
@@ -87,7 +91,7 @@ def main(arguments: list[str]) -> None:
         name = signal.Signals(trainer.stopped_by).name
         say(f"Stopped by {name} after step {trainer.state.global_step}. Go on with `--resume_from_checkpoint true`.")
         return
-    trainer.save_model()
+    save(trainer)
 
     # Measure
     metrics: dict = {}

@@ -22,6 +22,7 @@ def dense_loss(
     mixture=0.5,
     temperature=1.0,
     dft=False,
+    eaft=False,
 ):
     """Returns the sums (loss, ce, kl, entropy, top-1 hits) with all logits in memory."""
 
@@ -46,6 +47,10 @@ def dense_loss(
         kl_N = kl_N + (1 - mixture) * F.kl_div(log_m, log_ps, log_target=True, reduction="none").sum(-1)
 
     weighted_ce_N = ce_N * torch.exp(-ce_N.detach()) if dft else ce_N
+    if eaft:
+        top_NK = z_s.detach().topk(min(20, z_s.shape[-1])).values.softmax(-1)
+        entropy_N = torch.special.entr(top_NK).sum(-1)
+        weighted_ce_N = ce_N * entropy_N / math.log(top_NK.shape[-1])
     loss = (weighted_ce_N * labelled).sum() + kl_weight * kl_N.sum()
     log_p = F.log_softmax(z_s, -1)
     entropy = (-(log_p.exp() * log_p).sum(-1) * labelled).sum()

@@ -24,7 +24,7 @@ CHANGED = dict(
     stop_on_nonfinite_loss=False, kl_fraction=0.5, rehearsal_weight=2.0, rehearsal_fraction=0.25, rehearsal_texts="texts",
     rehearsal_num_texts=64, rehearsal_num_tokens=32, rehearsal_start="<s>",
     rehearsal_chat=False, drift_budget=0.05, max_drift=0.5,
-    l1_weight=1e-5, l2_weight=0.01, ewc_weight=3.0, ewc_num_texts=32,
+    entropy_weighting=True, l1_weight=1e-5, l2_weight=0.01, ewc_weight=3.0, ewc_num_texts=32,
 )  # fmt: skip
 # Those exclude others of them.
 APART = {"ema_half_life", "rehearsal_dataset", "rehearsal_loss"}
@@ -62,7 +62,7 @@ def ignored_settings(record):
     [
         ("teacher", "emma", "one of 'ema', 'frozen', 'none'", "'ema'"),
         ("kl_direction", "backward", "one of 'forward', 'reverse', 'jsd'", "'reverse'"),
-        ("kl_tokens", "prompt", "one of 'loss', 'all'", "'all'"),
+        ("kl_tokens", "prompts", "one of 'loss', 'all', 'prompt'", "'all'"),
         ("kl_fraction", 0.0, "in (0, 1]", "try 0.25"),
         ("kl_fraction", 1.5, "in (0, 1]", "try 0.25"),
         ("ema_half_life", 0.0, "above 0", "try 0.25"),
@@ -107,6 +107,13 @@ def test_error_names_the_value_what_is_expected_and_the_mend(make_config, name, 
 def test_ends_of_the_ranges_are_allowed(make_config, changes):
     config = make_config(**changes)
     assert {name: getattr(config, name) for name in changes} == changes
+
+
+def test_two_weightings_of_the_cross_entropy_exclude_each_other(make_config):
+    with pytest.raises(ValueError, match="`entropy_weighting` and `loss_type='dft'` both weight.*Use one of them"):
+        make_config(entropy_weighting=True, loss_type="dft")
+    config = make_config(teacher="none", entropy_weighting=True)
+    assert config.needs_fused_forward and not config.is_plain_sft
 
 
 def test_half_life_and_decay_exclude_each_other(make_config):

@@ -79,7 +79,11 @@ def exactly(student, teacher, weight, labels, head, transform, **options):
 
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("options", [dict(), dict(temperature=2.5, dft=True)], ids=["", "temperature and DFT"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(temperature=2.5, dft=True), dict(eaft=True)],
+    ids=["", "temperature and DFT", "entropy weighting"],
+)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_values_and_gradients_equal_the_dense_reference(device, engine, direction, options, head):
     given, options = inputs(device, **head), dict(direction=direction) | options
@@ -230,7 +234,8 @@ for arch, room in ROOM.items():
         constants = dict(vocabulary=49153, DIRECTION=direction, THREADS=block // words, WORDS=words, BLOCKS=-(-49153 // block))
         constants |= dict(TAUGHT=True, GAP=not odd, NEED_GRAD=True, STAGES=stages)
         constants |= {name: odd for name in ("TEMPERED", "SOFTCAP", "DFT", "BIAS", "TEACHER_BIAS")}
-        types = dict(labels_ptr="*i64", sums_ptr="*fp32", stride="i32")
+        constants |= dict(WEIGHTED=not odd)
+        types = dict(labels_ptr="*i64", ce_weights_ptr="*fp32", sums_ptr="*fp32", stride="i32")
         signature = {n: "constexpr" if n in constants else types.get(n, "*" + dtype if n.endswith("_ptr") else "fp32") for n in names}
         aligned = [n for n in names if signature[n].startswith("*") or n == "stride"]
         attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}

@@ -61,18 +61,19 @@ def compare(kl_weight=0.7, with_bias=False, own_head=False, seed=0, chunk_size=5
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("dft", [False, True])
+@pytest.mark.parametrize("weighting", [dict(), dict(dft=True), dict(eaft=True)], ids=["ce", "dft", "eaft"])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_values_and_gradients_equal_the_dense_reference(direction, dft, temperature):
-    compare(direction=direction, dft=dft, temperature=temperature)
+def test_values_and_gradients_equal_the_dense_reference(direction, weighting, temperature):
+    compare(direction=direction, temperature=temperature, **weighting)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize(
     "head", [dict(with_bias=True), dict(transform=LogitTransform(softcap=3.0)), dict(transform=LogitTransform(scale=0.25)),
-             dict(with_bias=True, own_head=True, transform=LogitTransform(scale=2.0, softcap=5.0))],
-    ids=["bias", "softcap", "scale", "all, teacher's own head"],
+             dict(with_bias=True, own_head=True, transform=LogitTransform(scale=2.0, softcap=5.0)),
+             dict(with_bias=True, eaft=True, transform=LogitTransform(scale=2.0, softcap=5.0))],
+    ids=["bias", "softcap", "scale", "all, teacher's own head", "all, entropy weighting"],
 )  # fmt: skip
 def test_heads_equal_the_dense_reference(direction, temperature, head):
     compare(direction=direction, temperature=temperature, **head)
@@ -91,6 +92,24 @@ def test_tokens_beyond_the_teachers_have_their_cross_entropy_alone(direction, ta
         torch.testing.assert_close(mine, sum(theirs).to(mine.dtype), rtol=1e-10, atol=1e-10)
     gradients = (torch.autograd.grad(loss, student)[0] for loss in (ours.loss, with_teacher[0] + alone[0]))
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_entropy_weighting_leaves_out_what_the_student_is_sure_of_and_keeps_what_it_is_not():
+    """Of a student that is sure, right or wrong, nothing is learned; of one that knows nothing all is."""
+    weight, labels = torch.eye(V, dtype=torch.float64), torch.tensor([3, 4])
+    for size, share in ((60.0, 0.0), (0.0, 1.0)):
+        student = (size * torch.eye(V, dtype=torch.float64)[3]).repeat(2, 1).requires_grad_()
+        out = fused_linear_cross_entropy_kl(student, student[:0].detach(), weight, labels, 0.0, eaft=True)
+        assert out.loss.item() == pytest.approx(share * out.ce_loss.item(), abs=1e-12)
+        (grad,) = torch.autograd.grad(out.loss, [student])
+        plain = fused_linear_cross_entropy_kl(student, student[:0].detach(), weight, labels, 0.0)
+        torch.testing.assert_close(grad, share * torch.autograd.grad(plain.loss, [student])[0], rtol=1e-9, atol=1e-12)
+
+
+def test_two_weightings_at_once_are_refused():
+    student, teacher, weight, _, labels = inputs()
+    with pytest.raises(ValueError, match="`dft` and `eaft` both weight the cross-entropy.*Give one of them"):
+        fused_linear_cross_entropy_kl(student, teacher, weight, labels, 1.0, dft=True, eaft=True)
 
 
 @pytest.mark.parametrize("mixture", [0.1, 0.5, 0.9])

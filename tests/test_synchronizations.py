@@ -120,20 +120,19 @@ def waits(make_trainer, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(),
-        dict(kl_tokens="all"),
-        dict(teacher="frozen"),
-        dict(kl_fraction=0.5),
-        dict(teacher="none", **REHEARSAL),
-        dict(teacher="frozen", **REHEARSAL),
+        dict(), dict(kl_tokens="all"), dict(kl_tokens="prompt"), dict(teacher="frozen"), dict(kl_fraction=0.5),
+        dict(teacher="none", entropy_weighting=True), dict(teacher="none", **REHEARSAL), dict(teacher="frozen", **REHEARSAL),
     ],
-    ids=["ema", "all tokens", "frozen", "half of the sequences", "rehearsal", "rehearsal and frozen"],
+    ids=[
+        "ema", "all tokens", "prompt tokens", "frozen", "half of the sequences", "entropy weighting", "rehearsal",
+        "rehearsal and frozen",
+    ],  # fmt: skip
 )
 def test_a_micro_batch_waits_for_the_device_no_more_often_than_plain_sft(waits, documents, options):
     data = dict(padding_free=True, max_length=None) if documents else {}
     sft, ours = waits(trainer_class=SFTTrainer, **data), waits(**data, **options)
     # Of all tokens the host must know the number, just before it waits in any case; a second term comes just after it has.
-    more = int(options.get("kl_tokens") == "all" or options == dict(teacher="frozen", **REHEARSAL))
+    more = int("kl_tokens" in options or options == dict(teacher="frozen", **REHEARSAL))
     assert len(ours) <= len(sft) + more, f"Ours: {ours}, SFT's: {sft}"
     here = [
         line

@@ -145,26 +145,55 @@ def test_an_sft_config_is_read_as_one_with_the_default_teacher(make_trainer, tmp
 # The loss
 
 
-def dense_step(trainer, batch, teacher_model, kl_weight=1.0, dft=False):
-    """Mean over labelled tokens of CE + KL with all logits in memory, in float64."""
-    model = trainer.model.double()
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    labels = batch["labels"][:, 1:]
-    mask = labels != -100
-    log_ps = model(**inputs).logits[:, :-1].log_softmax(-1)[mask]
+def dense_step(trainer, batch, teacher_model, kl_weight=1.0, dft=False, eaft=False, prompt=False):
+    """Mean of CE and, over labelled tokens or those of prompts, mean of KL, with all logits in memory, in float64."""
+    log_ps, labels = predictions(trainer.model.double(), batch)
     with torch.no_grad():
-        log_pt = teacher_model.double()(**inputs).logits[:, :-1].log_softmax(-1)[mask]
-    ce = -log_ps.gather(1, labels[mask][:, None]).squeeze(1)
+        log_pt, _ = predictions(teacher_model.double(), batch)
+    mask = labels != -100
+    ce = -log_ps[mask].gather(1, labels[mask][:, None]).squeeze(1)
     if dft:
         ce = ce * (-ce.detach()).exp()
-    kl = F.kl_div(log_ps, log_pt, log_target=True, reduction="none").sum(-1)
-    return (ce + kl_weight * kl).mean()
+    if eaft:
+        top = log_ps[mask].detach().topk(20).values.softmax(-1)
+        ce = ce * torch.special.entr(top).sum(-1) / math.log(20)
+    kl = F.kl_div(log_ps, log_pt, log_target=True, reduction="none").sum(-1)[~mask if prompt else mask]
+    return ce.mean() + kl_weight * kl.mean()
 
 
-@pytest.mark.parametrize("dft", [False, True], ids=["ce", "dft (ASFT)"])
-def test_frozen_teacher_loss_and_gradient_equal_dense_float64(make_trainer, dft):
-    """With `dft` this is ASFT, arXiv:2509.23753: p(y)·CE, p(y) held constant, plus KL to the base model."""
-    trainer = make_trainer(teacher="frozen", kl_weight=0.6, loss_type="dft" if dft else "nll")
+def predictions(model, batch):
+    """Log-probabilities `(tokens, vocab)` and labels `(tokens,)` of all that is predicted; packed documents one by one."""
+    if "attention_mask" in batch:
+        logits, lengths = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits, batch["attention_mask"].sum(-1)
+        rows_of = list(zip(logits, batch["labels"], strict=True))
+    else:
+        lengths = batch["cu_seq_lens_q"].diff()
+        ids, labels = (batch[k][0].split(lengths.tolist()) for k in ("input_ids", "labels"))
+        rows_of = [(model(input_ids=one[None]).logits[0], own) for one, own in zip(ids, labels, strict=True)]
+    logits = torch.cat([row[: n - 1] for (row, _), n in zip(rows_of, lengths, strict=True)])
+    return logits.log_softmax(-1), torch.cat([own[1:n] for (_, own), n in zip(rows_of, lengths, strict=True)])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    ("options", "dense"),
+    [
+        (dict(), dict()),
+        (dict(loss_type="dft"), dict(dft=True)),
+        (dict(kl_tokens="prompt"), dict(prompt=True)),
+        (dict(entropy_weighting=True), dict(eaft=True)),
+        (dict(entropy_weighting=True, kl_tokens="prompt"), dict(eaft=True, prompt=True)),
+        (dict(entropy_weighting=True, teacher="none"), dict(eaft=True, kl_weight=0)),
+    ],
+    ids=["ce", "dft (ASFT)", "prompt tokens (SelfAug)", "entropy, frozen", "entropy, prompt tokens", "entropy alone (EAFT)"],
+)
+def test_frozen_teacher_loss_and_gradient_equal_dense_float64(make_trainer, options, dense, packed):
+    """
+    With DFT this is ASFT, arXiv:2509.23753: p(y)·CE, p(y) held constant, plus KL to the base model; with that on prompt tokens
+    SelfAug, arXiv:2509.03934; without a teacher, CE weighted by the entropy of the prediction, EAFT, arXiv:2601.02151.
+    """
+    held = {} if options.get("teacher") == "none" else dict(teacher="frozen", kl_weight=0.6)
+    trainer = make_trainer(**held, **options, **(dict(padding_free=True, max_length=None) if packed else {}))
     with torch.no_grad():
         for p in trainer.model.parameters():
             if p.requires_grad:
@@ -175,12 +204,14 @@ def test_frozen_teacher_loss_and_gradient_equal_dense_float64(make_trainer, dft)
     loss.backward()
     grads = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad()
-    expected = dense_step(trainer, batch, tiny_model().to(DEVICE), kl_weight=0.6, dft=dft)
+    expected = dense_step(trainer, batch, tiny_model().to(DEVICE), **(dict(kl_weight=0.6) | dense))
     expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(loss, expected, rtol=1e-7 if packed else 1e-9, atol=0)
     for name, p in trainer.model.named_parameters():
         if p.grad is not None:
-            torch.testing.assert_close(grads[name], p.grad, rtol=1e-6, atol=1e-12)
+            # The model's norms round to float32: other sums before them, of documents alone or over more tokens, show.
+            exact = not packed and "prompt" not in dense
+            torch.testing.assert_close(grads[name], p.grad, rtol=1e-6, atol=1e-12 if exact else 1e-8)
 
 
 @pytest.mark.parametrize("teacher", ["ema", "frozen"])
@@ -197,17 +228,24 @@ def test_batch_eight_equals_accumulation_of_eight(make_trainer, teacher):
         same_run(runs[0], other, rtol=1e-3, atol=1e-4, keys=("loss", "grad_norm"))
 
 
-def test_all_tokens_is_a_mean_over_its_own_tokens_whatever_the_batching(make_trainer):
+@pytest.mark.parametrize(
+    "options",
+    [dict(kl_tokens="all"), dict(kl_tokens="prompt"), dict(kl_tokens="prompt", entropy_weighting=True)],
+    ids=["all", "prompt", "prompt, entropy weighting"],
+)
+def test_the_divergence_is_a_mean_over_its_own_tokens_whatever_the_batching(make_trainer, options):
     data = rows(64)
     runs = []
     for batch, accumulation in ((8, 1), (1, 8)):
         trainer = make_trainer(
-            data=data, teacher="frozen", kl_tokens="all", per_device_train_batch_size=batch,
+            data=data, teacher="frozen", **options, per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
         )  # fmt: skip
         trainer.train()
         runs.append(trainer)
-    same_run(*runs, rtol=1e-3, atol=1e-4, keys=("loss", "grad_norm"))
+    same_run(*runs, rtol=1e-3, atol=1e-4, keys=("loss", "grad_norm", "kl_loss"))
+    if "entropy_weighting" in options:  # `ce_loss` is without the weights
+        return
     losses = torch.tensor(logged(runs[0], "loss"))
     parts = torch.tensor(logged(runs[0], "ce_loss")) + torch.tensor(logged(runs[0], "kl_loss"))
     torch.testing.assert_close(losses, parts, rtol=1e-3, atol=1e-3)
@@ -220,14 +258,19 @@ def test_all_tokens_leaves_out_padding_and_the_next_document():
     attention = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     assert divergence_mask("loss", labels, attention).tolist() == [[False, True, True], [True, False, False]]
     assert divergence_mask("all", labels, attention).tolist() == [[True, True, True], [True, False, False]]
+    assert divergence_mask("prompt", labels, attention).tolist() == [[True, False, False], [False, False, False]]
     packed = dict(labels=torch.tensor([[-100, 5, -100, 6]]), position_ids=torch.tensor([[0, 1, 0, 1]]))
     assert divergence_mask("all", **packed).tolist() == [[True, False, True]]
+    assert divergence_mask("prompt", **packed).tolist() == [[False, False, False]]
 
 
 @pytest.mark.parametrize(
     "options",
-    [dict(), dict(kl_tokens="all"), dict(packing=True, per_device_train_batch_size=1), dict(teacher="frozen")],
-    ids=["rows", "all tokens", "packed documents", "base as teacher"],
+    [
+        dict(), dict(kl_tokens="all"), dict(kl_tokens="prompt"), dict(packing=True, per_device_train_batch_size=1),
+        dict(packing=True, per_device_train_batch_size=1, kl_tokens="prompt"), dict(teacher="frozen"),
+    ],
+    ids=["rows", "all tokens", "prompts", "packed documents", "packed prompts", "base as teacher"],
 )
 def test_a_share_of_the_sequences_gives_the_same_loss_in_the_mean(make_trainer, monkeypatch, options):
     trainer = make_trainer(kl_weight=0.6, kl_fraction=0.3, **options)
@@ -600,6 +643,55 @@ def test_an_unfit_adapter_is_refused_before_the_data_are_tokenized(make_trainer,
         make_trainer(model=prepare(), peft_config=None)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_prompt_tokens_in_data_without_prompts_are_refused(make_trainer, streaming, packing):
+    data = rows(kind="text").to_iterable_dataset() if streaming else rows(kind="text")
+    options = dict(data=data, packing=packing, max_length=32)
+    with pytest.raises(ValueError, match="`kl_tokens='prompt'` has no token in this training data.*use `kl_tokens='all'`"):
+        make_trainer(kl_tokens="prompt", **options)
+    make_trainer(kl_tokens="all", **options)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_rows_without_a_prompt_have_their_cross_entropy_alone(make_trainer, accumulation):
+    """The mean over no token is 0: here of whole optimizer steps, or of one of their micro-batches."""
+    whole = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 4
+    part = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}] * 2
+    trainer = make_trainer(
+        data=datasets.Dataset.from_list(whole + part), teacher="frozen", kl_tokens="prompt", max_steps=6 // accumulation,
+        per_device_train_batch_size=1, gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    trainer.train()
+    kls = torch.tensor(logged(trainer, "kl_loss"))
+    assert kls.isfinite().all() and torch.tensor(logged(trainer, "loss")).isfinite().all()
+    assert (kls > 0).any() and (accumulation > 1 or (kls == 0).sum() == 4)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_entropy_weighting_goes_with_every_teacher_and_rehearsal(make_trainer, packing, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path / "cache"))
+    texts = dict(rehearsal_weight=1.0, rehearsal_num_texts=16, rehearsal_num_tokens=12)
+    weighted, plain = {}, make_trainer(teacher="none", packing=packing, max_length=64)
+    of_sft = plain.evaluate(plain.train_dataset)["eval_loss"]
+    for name, options in {
+        "none": dict(teacher="none"), "ema": dict(), "rehearsal": dict(teacher="none") | texts, "both": texts,
+        "whole model": dict(teacher="none", peft_config=None, learning_rate=1e-3),
+    }.items():  # fmt: skip
+        trainer = make_trainer(entropy_weighting=True, packing=packing, max_length=64, **options)
+        assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(of_sft, rel=1e-6)  # without weights
+        trainer.train()
+        weighted[name] = logged(trainer, "loss")[0]
+        assert 0 < weighted[name] < logged(trainer, "ce_loss")[0]
+    # At the start nothing differs but the rows beside.
+    assert weighted["ema"] == pytest.approx(weighted["none"], rel=1e-5)
+    assert weighted["rehearsal"] == pytest.approx(weighted["both"], rel=1e-5)
+
+
 def test_a_stream_without_a_label_is_refused(make_trainer):
     masked = datasets.Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}] * 3)
     with pytest.raises(ValueError, match="No token of the training data carries a label"):
@@ -632,6 +724,7 @@ def test_a_subclass_of_sft_config_is_read_without_its_own_fields(make_trainer, t
         (dict(eval_dataset=datasets.Dataset.from_list([{"z": "x"}])), r"eval data set has columns \['z'\]"),
         (dict(data=rows().add_column("image", ["x"] * 16)), "has images"),
         (dict(max_length=2), "No token of the training data carries a label.*Raise `max_length`"),
+        (dict(teacher="none", entropy_weighting=True, label_smoothing_factor=0.1), "or use `teacher='none'` without rehearsal"),
     ],
 )
 def test_what_cannot_work_is_refused_at_construction(make_trainer, changes, match):
@@ -922,7 +1015,7 @@ def test_an_old_checkpoint_or_a_poisoned_one_is_not_called_good(make_trainer, tm
         trainer.train()
 
 
-@pytest.mark.parametrize("kl_tokens", ["loss", "all"])
+@pytest.mark.parametrize("kl_tokens", ["loss", "all", "prompt"])
 def test_loss_of_a_batch_alone_is_its_own_mean(make_trainer, kl_tokens):
     """Some models make `Trainer` pass no `num_items_in_batch`."""
     trainer = make_trainer(teacher="frozen", kl_tokens=kl_tokens)
@@ -934,7 +1027,8 @@ def test_loss_of_a_batch_alone_is_its_own_mean(make_trainer, kl_tokens):
     after = torch.cat([trainer.ce_mean.sums, trainer.regularizers[0].kl_of_log.sums])
     ce, labels, kl, tokens = (after - before).tolist()
     assert loss.item() == pytest.approx(ce / labels + kl / tokens, rel=1e-5)
-    assert (tokens > labels) == (kl_tokens == "all")
+    known = dict(loss=labels, prompt=tokens, all=batch["attention_mask"][:, 1:].sum())
+    assert tokens == known[kl_tokens] and (kl_tokens != "prompt" or tokens + labels == known["all"])
 
 
 def test_unwritable_output_folder_is_refused_at_start(make_trainer, tmp_path):

@@ -26,6 +26,9 @@ from .sharding import whole_shape
 logger = logging.getLogger(__name__)
 
 
+# What TRL's own forward does, with all that it takes.
+_PLAIN = "`teacher='none'` without rehearsal and entropy weighting"
+
 # Rows of a stream that are read, at most, in search of a label.
 _STREAM_ROWS = 1000
 
@@ -86,18 +89,18 @@ def _check_rehearsal_dataset(dataset: Any, args: MeanTeacherConfig) -> None:
 def _refuse_what_cannot_work(args: MeanTeacherConfig, compute_loss_func: Any, train_dataset: Any) -> None:
     if compute_loss_func is not None:
         raise ValueError(
-            "`compute_loss_func` replaces the loss that the teacher is part of. Drop it, or use `teacher='none'`."
+            f"`compute_loss_func` replaces the loss that the teacher is part of. Drop it, or use {_PLAIN}."
         )
     if args.label_smoothing_factor > 0:
         raise ValueError(
             f"`label_smoothing_factor={args.label_smoothing_factor}` is not supported with a teacher, whose "
-            "probabilities are soft targets already. Set it to 0, or use `teacher='none'`."
+            f"probabilities are soft targets already. Set it to 0, or use {_PLAIN}."
         )
     columns = _columns(train_dataset)
     if {"image", "images"} & columns:
         raise ValueError(
             f"The data set has images (columns {sorted(columns)}); the teacher supports text alone. Remove the images, "
-            "or use `teacher='none'`."
+            f"or use {_PLAIN}."
         )
 
 
@@ -223,6 +226,20 @@ def _check_labels(dataset: Any, what: str = "training data") -> None:
             f"No token of the {what} carries a label: every one is masked, or every prompt alone fills "
             "`max_length`. Raise `max_length`, shorten the prompts, or look at `completion_only_loss` and "
             "`assistant_only_loss`."
+        )
+
+
+def check_prompts(train_dataset: Any) -> None:
+    """Raises `ValueError` for tokenized data without a prompt token that is predicted. Of a stream the first rows are read."""
+    if isinstance(train_dataset, Dataset):
+        rows = train_dataset.select_columns("labels") if "labels" in train_dataset.column_names else ()
+    else:
+        rows = itertools.islice(train_dataset, _STREAM_ROWS)
+    # What a row begins with is predicted by nothing.
+    if not any(IGNORE_INDEX in row.get("labels", ())[1:] for row in rows):
+        raise ValueError(
+            "`kl_tokens='prompt'` has no token in this training data: each carries a label, so the teacher would hold nothing. "
+            "Give rows with a prompt and a completion (or `assistant_only_loss=True` for messages), or use `kl_tokens='all'`."
         )
 
 

@@ -11,7 +11,7 @@ from .options import plain_count, plain_number, take_booleans
 
 TEACHERS = ("ema", "frozen", "none")
 REHEARSAL_LOSSES = ("kl", "ce")
-KL_TOKENS = ("loss", "all")
+KL_TOKENS = ("loss", "all", "prompt")
 # The slowest of three that kept 90 % of SFT's gain: recipes/results/half_life.md.
 DEFAULT_HALF_LIFE = 0.25
 _NUMBERS = (
@@ -47,13 +47,15 @@ class MeanTeacherConfig(SFTConfig):
     `teacher="ema"` is this method, `"frozen"` keeps φ where it started (d = 1), `"none"` is plain SFT: with it the
     losses equal [`~trl.SFTTrainer`]'s step for step. (Over a 4-bit base in a run that is neither `bf16` nor `fp16`, TRL
     trains the adapter in bfloat16; here it stays float32, with every teacher, and all else is equal.) With
-    `loss_type="dft"` and a frozen teacher the method is ASFT.
+    `loss_type="dft"` and a frozen teacher the method is ASFT, with `kl_tokens="prompt"` and a frozen teacher SelfAug, and
+    with `entropy_weighting` and none EAFT.
 
     The options are described by their `help`, which is also what `--help` prints.
 
     Sources: Tarvainen & Valpola 2017, https://arxiv.org/abs/1703.01780 (mean teacher, ramp); Zhu et al. 2025,
-    https://arxiv.org/abs/2509.23753 (ASFT); Li et al. 2018, https://arxiv.org/abs/1802.01483 (L2-SP); Kirkpatrick et al. 2017,
-    https://arxiv.org/abs/1612.00796 (EWC).
+    https://arxiv.org/abs/2509.23753 (ASFT); Huang et al. 2025, https://arxiv.org/abs/2509.03934 (SelfAug: in its text the
+    reverse KL, in its code the forward, with weight 0.5); Diao et al. 2026, https://arxiv.org/abs/2601.02151 (EAFT); Li et al.
+    2018, https://arxiv.org/abs/1802.01483 (L2-SP); Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796 (EWC).
     """
 
     teacher: str = field(
@@ -124,8 +126,8 @@ class MeanTeacherConfig(SFTConfig):
     kl_tokens: str = field(
         default="loss",
         metadata={
-            "help": "Tokens of the divergence: `loss` (those that carry a label) or `all` (prompts too, padding never). "
-            "Either way it is a mean over its own tokens.",
+            "help": "Tokens of the divergence: `loss` (those that carry a label), `all` (prompts too, padding never) or "
+            "`prompt` (those without a label alone). It is always a mean over its own tokens.",
             "choices": list(KL_TOKENS),
         },
     )
@@ -134,6 +136,13 @@ class MeanTeacherConfig(SFTConfig):
         metadata={
             "help": "Share of the sequences of each micro-batch that the teacher sees, drawn at random, in (0, 1]. Their "
             "divergence is weighted by its inverse, so that its expectation is that of all; less is faster and noisier."
+        },
+    )
+    entropy_weighting: bool = field(
+        default=False,
+        metadata={
+            "help": "Weight each token's cross-entropy by the entropy of the student's prediction, from 0 where it is sure, "
+            "right or wrong, to 1 (EAFT). Excludes `loss_type=dft`."
         },
     )
     eval_teacher: bool = field(
@@ -270,7 +279,7 @@ class MeanTeacherConfig(SFTConfig):
     @property
     def needs_fused_forward(self) -> bool:
         """Whether the loss has terms that are computed from the outputs, in a forward that TRL's own does not have."""
-        return self.teacher != "none" or self.rehearsal_weight > 0
+        return self.teacher != "none" or self.rehearsal_weight > 0 or self.entropy_weighting
 
     @property
     def is_plain_sft(self) -> bool:
@@ -320,6 +329,11 @@ def _check(config: MeanTeacherConfig) -> None:
     _check_choice("teacher", config.teacher, TEACHERS)
     _check_choice("kl_direction", config.kl_direction, KL_DIRECTIONS)
     _check_choice("kl_tokens", config.kl_tokens, KL_TOKENS)
+    if config.entropy_weighting and config.loss_type == "dft":
+        raise ValueError(
+            "`entropy_weighting` and `loss_type='dft'` both weight the cross-entropy of each token. Use one of them; "
+            "`loss_type='nll'` is the plain one."
+        )
     if config.ema_half_life is not None and config.ema_decay is not None:
         raise ValueError(
             f"`ema_half_life` ({config.ema_half_life}) and `ema_decay` ({config.ema_decay}) both set the speed of the "

@@ -53,6 +53,10 @@ class Divergence:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+# Beside it there is the cross-entropy alone.
+_NONE = Divergence(None, 0.0, sequences=[])
+
+
 @dataclass
 class RegularizedOutput(ModelOutput):
     """
@@ -86,16 +90,17 @@ def divergence_mask(
     Which next-token predictions the divergence covers, `(batch, seq_len - 1)`.
 
     `"loss"`: those with a label. `"all"`: every prediction of a real token, so neither padding nor, in packed rows, the
-    first token of the next document (where `position_ids` is 0).
+    first token of the next document (where `position_ids` is 0). `"prompt"`: those of `"all"` without a label.
     """
+    labelled = labels[:, 1:] != IGNORE_INDEX
     if kl_tokens == "loss":
-        return labels[:, 1:] != IGNORE_INDEX
+        return labelled
     mask = torch.ones_like(labels[:, 1:], dtype=torch.bool)
     if attention_mask is not None:
         mask &= attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
     if position_ids is not None:
         mask &= position_ids[:, 1:] != 0
-    return mask
+    return mask & ~labelled if kl_tokens == "prompt" else mask
 
 
 def sequence_numbers(input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **_) -> torch.Tensor:
@@ -155,7 +160,7 @@ class _Tokens:
     Which tokens enter a term of the loss, as positions in a flattened `(batch, seq_len)`.
 
     Args:
-        student: Predictions of the divergence, before those that have a label alone.
+        student: Predictions of the divergence, before those that have a label and no divergence.
         number: How many are of the divergence.
         weight: Its λ.
         seen: Of the sequences that a teacher sees, all tokens, `(batch, seq_len)`, and their number; `None`: of all.
@@ -174,13 +179,17 @@ def _choose_tokens(divergence: Divergence, inputs: dict) -> _Tokens:
         return torch.nn.functional.pad(mask, (0, 1))
 
     mask, weight = whole(divergence_mask(divergence.tokens, **inputs)), divergence.weight
+    labelled = whole(divergence_mask("loss", **inputs))
+    if divergence.sequences is None and divergence.tokens == "prompt":  # none of which has a label
+        number, num_others = torch.stack([mask.sum(), labelled.sum()]).tolist()
+        positions = torch.cat([_positions(mask, number), _positions(labelled, num_others)])
+        return _Tokens(positions, number, float(weight))
     if divergence.sequences is None:
         positions = mask.flatten().nonzero().squeeze(1)
         return _Tokens(positions, len(positions), float(weight))
     chosen = _tokens_of(_numbers(divergence.sequences, mask.device), inputs)
-    predicted = whole(chosen[:, 1:])
-    others = whole(divergence_mask("loss", **inputs)) & ~predicted
-    mask &= predicted
+    mask &= whole(chosen[:, 1:])
+    others = labelled & ~mask
     asked = [mask.sum(), others.sum(), chosen.sum(), *([weight] if torch.is_tensor(weight) else [])]
     number, num_others, num_seen, *weights = torch.stack([one.to(mask.device, torch.float64) for one in asked]).tolist()
     student = torch.cat([_positions(mask, int(number)), _positions(others, int(num_others))])
@@ -211,14 +220,14 @@ def logit_transform(config: Any) -> LogitTransform:
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
 
 
-def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False) -> None:
+def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False, eaft: bool = False) -> None:
     """
     Patch `model.forward`: with `fused_lm_head=True` and a list of `divergences` it returns a [`RegularizedOutput`], else what
     it returned before.
 
     Args:
         model (`PreTrainedModel`): The base model inside the `PeftModel`, already patched by `add_fused_lm_head`.
-        dft (`bool`): Weights the cross-entropy, see [`fused_linear_cross_entropy_kl`].
+        dft, eaft (`bool`): Weight the cross-entropy, see [`fused_linear_cross_entropy_kl`].
     """
     fused_forward = model.forward
     text_config = model.config.get_text_config()
@@ -229,12 +238,10 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False) -> Non
     def forward(self, *args, fused_lm_head=False, divergences=None, **kwargs):
         if divergences is None:
             return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
-        number = len(divergences)
-        if (
-            divergences[0].teacher is None
-        ):  # with the first goes the cross-entropy of the labels, which has a weight of its own
-            divergences = [Divergence(None, 0.0, sequences=[]), *divergences]
-        taught = _teach(self, divergences, args, kwargs)
+        # With the first goes the cross-entropy of the labels, whose weight is 1.
+        own = [] if divergences and divergences[0].teacher is not None else [_NONE]
+        asked = [*own, *divergences]
+        taught = _teach(self, asked, args, kwargs)
         labels = kwargs.pop("labels")
         outputs = self.base_model(*args, **kwargs)
         head = self.get_output_embeddings()
@@ -242,7 +249,7 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False) -> Non
         own_heads = [(None, None) if one.head[0] is weight else one.head for one in taught]
         found = []
         with whole_weights(weight, bias, *itertools.chain(*own_heads)) as (weight, bias, *own_heads):
-            for i, (divergence, one) in enumerate(zip(divergences, taught, strict=True)):
+            for i, (divergence, one) in enumerate(zip(asked, taught, strict=True)):
                 # With the first goes the cross-entropy, of all labels; the others are of their own tokens alone.
                 tokens, replayed = one.tokens, i > 0 and divergence.teacher is None
                 positions = tokens.student if i == 0 else tokens.student[: tokens.number]
@@ -259,6 +266,7 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False) -> Non
                     teacher_bias=own_heads[2 * i + 1],
                     transform=transform,
                     dft=dft and i == 0,
+                    eaft=eaft and i == 0,
                     **divergence.options,
                 )
                 loss, value = fused.loss, fused.kl_loss
@@ -273,7 +281,7 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False) -> Non
             label_mask=(targets != IGNORE_INDEX).sum(),
             aux_loss=_load_balancing_loss(text_config, outputs, kwargs),
             ce_loss=first.ce_loss,
-            divergences=torch.stack([sums for *_, sums in found[-number:]]),
+            divergences=torch.stack([sums for *_, sums in found])[len(own) :],
         )
 
     model.forward = types.MethodType(forward, model)

@@ -65,8 +65,8 @@ def _add(highest, total, logits):
 
 @triton.jit
 def _loss_and_gradient(
-    student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, labels_ptr, sums_ptr, stride, kl_weight, mixture, temperature, scale, softcap, factor, vocabulary: tl.constexpr,
-    DIRECTION: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr, DFT: tl.constexpr, TAUGHT: tl.constexpr,
+    student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, labels_ptr, ce_weights_ptr, sums_ptr, stride, kl_weight, mixture, temperature, scale, softcap, factor, vocabulary: tl.constexpr,
+    DIRECTION: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr, DFT: tl.constexpr, WEIGHTED: tl.constexpr, TAUGHT: tl.constexpr,
     GAP: tl.constexpr, BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, NEED_GRAD: tl.constexpr,
     THREADS: tl.constexpr, WORDS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -119,6 +119,8 @@ def _loss_and_gradient(
     ce_weight = labelled
     if DFT:
         ce_weight = labelled * tl.exp(-ce)
+    if WEIGHTED:
+        ce_weight = labelled * tl.load(ce_weights_ptr + row)
 
     kl = 0.0
     if TAUGHT:
@@ -203,7 +205,8 @@ def _loss_and_gradient(
 def loss_and_gradient_(
     student: Tensor, other: Tensor | None, labels: Tensor, sums: Tensor, *, gap: bool, bias: Tensor | None,
     teacher_bias: Tensor | None, kl_weight: float, direction: int, mixture: float, temperature: float, scale: float,
-    softcap: float | None, dft: bool, factor: float, need_grad: bool, block: int | None = None,
+    softcap: float | None, dft: bool, factor: float, need_grad: bool, ce_weights: Tensor | None = None,
+    block: int | None = None,
 ) -> None:  # fmt: skip
     """
     Write the five sums of each row to `sums`, `(n, 5)` float32, and `factor` times the gradient of the loss with respect to the
@@ -213,6 +216,8 @@ def loss_and_gradient_(
         student (`torch.Tensor` of shape `(n, V)`): The student's projection, without bias and transform.
         other (`torch.Tensor` of shape `(n, V)`, *optional*): The teacher's minus the student's (`gap`) or the teacher's
             own, with the strides of `student`; none for tokens without a teacher.
+        ce_weights (`torch.Tensor` of shape `(n,)`, *optional*): Float32 weights of the cross-entropies, 1 by default. Without
+            `dft`.
         block (`int`, *optional*): Words that are read at a time, a power of two.
     """
     taught = other is not None
@@ -222,9 +227,11 @@ def loss_and_gradient_(
     with torch.cuda.device_of(student):
         _loss_and_gradient[(n,)](
             student, other if taught else student, student if bias is None else bias,
-            student if teacher_bias is None else teacher_bias, labels, sums, student.stride(0),
+            student if teacher_bias is None else teacher_bias, labels, sums if ce_weights is None else ce_weights, sums,
+            student.stride(0),
             float(kl_weight), float(mixture), float(temperature), float(scale), float(softcap or 1.0), float(factor), vocabulary,
-            DIRECTION=direction, TEMPERED=temperature != 1.0, SOFTCAP=softcap is not None, DFT=dft, TAUGHT=taught, GAP=gap,
+            DIRECTION=direction, TEMPERED=temperature != 1.0, SOFTCAP=softcap is not None, DFT=dft, WEIGHTED=ce_weights is not None,
+            TAUGHT=taught, GAP=gap,
             BIAS=bias is not None, TEACHER_BIAS=taught and not gap and teacher_bias is not None, NEED_GRAD=need_grad,
             THREADS=block // _WORDS_OF_THREAD, WORDS=_WORDS_OF_THREAD, BLOCKS=triton.cdiv(vocabulary, block),
             STAGES=_STAGES if student.element_size() == 2 else _STAGES_OF_FLOAT32, num_warps=_WARPS,

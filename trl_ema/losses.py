@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 IGNORE_INDEX = -100
 _HALF = (torch.float16, torch.bfloat16)
 KL_DIRECTIONS = ("forward", "reverse", "jsd")
+# The likeliest tokens whose entropy is EAFT's weight: K of its eq. 3.
+_EAFT_TOKENS = 20
 
 # A chunk of tokens goes through the head together, and must be large for the matrix products: a float32 logit buffer of this size,
 # on a CPU of so many tokens at the most.
@@ -81,7 +83,7 @@ class FusedLossOutput:
     Sums over the tokens of one call; only `loss` carries a gradient.
 
     Args:
-        loss (`torch.Tensor`): Σ (w·CE + λ·D), in nats; w is 1, or the probability of the label with DFT.
+        loss (`torch.Tensor`): Σ (w·CE + λ·D), in nats; w is 1, or the weight of DFT or EAFT.
         ce_loss (`torch.Tensor`): Σ CE over the labelled tokens, in nats.
         kl_loss (`torch.Tensor`): Σ D over all N tokens, in nats.
         entropy (`torch.Tensor`): Σ entropy of the student over the labelled tokens, in nats.
@@ -110,6 +112,7 @@ def fused_linear_cross_entropy_kl(
     mixture: float = 0.5,
     temperature: float = 1.0,
     dft: bool = False,
+    eaft: bool = False,
     chunk_size: int | None = None,
 ) -> FusedLossOutput:
     r"""
@@ -121,7 +124,8 @@ def fused_linear_cross_entropy_kl(
         reverse   D = KL(p_s^T ‖ p_t^T)                         dD/dz = p_s^T · (log p_s^T − log p_t^T − D) / T
         jsd       m = (1 − β)·p_s^T + β·p_t^T
                   D = β·KL(p_t^T ‖ m) + (1 − β)·KL(p_s^T ‖ m)   dD/dz = (1 − β)·p_s^T · (log p_s^T − log m − KL(p_s^T ‖ m)) / T
-        CE        d(w·CE)/dz = w·(p_s − onehot(y)),  w = 1, or p_s[y] held constant with `dft`
+        CE        d(w·CE)/dz = w·(p_s − onehot(y)),  w = 1, or held constant p_s[y] with `dft`,
+                  with `eaft` H(p_K) / ln K, p_K the softmax of the K = 20 largest of z alone
 
     The plain code it replaces (forward KL, T = 1):
 
@@ -144,6 +148,7 @@ def fused_linear_cross_entropy_kl(
         mixture (`float`): β of the generalized JSD, in (0, 1).
         temperature (`float`): T of the divergence. There is no T² factor: D is a divergence in nats.
         dft (`bool`): Weight each CE by the probability of its label. With a frozen teacher this is ASFT.
+        eaft (`bool`): Weight each CE by the entropy of the student's prediction, in [0, 1]. Excludes `dft`.
         chunk_size (`int`, *optional*): Tokens per chunk, chosen from the device and V by default. The result does not
             depend on it.
 
@@ -158,10 +163,13 @@ def fused_linear_cross_entropy_kl(
 
     Sources: generalized JSD: Agarwal et al. 2024, https://arxiv.org/abs/2306.13649, eq. 1 (β on the teacher here);
     DFT: Wu et al. 2025, https://arxiv.org/abs/2508.05629, eq. 9; ASFT: Zhu et al. 2025, https://arxiv.org/abs/2509.23753
-    (whose text has the reverse and whose code has the forward KL: both are available).
+    (whose text has the reverse and whose code has the forward KL: both are available); EAFT: Diao et al. 2026,
+    https://arxiv.org/abs/2601.02151, eq. 2 and 3 (which rounds ln 20 to 3).
     """
     if direction not in KL_DIRECTIONS:
         raise ValueError(f"`direction` must be one of {KL_DIRECTIONS}, got {direction!r}.")
+    if dft and eaft:
+        raise ValueError("`dft` and `eaft` both weight the cross-entropy of each token. Give one of them.")
     precision = _precision(weight)
     head = _Head(weight.detach().to(precision), bias, transform or LogitTransform())
     teacher_head = head
@@ -183,7 +191,7 @@ def fused_linear_cross_entropy_kl(
             head,
             teacher_head,
             divergence,
-            dft,
+            "dft" if dft else "eaft" if eaft else None,
             chunk_size,
             kernels,
         )
@@ -331,7 +339,7 @@ class _Divergence:
 
 class _FusedLinearCrossEntropyKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_hidden, weight, bias, teacher_hidden, labels, kl_weight, head, teacher_head, divergence, dft, chunk_size, kernels):  # fmt: skip
+    def forward(ctx, student_hidden, weight, bias, teacher_hidden, labels, kl_weight, head, teacher_head, divergence, weighting, chunk_size, kernels):  # fmt: skip
         dtype = torch.promote_types(student_hidden.dtype, torch.float32)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         need_grad = need_hidden or need_weight or need_bias
@@ -352,7 +360,7 @@ class _FusedLinearCrossEntropyKL(torch.autograd.Function):
             head,
             teacher_head,
             divergence,
-            dft,
+            weighting,
             kl_weight,
             factor,
             need_grad,
@@ -389,7 +397,7 @@ class _FusedLinearCrossEntropyKL(torch.autograd.Function):
         return (*grads, *[None] * 9)
 
 
-def _by_torch(rows, dtype, head, teacher_head, divergence, dft, kl_weight, factor, need_grad):
+def _by_torch(rows, dtype, head, teacher_head, divergence, weighting, kl_weight, factor, need_grad):
     """
     What computes, with the options given, the five sums of at most `rows` tokens and `factor` times the gradient of their loss with
     respect to the projection, `(n, V)`. Called with the hidden states of student and teacher and the labels; the gradient is valid
@@ -410,14 +418,14 @@ def _by_torch(rows, dtype, head, teacher_head, divergence, dft, kl_weight, facto
         for block in _slices(0, n, block_size):
             sums += _loss_of_block(
                 logits[block], None if teacher_logits is None else teacher_logits[block], labels[block],
-                kl_weight, head.transform, divergence, dft, need_grad,
+                kl_weight, head.transform, divergence, weighting, need_grad,
             )  # fmt: skip
         return sums, logits if factor == 1.0 else logits.mul_(factor)
 
     return chunk
 
 
-def _by_kernel(kernels, rows, dtype, head, teacher_head, divergence, dft, kl_weight, factor, need_grad):
+def _by_kernel(kernels, rows, dtype, head, teacher_head, divergence, weighting, kl_weight, factor, need_grad):
     """
     As [`_by_torch`], with the Triton kernel. Half-precision logits would put a noise floor under the divergence of two nearly equal
     models: with one head for both the *gap* (h_t − h_s)·Wᵀ is kept beside the student's, with two both in float32.
@@ -438,14 +446,28 @@ def _by_kernel(kernels, rows, dtype, head, teacher_head, divergence, dft, kl_wei
                 teacher_hidden = teacher_hidden.to(dtype) - student_hidden.to(dtype)
             _matmul(teacher_hidden, teacher_head.weight, other)
         sums = torch.empty(n, 5, dtype=dtype, device=device)
+        weights = _entropy_weight(_likeliest(logits, head, dtype)) if weighting == "eaft" else None
         kernels.loss_and_gradient_(
             logits, other, labels, sums, gap=gap, bias=head.bias, teacher_bias=teacher_head.bias, kl_weight=kl_weight,
             direction=divergence.direction, mixture=divergence.mixture, temperature=divergence.temperature,
-            scale=transform.scale, softcap=transform.softcap, dft=dft, factor=factor, need_grad=need_grad,
+            scale=transform.scale, softcap=transform.softcap, dft=weighting == "dft", ce_weights=weights, factor=factor,
+            need_grad=need_grad,
         )  # fmt: skip
         return sums.sum(0), logits
 
     return chunk
+
+
+def _likeliest(projection: torch.Tensor, head: _Head, dtype: torch.dtype) -> torch.Tensor:
+    """The largest logits of each row of a projection without bias and transform, which keeps their order, `(n, K)`."""
+    biased = projection if head.bias is None else projection + head.bias
+    return head.transform.apply_(biased.topk(min(_EAFT_TOKENS, biased.shape[1])).values.to(dtype))
+
+
+def _entropy_weight(logits: torch.Tensor) -> torch.Tensor:
+    """EAFT's weight, H(softmax(logits)) / ln K, `(n, K)` to `(n,)`; 0 where there is but one token."""
+    log_p = logits.log_softmax(-1)
+    return -torch.linalg.vecdot(log_p.exp(), log_p) / math.log(max(2, logits.shape[1]))
 
 
 def _empty(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -463,7 +485,7 @@ def _no_autocast(device_type: str):
     return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
-def _loss_of_block(logits, teacher_logits, labels, kl_weight, transform, divergence, dft, need_grad):
+def _loss_of_block(logits, teacher_logits, labels, kl_weight, transform, divergence, weighting, need_grad):
     """
     The five sums over a block of tokens. Leaves the gradient of the loss with respect to the projection in `logits`, `(n, V)`:
     the cross-entropy's alone without `teacher_logits`, which are overwritten.
@@ -486,7 +508,11 @@ def _loss_of_block(logits, teacher_logits, labels, kl_weight, transform, diverge
     else:
         kl, grad_kl = divergence(_Softmax.of(logits / temperature), _Softmax.of(teacher_logits.div_(temperature)))
 
-    ce_weight = labelled * log_p_label.exp() if dft else labelled.to(logits.dtype)
+    ce_weight = labelled.to(logits.dtype)
+    if weighting == "dft":
+        ce_weight = labelled * log_p_label.exp()
+    elif weighting == "eaft":
+        ce_weight = labelled * _entropy_weight(logits.topk(min(_EAFT_TOKENS, logits.shape[1])).values)
     loss = (ce_weight * ce + kl_weight * kl).sum()
     if need_grad:
         grad = student.probs.mul_(ce_weight.unsqueeze(1))

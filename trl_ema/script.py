@@ -79,29 +79,34 @@ class TrainingScriptArguments(ScriptArguments):
             setattr(self, name, plain_count(name, getattr(self, name), least))
 
 
-def make_parser() -> TrlParser:
-    """Parser of the options of the job, of [`MeanTeacherConfig`] and of TRL's `ModelConfig`."""
+def make_parser(*others: type) -> TrlParser:
+    """Parser of the options of the job, of [`MeanTeacherConfig`] and of TRL's `ModelConfig`, and of `others`."""
     types: Any = (
         TrainingScriptArguments,
         MeanTeacherConfig,
         ModelConfig,
+        *others,
     )  # TRL's annotation knows no dataclass by type
     return TrlParser(types, prog="trl-ema train", epilog=_LAUNCHING)
 
 
-def parse(arguments: list[str]) -> tuple[TrainingScriptArguments, MeanTeacherConfig, ModelConfig]:
-    """Command line to arguments; without a model or a config file, those of the offline demo."""
+def parse(arguments: list[str], *others: type) -> tuple[Any, ...]:
+    """
+    Command line to arguments: [`TrainingScriptArguments`], [`MeanTeacherConfig`], `ModelConfig` and those of `others`, dataclasses.
+    Without a model or a config file, those of the offline demo.
+    """
     named = {a.split("=")[0] for a in arguments}
     if not named & {"--config", "--model_name_or_path"}:
         arguments = ["--config", DEMO_CONFIG, *arguments]
-    args, training_args, model_args = make_parser().parse_args_and_config(_with_config_file(arguments))
+    parsed = make_parser(*others).parse_args_and_config(_with_config_file(arguments))
+    args, training_args, *_ = parsed
     rehearses = training_args.rehearsal_weight and training_args.rehearsal_loss == "kl"
     if training_args.max_drift is not None and not args.drift_steps and not rehearses:
         raise ValueError(
             f"`max_drift={training_args.max_drift}`, but nothing measures the drift during training. Give `--drift_steps` too, or "
             "`--rehearsal_weight`."
         )
-    return args, training_args, model_args
+    return parsed
 
 
 def _with_config_file(arguments: list[str]) -> list[str]:

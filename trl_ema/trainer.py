@@ -25,6 +25,7 @@ from .checks import (
     check_free_space,
     check_fused_forward,
     check_labels,
+    check_prompts,
     refuse_parallelism,
     refuse_sharding,
 )
@@ -104,6 +105,8 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         refuse_leftovers(self.model)
         self._claim = claim(self.model, before)
         check_labels(self.train_dataset, self.eval_dataset, compute_metrics)
+        if args.teacher != "none" and args.kl_tokens == "prompt" and data_collator is None:
+            check_prompts(self.train_dataset)
         keep_4bit_layers_trainable(self.model)
         let_tokens_of_head_train(self.model)
         keep_float32_adapter(self.model, args)
@@ -133,7 +136,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
                 # As in training: FlashAttention takes no float32, which the weights may be.
                 with self.precision():
                     check_head(base)
-            add_regularized_forward(base, dft=self.args.loss_type == "dft")
+            add_regularized_forward(base, dft=self.args.loss_type == "dft", eaft=self.args.entropy_weighting)
         given = self.processing_class, self.starting_point, rehearsal_dataset
         for regularizer in make_regularizers(self.model, self.args, *given):
             self.regularizers.append(regularizer)  # one by one: an error leaves to the claim what is there by then
@@ -185,13 +188,16 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.check_is_owner()
-        step, loss_type = self.state.global_step, self.args.loss_type
-        forward = RegularizedForward(model, self.regularizers, inputs, step, num_items_in_batch, self.ce_mean.add)
+        step, loss_type, fused = self.state.global_step, self.args.loss_type, self.args.needs_fused_forward
+        forward = RegularizedForward(
+            model, self.regularizers, inputs, step, num_items_in_batch, self.ce_mean.add, fused
+        )
         if forward.divergences:
             check_fused_forward(self.args)
+        if fused:
             loss_type = "nll"  # the fused loss has weighted each token already (DFT): TRL has to sum and normalize
         with changed(self.args, loss_type=loss_type):
-            called = forward if forward.changes or forward.divergences else model
+            called = forward if forward.changes or fused else model
             loss = super().compute_loss(called, inputs, num_items_in_batch=num_items_in_batch)
         due, self._penalty_is_due = self._penalty_is_due, False  # once per optimizer step
         penalties = [p for p in (r.penalty(step) for r in self.regularizers if due) if p is not None]
@@ -200,7 +206,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
             parts = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
             loss = loss + parts * sum(penalties)
         if self.args.stop_on_nonfinite_loss:
-            check_finite(self, loss, from_entropy=bool(forward.divergences) and not penalties)
+            check_finite(self, loss, from_entropy=fused and not penalties)
         return loss
 
     def after_step(self) -> None:

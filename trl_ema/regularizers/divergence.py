@@ -50,20 +50,21 @@ class TeacherDivergence(Regularizer):
         self._num_kl: torch.Tensor | None = None  # tokens of the divergence in the accumulated, world-wide batch
 
     def before_step(self, batches: Sequence[Inputs], step: int, device: torch.device, gather: Gather | None) -> None:
-        if self.args.kl_tokens != "all":
+        tokens = self.args.kl_tokens
+        if tokens == "loss":  # TRL counts them
             return
-        count = torch.as_tensor(sum(divergence_mask("all", **batch).sum() for batch in batches), device=device)
+        count = torch.as_tensor(sum(divergence_mask(tokens, **batch).sum() for batch in batches), device=device)
         self._num_kl = count if gather is None else gather(count).sum()
 
     def divergences(self, inputs: Inputs, step: int, num_items: torch.Tensor | None) -> list[Divergence]:
         args = self.args
         weight = self._last_weight = self.weight.value(step)
-        if args.kl_tokens == "all":
+        if args.kl_tokens != "loss":
             # TRL divides by the labelled tokens, the divergence is a mean over its own.
             num_labels, num_kl = num_items, self._num_kl
             if num_labels is None or num_kl is None:  # then TRL divides by those of this batch alone
                 num_labels = divergence_mask("loss", **inputs).sum()
-                num_kl = divergence_mask("all", **inputs).sum()
+                num_kl = divergence_mask(args.kl_tokens, **inputs).sum()
             # A number: FSDP2 casts tensors to its own precision on the way in.
             weight = float(weight * torch.as_tensor(num_labels).clamp(min=1) / num_kl.clamp(min=1))
         chosen, factor = self.choose_sequences(inputs, step)

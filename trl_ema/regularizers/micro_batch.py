@@ -39,6 +39,7 @@ class RegularizedForward:
         step (`int`): Optimizer steps taken so far.
         num_items (`torch.Tensor`, *optional*): What TRL divides the loss by.
         observe_ce (callable): Called with Σ CE and the number of labelled tokens.
+        fused (`bool`): Whether the forward is patched and computes the loss, with divergences or without.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class RegularizedForward:
         step: int,
         num_items: torch.Tensor | None,
         observe_ce: Callable[[torch.Tensor, torch.Tensor], None],
+        fused: bool,
     ):
-        self.model, self.observe_ce = model, observe_ce
+        self.model, self.observe_ce, self.fused = model, observe_ce, fused
         of_own_rows = [(regularizer, regularizer.divergences(inputs, step, num_items)) for regularizer in regularizers]
         batch, of_further_rows = inputs, []
         for regularizer in regularizers:
@@ -67,7 +69,7 @@ class RegularizedForward:
         self.divergences = [divergence for _, found in self.asked for divergence in found]
 
     def __call__(self, **inputs: Any) -> Any:
-        if not self.divergences:
+        if not self.fused:
             return self.model(**(inputs | self.changes))
         outputs = self.model(**(inputs | self.changes), divergences=self.divergences)
         self.observe_ce(outputs.ce_loss, outputs.label_mask)
