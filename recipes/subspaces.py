@@ -45,7 +45,8 @@ class Subspace:
 
     subspace: str = field(default="osf", metadata={"help": "`osf`, `corda` or `oft`.", "choices": list(SUBSPACES)})
     effective_rank: float = field(
-        default=0.5, metadata={"help": "OSF: share of singular directions that are frozen, in (0, 1); larger keeps more."}
+        default=0.5,
+        metadata={"help": "OSF: share of singular directions that are frozen, in (0, 1); larger keeps more."},
     )
     oft_block_size: int = field(
         default=32,

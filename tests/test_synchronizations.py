@@ -120,11 +120,23 @@ def waits(make_trainer, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(), dict(kl_tokens="all"), dict(kl_tokens="prompt"), dict(teacher="frozen"), dict(kl_fraction=0.5),
-        dict(teacher="none", entropy_weighting=True), dict(teacher="none", **REHEARSAL), dict(teacher="frozen", **REHEARSAL),
+        dict(),
+        dict(kl_tokens="all"),
+        dict(kl_tokens="prompt"),
+        dict(teacher="frozen"),
+        dict(kl_fraction=0.5),
+        dict(teacher="none", entropy_weighting=True),
+        dict(teacher="none", **REHEARSAL),
+        dict(teacher="frozen", **REHEARSAL),
     ],
     ids=[
-        "ema", "all tokens", "prompt tokens", "frozen", "half of the sequences", "entropy weighting", "rehearsal",
+        "ema",
+        "all tokens",
+        "prompt tokens",
+        "frozen",
+        "half of the sequences",
+        "entropy weighting",
+        "rehearsal",
         "rehearsal and frozen",
     ],  # fmt: skip
 )
