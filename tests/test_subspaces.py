@@ -10,13 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import adapter_weights, logged, rows, tiny_model
+from conftest import adapter_weights, rows, tiny_model
 from peft import OFTConfig, OSFConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ema.evaluation.drift import measure_drift
 from trl_ema.evaluation.models import load_base, with_adapter
-from trl_ema.files import read_json
 
 
 ROOT = Path(__file__).parent.parent

@@ -138,7 +138,7 @@ def waits(make_trainer, monkeypatch, tmp_path):
         "entropy weighting",
         "rehearsal",
         "rehearsal and frozen",
-    ],  # fmt: skip
+    ],
 )
 def test_a_micro_batch_waits_for_the_device_no_more_often_than_plain_sft(waits, documents, options):
     data = dict(padding_free=True, max_length=None) if documents else {}
