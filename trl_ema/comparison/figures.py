@@ -175,7 +175,7 @@ class _Base:
 
     def mean_loss(self, text: dict) -> np.ndarray:
         """Domain loss of each resample of the held-out rows, nats per token."""
-        sums, tokens = np.array(text["domain"]["rows"]).T
+        sums, tokens = np.array(text["domain"]["rows"]).T[:2]
         weights = resampling_weights(len(tokens), seed=len(self.tasks))
         return (weights @ sums) / (weights @ tokens)
 
@@ -204,6 +204,8 @@ def _read_points(comparison: Comparison, base: _Base, controls: set[str | None])
                 what = f"not evaluated whole ({where}: no {names})" if os.path.isdir(folder) else "not evaluated"
                 missing.append(f"{arm.name}, seed {seed}: {role} {what}")
                 continue
+            if arm.interpolate is None and comparison.suite.missing_files(folder, curve=True):
+                missing.append(f"{arm.name}, seed {seed}: {role} not measured at other scales")
             new = _Point(arm.name, role, (arm.interpolate or arm.name) in controls)
             _read_evaluation(points.setdefault((arm.name, role), new), seed, Path(folder), base)
     return list(points.values()), missing
