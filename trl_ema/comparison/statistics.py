@@ -231,6 +231,64 @@ def pareto_front(gains: Sequence[float], losses: Sequence[float]) -> list[int]:
     return sorted((i for i in range(len(points)) if not beaten(i)), key=lambda i: (points[i][1], points[i][0]))
 
 
+def hypervolume(gains: ArrayLike, losses: ArrayLike, bound: float = 1.0) -> Any:
+    r"""
+    Area that a set of points dominates between no gain and a loss of `bound`: the mean, over every loss that one may accept up to
+    there, of the largest gain that costs no more.
+
+        HV = ∫_0^bound  max(0, max_{i: loss_i ≤ x} gain_i) dx
+
+    A staircase: nothing is taken to lie between two points.
+
+    Args:
+        gains, losses (arrays of shape `(points,)` or `(points, resamples)`): As shares of a reference's.
+        bound (`float`): Loss of the reference point, whose gain is 0. Points beyond it add nothing.
+
+    Returns:
+        The area, or one for each resample; above `bound` where a gain is above 1.
+
+    Source: Zitzler & Thiele 1998, *Multiobjective optimization using evolutionary algorithms*, section 4.
+    """
+    gains, losses = np.asarray(gains, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    order = np.argsort(losses, axis=0)
+    best = np.maximum.accumulate(np.take_along_axis(np.maximum(gains, 0), order, axis=0), axis=0)
+    edges = np.clip(np.take_along_axis(losses, order, axis=0), 0, bound)
+    widths = np.diff(edges, axis=0, append=np.full_like(edges[:1], bound))
+    return (best * widths).sum(0) + 0.0
+
+
+def gain_at_loss(gains: ArrayLike, losses: ArrayLike, loss: float) -> Any:
+    """
+    Largest gain at a loss, on straight lines from the origin along the front of a set of points: along a line of two settings,
+    or of two scales of one.
+
+    Args:
+        gains, losses (arrays of shape `(points,)` or `(points, resamples)`).
+
+    Returns:
+        The gain, or one for each resample; that of the last point beyond it.
+    """
+    return _along_fronts(lambda x, y: np.interp(loss, x, y), gains, losses)
+
+
+def loss_at_gain(gains: ArrayLike, losses: ArrayLike, gain: float) -> Any:
+    """Least loss at a gain, as [`gain_at_loss`]; infinite where no point gains as much."""
+    return _along_fronts(lambda x, y: np.interp(gain, y, x, right=np.inf), gains, losses)
+
+
+def _along_fronts(
+    at: Callable[[np.ndarray, np.ndarray], float], gains: ArrayLike, losses: ArrayLike
+) -> np.ndarray | float:
+    gains, losses = np.asarray(gains, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    if gains.ndim == 2:
+        return np.array([_along_fronts(at, *pair) for pair in zip(gains.T, losses.T, strict=True)])
+    order = np.lexsort((-gains, losses))
+    before = np.maximum.accumulate(np.maximum(gains[order], 0))
+    better = gains[order] > np.concatenate([[0.0], before[:-1]])
+    x, y = (np.concatenate([[0.0], values[order][better]]) for values in (np.maximum(losses, 0), gains))
+    return float(at(x, y))
+
+
 def _pair(before: ArrayLike, after: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if before.shape != after.shape or before.ndim != 1 or not len(before):

@@ -101,7 +101,7 @@ class HeldOutText:
             result = {"key": key, "provenance": provenance() | {"questions": questions}}
         for name, batches in self.batches.items():
             if name not in result:
-                result[name] = _loss_and_drift(model, name, batches, reference, kept)
+                result[name] = _loss_and_drift(model, f"{name} text", batches, reference, kept)
                 write_json(partial, result)
         if self.prompts is not None:
             answers = self._answers(model, result, partial)
