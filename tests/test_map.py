@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -66,6 +67,60 @@ def runs(tiny_folder, tmp_path_factory):
     comparison = load_comparison(str(folder / "plan.yaml"), str(out))
     run_comparison(comparison, evaluate_only=True)
     return comparison
+
+
+# Gain and drift of the trained adapter, as nats, and what its scale does to them.
+METHODS = {
+    "sft": {"sft-1": (0.80, 0.30), "sft-0.5": (0.74, 0.25), "sft-2": (0.78, 0.45)},
+    "rehearsal": {"rehearsal-4": (0.79, 0.045), "rehearsal-1": (0.81, 0.09), "rehearsal-30": (0.60, 0.02)},
+    "frozen": {"frozen-1": (0.62, 0.085)},
+}
+
+
+def write_measured(folder, methods=METHODS, seeds=(0,), rows=40, scales=(0.25, 0.5, 0.75), noise=0.3, spread=0.0, **plan):
+    """The evaluations of a comparison as they would be: drift as scale², gain as 2·scale − scale², and noise of rows and seeds."""
+    g = np.random.default_rng(0)
+    tokens = g.integers(8, 24, rows)
+    losses, shared = 3 + g.normal(0, 0.5, rows), g.normal(0, noise, (2, rows))
+
+    def text(gain, drift, own=0.0):
+        of_row = [1 + part + g.normal(0, own, rows) for part in shared]
+        gains, drifts = gain * of_row[0], drift * np.maximum(of_row[1], 0.1)
+        sums = {"domain": (losses - gains, drifts), "general": (losses, drifts), "other": (losses, 2 * drifts)}
+        return {
+            name: {
+                "loss": float(loss @ tokens / tokens.sum()),
+                "kl_base_model": float(kl @ tokens / tokens.sum()),
+                "kl_model_base": 0.0,
+                "rows": np.stack([loss * tokens, tokens, kl * tokens, 0 * kl], axis=1).tolist(),
+            }
+            for name, (loss, kl) in sums.items()
+        }
+
+    def write(path, value):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value))
+
+    arms = {arm: {"teacher": "none", "method": name} for name, found in methods.items() for arm in found}
+    write(
+        folder / "plan.json",
+        {
+            "training": {}, "arms": arms, "reference": None, "controls": None, "plain_sft": list(methods["sft"]),
+            "averaged": [], "seeds": list(seeds), "model": "m", "data": "d",
+            "evaluation": {
+                "retention_tasks": {}, "domain_tasks": {}, "generation_tokens": 0, "scales": list(scales), "drift_data": {"other": "x.jsonl"},
+            },
+        } | plan,
+    )  # fmt: skip
+    write(folder / "base" / "text.json", {"key": ["base", "rows"]} | text(0.0, 0.0))
+    for arm, (gain, drift) in ((arm, point) for found in methods.values() for arm, point in found.items()):
+        for seed in seeds:
+            gained = gain + g.normal(0, spread)
+            write(folder / arm / f"seed_{seed}" / "metrics.json", {"log": [{"step": 1, "loss": 2.0}]})
+            student = folder / arm / f"seed_{seed}" / "evaluation" / "student"
+            write(student / "text.json", {"key": [arm, "rows"]} | text(gained, drift, 0.05))
+            curve = {f"{x:g}": text(gained * (2 * x - x**2), drift * x**2, 0.05) for x in scales}
+            write(student / "curve.json", {"key": [arm, "rows"], "unscalable": None, "scales": curve})
 
 
 def test_runs_that_were_trained_elsewhere_are_measured_and_nothing_is_trained(runs, monkeypatch):

@@ -268,25 +268,30 @@ def gain_at_loss(gains: ArrayLike, losses: ArrayLike, loss: float) -> Any:
     Returns:
         The gain, or one for each resample; that of the last point beyond it.
     """
-    return _along_fronts(lambda x, y: np.interp(loss, x, y), gains, losses)
+    x, y = np.asarray(losses, dtype=np.float64), np.asarray(gains, dtype=np.float64)
+    y_0 = np.where(x <= loss, y, 0).max(0, initial=0)
+    x_0 = _least(x, (x <= loss) & (y == y_0) & (y_0 > 0), 0.0)
+    beyond = (x > loss) & (y > y_0)
+    x_1 = _least(x, beyond, np.inf)
+    y_1 = np.where(beyond & (x == x_1), y, 0).max(0, initial=0)
+    # Beyond the last point the line is flat: x_1 is infinite.
+    return y_0 + (loss - x_0) / (x_1 - x_0) * (y_1 - y_0)
 
 
 def loss_at_gain(gains: ArrayLike, losses: ArrayLike, gain: float) -> Any:
-    """Least loss at a gain, as [`gain_at_loss`]; infinite where no point gains as much."""
-    return _along_fronts(lambda x, y: np.interp(gain, y, x, right=np.inf), gains, losses)
+    """Least loss at a gain above 0, as [`gain_at_loss`]; infinite where no point gains as much."""
+    x, y = np.asarray(losses, dtype=np.float64), np.asarray(gains, dtype=np.float64)
+    x_1 = _least(x, y >= gain, np.inf)
+    y_1 = np.where((x == x_1) & (y >= gain), y, gain).max(0, initial=gain)
+    y_0 = np.where(x < x_1, y, 0).max(0, initial=0)
+    x_0 = _least(x, (x < x_1) & (y == y_0) & (y_0 > 0), 0.0)
+    reached = np.isfinite(x_1)
+    return np.where(reached, x_0 + (gain - y_0) / np.where(reached, y_1 - y_0, 1) * (x_1 - x_0), np.inf) + 0.0
 
 
-def _along_fronts(
-    at: Callable[[np.ndarray, np.ndarray], float], gains: ArrayLike, losses: ArrayLike
-) -> np.ndarray | float:
-    gains, losses = np.asarray(gains, dtype=np.float64), np.asarray(losses, dtype=np.float64)
-    if gains.ndim == 2:
-        return np.array([_along_fronts(at, *pair) for pair in zip(gains.T, losses.T, strict=True)])
-    order = np.lexsort((-gains, losses))
-    before = np.maximum.accumulate(np.maximum(gains[order], 0))
-    better = gains[order] > np.concatenate([[0.0], before[:-1]])
-    x, y = (np.concatenate([[0.0], values[order][better]]) for values in (np.maximum(losses, 0), gains))
-    return float(at(x, y))
+def _least(values: np.ndarray, where: np.ndarray, otherwise: float) -> np.ndarray:
+    least = np.where(where, values, np.inf).min(0, initial=np.inf)
+    return np.where(np.isfinite(least), least, otherwise)
 
 
 def _pair(before: ArrayLike, after: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
