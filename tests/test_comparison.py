@@ -570,6 +570,25 @@ def test_losses_on_other_tokens_are_refused(comparison: Comparison, tmp_path):
         ({"training": {"output_dir": "x"}}, r"`training` in .* sets \['output_dir'\]"),
         ({"arms": {"x": {"learning_rate": 1, "learning_rate_scale": 2}}}, "Give one of them"),
         ({"arms": {"x": {"interpolate": "sft", "scales": 0.5}}}, "`scales` of arm 'x' is 0.5; expected a list"),
+        ({"arms": {"x": {"grid": [1]}}}, r"`grid` of arm 'x' is \[1\]; expected lists of values by option"),
+        (
+            {"arms": {"x": {"grid": {"kl_weight": 1}}}},
+            "`grid` of arm 'x' is {'kl_weight': 1}; expected lists of values",
+        ),
+        ({"arms": {"x": {"grid": {"kl_weight": []}}}}, "`grid` of arm 'x'"),
+        (
+            {"arms": {"x": {"kl_weight": 1, "grid": {"kl_weight": [2]}}}},
+            r"has \['kl_weight'\] beside its `grid` and in it",
+        ),
+        ({"arms": {"x": {"grid": {"kl_weight": [1, 1.0]}}}}, "Two arms are named 'x-1'; an arm becomes a folder"),
+        ({"arms": {"x": {"grid": {"output_dir": ["a"]}}}}, r"Arm 'x-a' sets \['output_dir'\], which the comparison"),
+        ({"arms": {"x": {"method": 3}}}, "`method` of arm 'x' is 3; expected the name of what it is a setting of"),
+        ({"controls": ["sgd"]}, r"`controls` in .* names \['sgd'\]; expected some of the methods \['sft', 'ema'"),
+        ({"evaluation": {"scales": 0.5}}, "`scales` is 0.5; expected a list of factors"),
+        ({"evaluation": {"scales": [0.5, 1]}}, r"must be different factors above 0, got \[0.5, 1\]"),
+        ({"evaluation": {"scales": [0.5, 0.5]}}, "must be different factors above 0"),
+        ({"evaluation": {"drift_data": ["a.jsonl"]}}, r"`drift_data` is \['a.jsonl'\]; expected files by name"),
+        ({"evaluation": {"drift_data": {"domain": "a.jsonl"}}}, "`drift_data` has a text named 'domain'; use letters"),
         ({"seeds": 3}, r"`seeds` in .* is 3; expected a list such as \[0, 1, 2\]"),
         (
             {"evaluation": {"retention_tasks": ["arc_easy"]}},
@@ -598,6 +617,27 @@ def test_a_plan_with_a_mistake_is_refused(tiny_folder, tmp_path, changes, messag
     shutil.copytree(tiny_folder / "model", tmp_path / "model")
     with pytest.raises(ValueError, match=message):
         load_comparison(write_plan(tmp_path, **changes))
+
+
+def test_a_grid_is_an_arm_for_each_combination_of_its_values(tiny_folder, tmp_path):
+    arms = {
+        "rehearsal": {
+            "teacher": "none",
+            "grid": {"rehearsal_weight": [4, 1.0], "learning_rate_scale": [1, 1.0e-5], "bf16": [False]},
+        },
+        "sft": {"teacher": "none"},
+        "other": {"teacher": "none", "method": "sft"},
+    }
+    plan = load_comparison(write_plan(tiny_folder, arms=arms), str(tmp_path))
+    expected = ["rehearsal-4-1-False", "rehearsal-4-1e-05-False", "rehearsal-1-1-False", "rehearsal-1-1e-05-False"]
+    assert list(plan.arms) == [*expected, "sft", "other"] and plan.methods == ["rehearsal", "sft"]
+    assert [arm.method for arm in plan.arms.values()] == ["rehearsal"] * 4 + ["sft"] * 2
+    assert plan.arms["rehearsal-4-1e-05-False"].options == {
+        "teacher": "none", "rehearsal_weight": 4, "learning_rate_scale": 1e-5, "bf16": False,
+    }  # fmt: skip
+    options = plan.options(plan.arms["rehearsal-4-1e-05-False"], 1)
+    assert options["learning_rate"] == pytest.approx(2e-7) and "method" not in options and "grid" not in options
+    assert options["output_dir"] == str(tmp_path / "rehearsal-4-1e-05-False" / "seed_1")
 
 
 def test_unknown_options_and_tasks_are_refused_before_training(tiny_folder, tmp_path):

@@ -8,7 +8,10 @@ from scipy import stats
 
 from trl_ema.comparison.statistics import (
     forgetting,
+    gain_at_loss,
+    hypervolume,
     interval,
+    loss_at_gain,
     mcnemar,
     mean_interval,
     paired_interval,
@@ -220,3 +223,58 @@ def test_pareto_front_beats_every_other_point_and_no_point_of_its_own(points):
     assert not any(beats(i, j) for i in front for j in front)
     assert all(any(beats(i, j) for i in front) for j in range(len(points)) if j not in front)
     assert [losses[i] for i in front] == sorted(losses[i] for i in front)
+
+
+POINTS = st.lists(st.tuples(st.integers(-3, 9), st.integers(0, 12)), min_size=1, max_size=7)
+
+
+@given(POINTS)
+def test_hypervolume_is_the_share_of_the_plane_that_is_dominated(points):
+    """Against counting: the points lie on a grid of tenths, and so does every cell."""
+    gains, losses = np.array(points).T / 10
+    cells = [(g + 0.5, loss + 0.5) for g in range(10) for loss in range(10)]
+    dominated = sum(any(10 * g > y and 10 * f < x for g, f in zip(gains, losses, strict=True)) for y, x in cells)
+    assert hypervolume(gains, losses) == pytest.approx(dominated / 100)
+
+
+def test_hypervolume_by_hand():
+    # Half of the reference's gain at a tenth of its drift, all of it at its own: 0.5 · 0.9.
+    assert hypervolume([0.5, 1.0], [0.1, 1.0]) == pytest.approx(0.45)
+    assert hypervolume([0.5, 1.2, 0.3], [0.1, 0.6, 0.2]) == pytest.approx(0.5 * 0.5 + 1.2 * 0.4)
+    assert hypervolume([0.5], [0.2], bound=0.1) == hypervolume([-0.5], [0.2]) == 0
+    assert hypervolume(np.zeros((0, 3)), np.zeros((0, 3))).tolist() == [0, 0, 0]
+    g = np.random.default_rng(0)
+    gains, losses = g.normal(0.6, 0.4, (5, 40)), g.uniform(0, 1.4, (5, 40))
+    each = [hypervolume(*pair) for pair in zip(gains.T, losses.T, strict=True)]
+    assert hypervolume(gains, losses) == pytest.approx(each)
+
+
+@given(POINTS)
+def test_gain_and_loss_along_a_front_are_those_of_its_lines(points):
+    gains, losses = np.array(points).T / 10
+    front = [(0.0, 0.0)] + [(losses[i], gains[i]) for i in pareto_front(gains, losses) if gains[i] > 0]
+    front = sorted(dict((y, (x, y)) for x, y in sorted(front, reverse=True)).values())
+    for level in (0.05, 0.3, 0.75):
+        lines = [
+            y + (level - x) * (y_next - y) / (x_next - x)
+            for (x, y), (x_next, y_next) in zip(front, front[1:], strict=False)
+            if x <= level < x_next
+        ]
+        assert gain_at_loss(gains, losses, level) == pytest.approx(lines[0] if lines else front[-1][1])
+        found = loss_at_gain(gains, losses, level)
+        if level > max(gains):
+            assert found == math.inf
+        else:
+            assert gain_at_loss(gains, losses, found) == pytest.approx(level) or found in losses
+            assert all(loss >= found or gain < level for gain, loss in zip(gains, losses, strict=True))
+
+
+def test_along_fronts_by_hand():
+    gains, losses = [0.6, 1.0, 0.5, 0.9], [0.1, 0.5, 0.3, 0.6]
+    assert gain_at_loss(gains, losses, 0.05) == pytest.approx(0.3)
+    assert gain_at_loss(gains, losses, 0.3) == pytest.approx(0.8)
+    assert gain_at_loss(gains, losses, 0.9) == 1
+    assert loss_at_gain(gains, losses, 0.8) == pytest.approx(0.3)
+    assert loss_at_gain(gains, losses, 1.1) == math.inf
+    both = gain_at_loss(np.array([gains, gains]).T, np.array([losses, losses]).T, 0.3)
+    assert both == pytest.approx([0.8, 0.8])

@@ -345,14 +345,21 @@ def compare(arguments: list[str]) -> None:
     )
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file; default: eight arms on the offline demo")
     parser.add_argument("--output_dir", help="folder of the comparison, instead of the file's")
-    parser.add_argument("--arms", nargs="+", help="do only these arms now; default: all of the file")
+    parser.add_argument(
+        "--arms", nargs="+", help="do only these arms, or all arms of these methods, now; default: all of the file"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="do only these seeds now")
+    parser.add_argument(
+        "--evaluate_only",
+        action="store_true",
+        help="train nothing: measure the runs that are done, and write the report",
+    )
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     require("report", "jinja2", "matplotlib", "scipy")
     comparison = load_comparison(args.config, args.output_dir)
     check_output_dir(comparison.output_dir)
-    run_comparison(comparison, args.arms, args.seeds)
+    run_comparison(comparison, args.arms, args.seeds, args.evaluate_only)
     print(f"Report: {write_report(comparison.output_dir)}")
 
 

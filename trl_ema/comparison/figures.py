@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.answers import GENERATIONS, TEXT, paired_scores
+from ..evaluation.answers import CURVE, GENERATIONS, TEXT, paired_scores
 from ..evaluation.settings import Suite
 from ..files import read_json, read_jsonl
+from .fronts import LEAST_ROWS, Fronts, Place, summarize_map
 from .plan import BASE, PLAN, Comparison, kept_comparison
 from .statistics import (
     forgetting,
@@ -36,6 +37,8 @@ CURVES = {
     "drift_domain": "drift, domain text, nats per token",
     "drift_general": "drift, general text, nats per token",
 }
+# Of a row's sums: loss, tokens, drift.
+_COLUMNS = 3
 # More points of a curve than a picture shows.
 _CURVE_POINTS = 200
 # The chance of a base that guesses to be taken for one that does not: the half outside a 95 % interval that lies above it.
@@ -52,12 +55,17 @@ class _Point:
 
     arm: str
     role: str
+    method: str
     is_control: bool  # plain SFT, whatever its learning rate or its scale, or the arm that is named as the reference
     folders: dict[int, Path] = field(default_factory=dict)
     scores: dict[str, dict[int, np.ndarray]] = field(default_factory=lambda: defaultdict(dict))
     pairs: dict[str, dict[int, tuple]] = field(default_factory=lambda: defaultdict(dict))
     losses: dict[int, np.ndarray] = field(default_factory=dict)
     texts: dict[int, dict] = field(default_factory=dict)
+    unscalable: str | None = None
+    curves: dict[int, dict] = field(
+        default_factory=dict
+    )  # by seed, of each scale what `texts` has of the adapter itself
 
     @property
     def label(self) -> str:
@@ -81,8 +89,8 @@ def summarize_comparison(folder: str) -> dict:
         folder (`str`): `output_dir` of [`run_comparison`].
 
     Returns:
-        `dict`: `plan`, `reference`, `base`, `points` (an entry per arm and role), `against` (their differences from the
-        controls), `curves`, `provenance` and `missing`: figures alone, no question and no text. A figure is a dict of `mean`,
+        `dict`: `plan`, `reference`, `base`, `points` (an entry per arm and role), `map` (see [`summarize_map`]), `against` (their
+        differences from the controls), `curves`, `provenance` and `missing`: figures alone, no question and no text. A figure is a dict of `mean`,
         `low` and `high` (95 %, see [`interval`]).
 
     Raises:
@@ -97,10 +105,8 @@ def summarize_comparison(folder: str) -> dict:
             "on where it stopped."
         )
     base = _Base(root / BASE, comparison.suite)
-    plain = comparison.plain_sft or ()
-    named = comparison.reference or next(iter(plain), None)
-    points, missing = _read_points(comparison, base, {*plain, named})
-    reference = next((point for point in points if (point.arm, point.role) == (named, "student")), None)
+    points, missing = _read_points(comparison, base, {*(comparison.plain_sft or ()), comparison.reference})
+    reference = _reference(points, base, comparison)
     entries = [_entry(point, base, reference) for point in points]
     front = _front(entries)
     return {
@@ -108,6 +114,7 @@ def summarize_comparison(folder: str) -> dict:
         "reference": None if reference is None else reference.label,
         "base": base.entry | {"on_front": len(entries) in front},
         "points": [entry | {"on_front": i in front} for i, entry in enumerate(entries)],
+        "map": _map(points, base, reference, comparison),
         "against": _against_controls(points, base),
         "missing": missing,
         "curves": _curves(root, comparison),
@@ -147,7 +154,7 @@ class _Base:
     """The base model's answers, and the resamples that every point shares with them."""
 
     def __init__(self, folder: Path, suite: Suite):
-        self.folder, self.retention_tasks = folder, list(suite.retention_tasks)
+        self.folder, self.retention_tasks, self.texts = folder, list(suite.retention_tasks), suite.general_texts
         self.tasks = {name: read_json(folder / f"{name}.json") for name in suite.tasks}
         self.text = read_json(folder / TEXT)
         rows = {name: read_jsonl(folder / f"{name}.jsonl") for name in self.tasks}
@@ -175,7 +182,7 @@ class _Base:
 
     def mean_loss(self, text: dict) -> np.ndarray:
         """Domain loss of each resample of the held-out rows, nats per token."""
-        sums, tokens = np.array(text["domain"]["rows"]).T
+        sums, tokens = np.array(text["domain"]["rows"]).T[:2]
         weights = resampling_weights(len(tokens), seed=len(self.tasks))
         return (weights @ sums) / (weights @ tokens)
 
@@ -204,8 +211,11 @@ def _read_points(comparison: Comparison, base: _Base, controls: set[str | None])
                 what = f"not evaluated whole ({where}: no {names})" if os.path.isdir(folder) else "not evaluated"
                 missing.append(f"{arm.name}, seed {seed}: {role} {what}")
                 continue
-            new = _Point(arm.name, role, (arm.interpolate or arm.name) in controls)
-            _read_evaluation(points.setdefault((arm.name, role), new), seed, Path(folder), base)
+            new = _Point(arm.name, role, arm.method, (arm.interpolate or arm.name) in controls)
+            point = points.setdefault((arm.name, role), new)
+            _read_evaluation(point, seed, Path(folder), base)
+            if arm.interpolate is None and not _read_curve(point, seed, Path(folder, CURVE), comparison.suite):
+                missing.append(f"{arm.name}, seed {seed}: {role} not measured at all other scales")
     return list(points.values()), missing
 
 
@@ -222,6 +232,75 @@ def _read_evaluation(point: _Point, seed: int, folder: Path, base: _Base) -> Non
         pair = paired_scores(base.folder / f"{name}.jsonl", folder / f"{name}.jsonl")
         point.pairs[name][seed] = pair
         point.scores[name][seed] = scores_by_resample(pair[1], base.weights[name])
+
+
+def _read_curve(point: _Point, seed: int, path: Path, suite: Suite) -> bool:
+    """Whether loss and drift are there at each scale that the adapter has."""
+    if not suite.scales:
+        return True
+    curve = read_json(path) if path.is_file() else {}
+    if curve.get("key", [])[:2] != point.texts[seed]["key"][:2]:  # none, or of another model or other rows
+        return False
+    point.curves[seed] = curve["scales"]
+    point.unscalable = point.unscalable or curve["unscalable"]
+    return curve["unscalable"] is not None or all(f"{scale:g}" in curve["scales"] for scale in suite.scales)
+
+
+def _reference(points: list[_Point], base: "_Base", comparison: Comparison) -> _Point | None:
+    """The student of the arm that the plan names, or else of plain SFT the one that gains most, of those with the most seeds."""
+    students = [point for point in points if point.role == "student"]
+    if comparison.reference is not None:
+        return next((point for point in students if point.arm == comparison.reference), None)
+    plain = [point for point in students if point.arm in (comparison.plain_sft or ())]
+    return min(plain, key=lambda p: (-len(p.folders), np.mean([loss[0] for loss in p.losses.values()])), default=None)
+
+
+def _map(points: list[_Point], base: "_Base", reference: _Point | None, comparison: Comparison) -> dict:
+    """Of all methods, or why there is none."""
+    if reference is None:
+        return {"absent": "no arm is plain SFT, and the plan names no `reference`; or it is not measured yet"}
+    texts = [base.text, *(text for point in points for text in point.texts.values())]
+    names = ["domain", *base.texts]
+    if any(len(text[name]["rows"][0]) < _COLUMNS for text in texts for name in names):
+        return {
+            "absent": "an earlier trl_ema measured some arms and kept no drift of single rows; run `trl-ema compare` again"
+        }
+    few = [name for name in names if len(base.text[name]["rows"]) < LEAST_ROWS]
+    if few:
+        return {"absent": f"{few[0]} has fewer than {LEAST_ROWS} rows, too few to choose settings on one half of them"}
+    places = [place for point in points for place in _places(point, names)]
+    own = next(place for place in places if (place.arm, place.role, place.scale) == (reference.arm, "student", 1))
+    sources = [(arm.method, arm.interpolate or arm.name) for arm in comparison.arms.values()]
+    plain = comparison.plain_sft or ()
+    controls = comparison.controls or [
+        name for name in comparison.methods if all(arm in plain for method, arm in sources if method == name)
+    ]
+    planned = {name: sum(method == name for method, _ in sources) for name in comparison.methods}
+    found = summarize_map(Fronts(places, _rows(base.text, names), own), planned, controls)
+    return found | {"unscalable": {point.label: point.unscalable for point in points if point.unscalable}}
+
+
+def _places(point: _Point, names: list[str]) -> list[Place]:
+    """Its own, and one for each scale that it was measured at."""
+    by_scale: dict[float, dict[int, dict]] = {1.0: point.texts}
+    for seed, curve in point.curves.items():
+        for scale, text in curve.items():
+            by_scale.setdefault(float(scale), {})[seed] = text
+    return [
+        Place(
+            point.arm,
+            point.role,
+            point.method,
+            point.label,
+            scale,
+            {seed: _rows(t, names) for seed, t in texts.items()},
+        )
+        for scale, texts in by_scale.items()
+    ]
+
+
+def _rows(text: dict, names: list[str]) -> dict[str, np.ndarray]:
+    return {name: np.array(text[name]["rows"], dtype=np.float64)[:, :_COLUMNS] for name in names}
 
 
 def _gain(base_loss: np.ndarray, loss: np.ndarray) -> np.ndarray:
@@ -257,7 +336,7 @@ def _entry(point: _Point, base: _Base, reference: _Point | None) -> dict:
                 direction: interval(lambda x: x, point.drift(name, direction))
                 for direction in ("kl_base_model", "kl_model_base")
             }
-            for name in ("domain", "general")
+            for name in ("domain", *base.texts)
         },
         "general_loss": float(np.mean([text["general"]["loss"] for text in texts])),
         "generation": {key: float(np.mean([found[key] for found in generation])) for key in generation[0]}
@@ -337,8 +416,18 @@ def _front(entries: list[dict]) -> list[int]:
 
 
 def _against_controls(points: list[_Point], base: _Base) -> list[dict]:
-    """Each other point against each control: the same questions, rows and seeds, so their noise cancels."""
+    """
+    Each other point against each control: the same questions, rows and seeds, so their noise cancels. Of a control with many
+    settings against the one that gains most.
+    """
     names = base.retention_tasks
+    controls = [
+        max(
+            (p for p in points if p.is_control and (p.method, p.role) == key),
+            key=lambda p: -np.mean([x[0] for x in p.losses.values()]),
+        )
+        for key in dict.fromkeys((p.method, p.role) for p in points if p.is_control)
+    ]
     return [
         {
             "label": ours.label,
@@ -352,8 +441,8 @@ def _against_controls(points: list[_Point], base: _Base) -> list[dict]:
         }
         for ours in points
         if not ours.is_control
-        for theirs in points
-        if theirs.is_control and set(ours.folders) & set(theirs.folders)
+        for theirs in controls
+        if set(ours.folders) & set(theirs.folders)
     ]
 
 

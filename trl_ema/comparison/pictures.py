@@ -7,14 +7,18 @@ import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .figures import CURVES, in_points, is_absent
+from .plan import expanded_arms
 
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.figure import Figure
 
 CAPTIONS = {
+    "front": "Gain against drift, as shares of the reference's (the cross). Up and left is better. Thin: each setting over the scale of "
+    "its adapter. Thick: the front of each method, flat beyond its last point; dashed: of a control. The drift axis is a square root.",
     "tradeoff": "Domain gain against forgetting. Up and left is better; the base model is the origin. Bars: 95 % intervals, "
     "over questions and seeds (of one seed: over questions alone). The line is the Pareto front.",
     "tasks": "Change of each task's score against the base on the same questions, with 95 % intervals over questions and seeds (of one "
@@ -23,6 +27,9 @@ CAPTIONS = {
     "curves": "Training, mean over seeds.",
 }
 COLORS = ("#d1495b", "#3b82c4", "#2a9d6f", "#8b6fc0", "#e08a1e", "#8a8f98", "#2aa5a0", "#d46a9f", "#a07855", "#6b8e23")
+# With more methods than colours, so many of the best have one.
+_COLORED = 8
+_GREY = "#9aa0a8"
 # Replaced by the page's own text colour, so that one picture serves light and dark.
 _INK = "#010203"
 _LONG = re.compile(r"-?\d+\.\d{3,}")
@@ -45,16 +52,36 @@ def draw_pictures(summary: dict) -> dict[str, Picture]:
         "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
         "axes.spines.right": False, "axes.titlesize": 9, "legend.frameon": False, "svg.hashsalt": "trl_ema",
     }  # fmt: skip
-    arms = list(summary["plan"]["arms"])
-    colors = {arm: COLORS[i % len(COLORS)] for i, arm in enumerate(arms)}
+    colors = arm_colors(summary)
     with matplotlib.rc_context(style):
         figures = {
+            "front": _fronts(summary, colors),
             "tradeoff": _tradeoff(summary, colors),
             "tasks": _task_bars(summary, colors),
             "subjects": _subject_bars(summary, colors),
             "curves": _curve_grid(summary, colors),
         }
         return {name: _render(name, figure) for name, figure in figures.items() if figure is not None}
+
+
+def _methods(summary: dict) -> dict[str, str]:
+    """Method by arm."""
+    arms = expanded_arms(summary["plan"]["arms"])
+    return {arm: (options or {}).get("method", arm) for arm, options in arms.items()}
+
+
+def arm_colors(summary: dict) -> dict[str, str]:
+    """One for each method; where there are more than colours, for the controls and the best, and grey for the others."""
+    by_arm = _methods(summary)
+    methods = list(dict.fromkeys(by_arm.values()))
+    found = (summary.get("map") or {}).get("methods")
+    if len(methods) > len(COLORS) and found:
+        best = [entry["method"] for entry in found if not entry["is_control"]][:_COLORED]
+        controls = [entry["method"] for entry in found if entry["is_control"]]
+        colors = dict(zip([*best, *controls], COLORS, strict=False))
+    else:
+        colors = {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
+    return {arm: colors.get(method, _GREY) for arm, method in by_arm.items()}
 
 
 def _new_figure(
@@ -130,6 +157,64 @@ def _tradeoff(summary: dict, colors: dict[str, str]) -> "Figure | None":
     return figure
 
 
+def _fronts(summary: dict, colors: dict[str, str]) -> "Figure | None":
+    methods = (summary.get("map") or {}).get("methods")
+    if not methods:
+        return None
+    by_arm = _methods(summary)
+    by_method = {method: colors[arm] for arm, method in by_arm.items()}
+    figure, axes = _new_figure(6.4, 4.8)
+    ax = axes[0, 0]
+    ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    right = 110.0
+    ends = []
+    for rank, entry in enumerate(methods):
+        color = by_method[entry["method"]]
+        style: Any = {"color": color, "zorder": 1 if color == _GREY else 4 - rank / len(methods)}
+        for way in entry["ways"]:
+            points = [(0.0, 0.0), *((p["drift"], p["gain"]) for p in way["points"])]
+            x, y = (100 * np.array(values) for values in zip(*sorted(points), strict=True))
+            dense = np.linspace(0, np.sqrt(x[-1]), 60) ** 2
+            ax.plot(dense, np.interp(dense, x, y), linewidth=0.6, alpha=0.35, **style)
+        if entry["front"]:
+            x, y = (np.array([0.0, *(100 * p[key] for p in entry["front"])]) for key in ("drift", "gain"))
+            dense = np.linspace(0, np.sqrt(right), 200) ** 2
+            dash = "--" if entry["is_control"] else "-"
+            ax.plot(dense, np.interp(dense, x, y), linewidth=1.2 if color == _GREY else 2, linestyle=dash, **style)
+            ax.plot(x[1:], y[1:], "o", markersize=2.5 if color == _GREY else 3.5, **style)
+            ends.append((float(np.interp(right, x, y)), entry["method"], color))
+    ax.plot(100, 100, "x", color=_INK, markersize=8, zorder=5)
+    top = max([102.0, *(y for y, *_ in ends)])
+    ax.set_ylim(0.35 * top, 1.03 * top)
+    ax.set_xlim(0, right)
+    ticks = (1, 5, 10, 25, 50, 75, 100)
+    ax.set_xticks(ticks, [f"{tick}" for tick in ticks])
+    ax.set_xlabel(f"drift, % of {summary['map']['reference']['label']}'s: KL(base ‖ model) on general text")
+    ax.set_ylabel(f"gain, % of {summary['map']['reference']['label']}'s: fall of the held-out loss")
+    _label_ends(ax, ends, right)
+    return figure
+
+
+def _label_ends(ax: Any, ends: list[tuple[float, str, str]], right: float) -> None:
+    """The name of each line beside its end, moved apart where they would lie on each other."""
+    bottom, top = ax.get_ylim()
+    gap, ends = (top - bottom) / 26, sorted(ends)
+    heights = np.array([y for y, *_ in ends])
+    for _ in range(200):
+        for i in range(len(ends) - 1):
+            lacking = gap - (heights[i + 1] - heights[i])
+            if lacking > 0:
+                heights[i : i + 2] += [-lacking / 2, lacking / 2]
+        heights = np.clip(heights, bottom + gap * np.arange(len(ends)), top - gap * np.arange(len(ends))[::-1])
+    for (y, label, color), height in zip(ends, heights, strict=True):
+        ax.annotate(
+            label, (right, max(y, bottom)), (24, height), xycoords="data", textcoords=("offset points", "data"), color=color,
+            fontsize=8, va="center", annotation_clip=False, arrowprops={
+                "arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5),
+            },
+        )  # fmt: skip
+
+
 def _bars(found: dict) -> list[list[float]] | None:
     """An interval as matplotlib takes it."""
     return None if is_absent(found["low"]) else [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
@@ -165,7 +250,8 @@ def _task_bars(summary: dict, colors: dict[str, str]) -> "Figure | None":
 def _subject_bars(summary: dict, colors: dict[str, str]) -> "Figure | None":
     """Students of the trained arms, on the group with the most subjects."""
     groups = {name: task for name, task in summary["base"]["tasks"].items() if len(task["subtasks"]) > 1}
-    trained = {arm for arm, options in summary["plan"]["arms"].items() if "interpolate" not in options}
+    arms = expanded_arms(summary["plan"]["arms"])
+    trained = {arm for arm, options in arms.items() if "interpolate" not in (options or {})}
     points = [
         p for p in summary["points"] if p["role"] == "student" and p["arm"] in trained and set(groups) & set(p["tasks"])
     ]
@@ -199,12 +285,22 @@ def _curve_grid(summary: dict, colors: dict[str, str]) -> "Figure | None":
     figure, axes = _new_figure(5.4, 2.2 * rows + 0.4, rows, columns, sharex=True)
     for ax in axes.flat[len(curves) :]:
         ax.set_visible(False)
+    methods = _methods(summary)
+    several = len(set(methods.values())) < len(methods)
     for ax, (name, by_arm) in zip(axes.flat, curves.items(), strict=False):
+        shown: set[str] = set()
         for arm, points in by_arm.items():
-            ax.plot(*zip(*points, strict=True), color=colors[arm], label=arm, linewidth=1.4)
+            # Of a method with several settings the colour is named once.
+            label = methods[arm] if methods[arm] not in shown else None
+            shown.add(methods[arm])
+            ax.plot(*zip(*points, strict=True), color=colors[arm], label=label, linewidth=0.8 if several else 1.4)
         ax.set_title(CURVES[name], fontsize=8)
         ax.set_ylim(bottom=0)
     for ax in axes[-1]:
         ax.set_xlabel("optimizer step")
-    axes[0, 0].legend(fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if several:
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7.5)
+    else:
+        axes[0, 0].legend(fontsize=8)
     return figure

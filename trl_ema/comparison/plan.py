@@ -4,7 +4,9 @@ import os
 import re
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -17,7 +19,15 @@ BASE = "base"
 PLAN = "plan.json"
 # `TEACHER_NAME`, whose module loads PEFT.
 _TEACHER = "teacher"
-_KEYS = {"output_dir": str, "training": dict, "arms": dict, "reference": str, "seeds": list, "evaluation": dict}
+_KEYS = {
+    "output_dir": str,
+    "training": dict,
+    "arms": dict,
+    "reference": str,
+    "controls": list,
+    "seeds": list,
+    "evaluation": dict,
+}
 # Of a run; the comparison sets them.
 _RESERVED = ("seed", "output_dir", "measure", "resume_from_checkpoint", "eval_samples")
 
@@ -31,12 +41,14 @@ class Arm:
         name (`str`): Folder and label.
         options (`dict`): Options of `trl-ema train` that differ from the common ones. `learning_rate_scale` multiplies the
             common learning rate.
+        method (`str`): What it is a setting of: the arms of a `grid` are settings of one method. Its own name by default.
         interpolate (`str`, *optional*): Train nothing: take this arm's student and scale its adapter.
         scales (`tuple`): Factors of the adapter's update: 0 is the base model, 1 the student.
     """
 
     name: str
     options: dict
+    method: str
     interpolate: str | None = None
     scales: tuple[float, ...] = ()
 
@@ -54,10 +66,13 @@ class Arm:
         reserved = [key for key in _RESERVED if key in options]
         if reserved:
             raise ValueError(f"Arm {name!r} sets {reserved}, which the comparison itself sets. Leave them out.")
+        method = options.pop("method", name)
+        if not isinstance(method, str):
+            raise ValueError(f"`method` of arm {name!r} is {method!r}; expected the name of what it is a setting of.")
         scales = options.pop("scales", None) or []
         if not isinstance(scales, list) or not all(isinstance(scale, int | float) for scale in scales):
             raise ValueError(f"`scales` of arm {name!r} is {scales!r}; expected a list of factors such as [0.25, 0.5].")
-        arm = cls(name, options, options.pop("interpolate", None), tuple(scales))
+        arm = cls(name, options, method, options.pop("interpolate", None), tuple(scales))
         if "learning_rate_scale" in arm.options and "learning_rate" in arm.options:
             raise ValueError(f"Arm {name!r} has `learning_rate` and `learning_rate_scale`. Give one of them.")
         if (arm.interpolate is None) == bool(arm.scales):
@@ -69,6 +84,49 @@ class Arm:
         return arm
 
 
+def expanded_arms(arms: dict[str, Any]) -> dict[str, Any]:
+    """
+    The arms of a plan by name: each with a `grid: {option: [values]}` becomes one for each combination of its values, named
+    ARM-V1-V2 in the order of the grid's keys, and of the method ARM.
+
+    Raises:
+        ValueError: A grid is none, or two arms have one name.
+    """
+    found: dict[str, Any] = {}
+    for name, options in arms.items():
+        for one, combined in _combinations(name, options):
+            if one in found:
+                raise ValueError(f"Two arms are named {one!r}; an arm becomes a folder. Rename one of them.")
+            found[one] = combined
+    return found
+
+
+def _combinations(name: str, options: Any) -> list[tuple[str, Any]]:
+    if not isinstance(options, dict) or "grid" not in options:
+        return [(name, options)]
+    grid, common = options["grid"], {key: value for key, value in options.items() if key != "grid"}
+    if (
+        not isinstance(grid, dict)
+        or not grid
+        or not all(isinstance(values, list) and values for values in grid.values())
+    ):
+        raise ValueError(
+            f"`grid` of arm {name!r} is {grid!r}; expected lists of values by option, such as `{{learning_rate_scale: [1, 2]}}`."
+        )
+    twice = sorted(set(grid) & set(common))
+    if twice:
+        raise ValueError(f"Arm {name!r} has {twice} beside its `grid` and in it. Give each option in one place.")
+    return [
+        ("-".join([name, *map(_shown, values)]), {"method": name} | common | dict(zip(grid, values, strict=True)))
+        for values in product(*grid.values())
+    ]
+
+
+def _shown(value: Any) -> str:
+    """A value as the name of an arm has it."""
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """
@@ -78,10 +136,13 @@ class Comparison:
         output_dir (`str`): One folder below it for each arm and seed.
         training (`dict`): Options of `trl-ema train` common to all arms.
         arms (`dict`): Name to [`Arm`].
+        written (`dict`): `arms` as the file has them, with their grids.
         seeds (`tuple`): Each arm is trained once with each.
         suite ([`Suite`]): What is measured.
-        reference (`str`, *optional*): The arm that the others' gain and forgetting are given as shares of; by default the
-            first that is plain SFT.
+        reference (`str`, *optional*): The arm that the others' gain, drift and forgetting are given as shares of; by default the
+            one with the largest gain of those that are plain SFT.
+        controls (`tuple`, *optional*): Methods that each other method's front is compared with; by default those that are plain
+            SFT.
         plain_sft (`tuple`, *optional*): The arms that are plain SFT, as [`run_comparison`] understood their options. A report,
             which knows no TRL, reads it from the kept plan; a plan that was not run does not know.
         averaged (`tuple`, *optional*): The arms whose teacher is an average of the student, likewise.
@@ -90,9 +151,11 @@ class Comparison:
     output_dir: str
     training: dict
     arms: dict[str, Arm]
+    written: dict
     seeds: tuple[int, ...]
     suite: Suite
     reference: str | None = None
+    controls: tuple[str, ...] | None = None
     plain_sft: tuple[str, ...] | None = None
     averaged: tuple[str, ...] | None = None
 
@@ -137,6 +200,11 @@ class Comparison:
         return {
             role: (adapter, os.path.join(folder, "evaluation", role), scale) for role, (adapter, scale) in ways.items()
         }
+
+    @property
+    def methods(self) -> list[str]:
+        """In order."""
+        return list(dict.fromkeys(arm.method for arm in self.arms.values()))
 
     def is_trained(self, arm: str, seed: int) -> bool:
         """Whether this run is done."""
@@ -191,16 +259,19 @@ def _comparison(plan: dict, path: str, output_dir: str | None) -> Comparison:
         if plan.get(key) is not None and not isinstance(plan[key], kind):
             what = {str: "a text", dict: "a mapping `name: value`", list: "a list such as [0, 1, 2]"}[kind]
             raise ValueError(f"`{key}` in {path} is {plan[key]!r}; expected {what}.")
-    arms = {name: Arm.from_dict(name, options) for name, options in (plan.get("arms") or {}).items()}
+    written = plan.get("arms") or {}
+    arms = {name: Arm.from_dict(name, options) for name, options in expanded_arms(written).items()}
     if not arms:
         raise ValueError(f"{path} has no arms. List some under `arms`, such as `sft: {{teacher: none}}`.")
     comparison = Comparison(
         output_dir=output_dir or plan.get("output_dir") or "runs/comparison",
         training=plan.get("training") or {},
         arms=arms,
+        written=written,
         seeds=tuple(plan.get("seeds") or (0,)),
         suite=Suite.from_dict(plan.get("evaluation") or {}),
         reference=plan.get("reference"),
+        controls=None if plan.get("controls") is None else tuple(plan["controls"]),
     )
     reserved = [key for key in _RESERVED if key in comparison.training]
     if reserved:
@@ -213,6 +284,9 @@ def _comparison(plan: dict, path: str, output_dir: str | None) -> Comparison:
         raise ValueError(
             f"`reference` in {path} is {comparison.reference!r}; expected an arm that is trained: one of {trained}."
         )
+    strange = [name for name in comparison.controls or () if name not in comparison.methods]
+    if strange:
+        raise ValueError(f"`controls` in {path} names {strange}; expected some of the methods {comparison.methods}.")
     for arm in arms.values():
         if "learning_rate_scale" in arm.options and "learning_rate" not in comparison.training:
             raise ValueError(f"Arm {arm.name!r} scales the learning rate; give the common one under `training`.")

@@ -46,7 +46,10 @@ _Options = tuple[TrainingScriptArguments, MeanTeacherConfig, ModelConfig]
 
 
 def run_comparison(
-    comparison: Comparison, arms: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+    comparison: Comparison,
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    evaluate_only: bool = False,
 ) -> None:
     """
     Train and evaluate whatever of the comparison is not done yet; each run in a process of its own.
@@ -54,13 +57,14 @@ def run_comparison(
     A run is done when its `metrics.json` is there, and goes on from its newest checkpoint when it was interrupted.
 
     Args:
-        arms, seeds (*optional*): Do only these now; all of the plan by default.
+        arms, seeds (*optional*): Do only these now; all of the plan by default. A method stands for all of its arms.
+        evaluate_only (`bool`): Train nothing: evaluate the runs that are done, such as those that were trained elsewhere.
 
     Raises:
         ValueError: Something of the plan cannot be done, or not beside what is done already. Nothing was trained then.
     """
     choices: tuple[tuple[str, Sequence, Sequence], ...] = (
-        ("arms", arms or (), list(comparison.arms)),
+        ("arms", arms or (), list(dict.fromkeys([*comparison.arms, *comparison.methods]))),
         ("seeds", seeds or (), comparison.seeds),
     )
     for name, asked, planned in choices:
@@ -68,16 +72,17 @@ def run_comparison(
         if unknown:
             raise ValueError(f"The comparison has no {name} {unknown}; expected some of {list(planned)}.")
     seeds = comparison.seeds if seeds is None else seeds
-    chosen = [arm for arm in comparison.arms.values() if arms is None or arm.name in arms]
-    for arm, seed in product(chosen, seeds):
-        _check_source(comparison, arm, chosen, seed)
+    chosen = [arm for arm in comparison.arms.values() if arms is None or {arm.name, arm.method} & {*arms}]
+    if not evaluate_only:
+        for arm, seed in product(chosen, seeds):
+            _check_source(comparison, arm, chosen, seed)
     parsed = _parsed(comparison)
     configs = {arm: config for (arm, _), (_, config, _) in parsed.items()}
     comparison = _understood(comparison, configs)
     for arm, seed in product(chosen, seeds):
         _check_weights(comparison, arm, seed)
     _check_same_tokenizer(configs)
-    _write_configs(comparison)
+    _write_configs(comparison, evaluate_only)
     manager = _checked_tasks(comparison.suite)
     first = next(iter(parsed.values()))
     write_json(Path(comparison.output_dir, PLAN), _plan(comparison, first))
@@ -86,19 +91,25 @@ def run_comparison(
     for seed in seeds:
         # What interpolates comes after what is trained.
         for arm in sorted(chosen, key=lambda arm: arm.interpolate is not None):
-            _train_and_evaluate(comparison, arm, seed, evaluator)
+            if not evaluate_only:
+                _train(comparison, arm, seed, evaluator)
+            if comparison.is_trained(arm.interpolate or arm.name, seed):
+                _evaluate(comparison, arm, seed, evaluator)
 
 
-def _train_and_evaluate(comparison: Comparison, arm: Arm, seed: int, evaluator: "_Evaluator") -> None:
+def _train(comparison: Comparison, arm: Arm, seed: int, evaluator: "_Evaluator") -> None:
     if arm.interpolate is None and not comparison.is_trained(arm.name, seed):
         logger.info("Training %s, seed %d", arm.name, seed)
         evaluator.release()
         config = os.path.join(comparison.folder(arm.name, seed), "config.yaml")
         subprocess.run([sys.executable, "-m", "trl_ema", "train", "--config", config], check=True)
+
+
+def _evaluate(comparison: Comparison, arm: Arm, seed: int, evaluator: "_Evaluator") -> None:
     for adapter, folder, scale in comparison.evaluations(arm, seed).values():
         # A run may be kept with its figures and without its weights.
         if is_adapter(adapter):
-            evaluator.adapter(adapter, folder, scale)
+            evaluator.adapter(adapter, folder, scale, curve=arm.interpolate is None)
 
 
 def _understood(comparison: Comparison, configs: dict[str, MeanTeacherConfig]) -> Comparison:
@@ -128,11 +139,13 @@ def _parsed(comparison: Comparison) -> dict[tuple[str, int], _Options]:
     return parsed
 
 
-def _write_configs(comparison: Comparison) -> None:
+def _write_configs(comparison: Comparison, check_only: bool = False) -> None:
     """A YAML file for `trl-ema train` in the folder of each run, once it is known that none has other options there."""
     paths = {run: Path(comparison.folder(*run), "config.yaml") for run in _runs(comparison)}
     for run, options in _runs(comparison).items():
         _check_same_run(paths[run], options)
+    if check_only:
+        return
     for run, options in _runs(comparison).items():
         write_text(paths[run], yaml.safe_dump(options))
 
@@ -183,20 +196,15 @@ def _plan(comparison: Comparison, first: _Options) -> dict:
     args, _, model_args = first
     return {
         "training": comparison.training,
-        "arms": {arm.name: _as_dict(arm) for arm in comparison.arms.values()},
+        "arms": comparison.written,
         "reference": comparison.reference,
+        "controls": comparison.controls,
         "plain_sft": comparison.plain_sft,
         "averaged": comparison.averaged,
         "seeds": list(comparison.seeds),
         "evaluation": asdict(comparison.suite),
         **sources(args, model_args),
     }
-
-
-def _as_dict(arm: Arm) -> dict:
-    if arm.interpolate is None:
-        return arm.options
-    return {"interpolate": arm.interpolate, "scales": list(arm.scales)}
 
 
 def _check_source(comparison: Comparison, arm: Arm, chosen: Sequence[Arm], seed: int) -> None:
@@ -214,7 +222,7 @@ def _check_weights(comparison: Comparison, arm: Arm, seed: int) -> None:
     """Raises `ValueError` if a run that is done has still to be evaluated, and its weights are not there."""
     source = arm.interpolate or arm.name
     for adapter, folder, _ in comparison.evaluations(arm, seed).values():
-        missing = comparison.suite.missing_files(folder)
+        missing = comparison.suite.missing_files(folder, curve=arm.interpolate is None)
         if comparison.is_trained(source, seed) and not is_adapter(adapter) and missing:
             raise ValueError(
                 f"{missing[0]} is to be measured, but the run in {comparison.folder(source, seed)} was kept without its "
@@ -257,9 +265,15 @@ class _Evaluator:
         _, held_out = load_data(args, self.tokenizer, training_args.dataset_text_field)
         general = data.as_chat(Dataset.from_list(general_rows()), self.tokenizer)
         _as_trained_with(self.tokenizer, training_args)
-        self.rows: dict[str, Any] = dict(domain=held_out, general=general, settings=training_args)
+        others = {
+            name: data.as_chat(data.load_split(path, text_field=training_args.dataset_text_field), self.tokenizer)
+            for name, path in comparison.suite.drift_data.items()
+        }
+        self.rows: dict[str, Any] = dict(domain=held_out, general=general, others=others, settings=training_args)
         HeldOutText(self.tokenizer, comparison.suite, **self.rows)  # refuses what cannot be measured
         self._model: Any = None
+        # What the base computes for these rows, once for all arms.
+        self._kept: dict = {}
 
     @property
     def model(self) -> PreTrainedModel:
@@ -281,6 +295,7 @@ class _Evaluator:
         adapter: str | None = None,
         scale: float = 1.0,
         reference: Reference | None = None,
+        **options: Any,
     ) -> None:
         logger.info("Evaluating %s", folder)
         settings: dict[str, Any] = {key: repr(value) for key, value in self.options.items() if key != "device_map"}
@@ -296,15 +311,17 @@ class _Evaluator:
             model_id=fingerprint(self.name, adapter, **settings),
             manager=self.manager,
             reference=reference,
+            **options,
             **self.rows,
         )
 
     def base(self) -> None:
         """The model before training."""
-        self._measure(self.model, self.tokenizer, os.path.join(self.comparison.output_dir, BASE))
+        folder = os.path.join(self.comparison.output_dir, BASE)
+        self._measure(self.model, self.tokenizer, folder, kept=self._kept)
 
-    def adapter(self, adapter: str, folder: str, scale: float = 1.0) -> None:
-        """The base with an adapter, scaled."""
+    def adapter(self, adapter: str, folder: str, scale: float = 1.0, curve: bool = False) -> None:
+        """The base with an adapter, scaled; with `curve` at the suite's other scales too."""
         tokenizer = load_adapter_tokenizer(
             self.name, adapter, self.options["revision"], self.options["trust_remote_code"]
         )
@@ -316,8 +333,9 @@ class _Evaluator:
                 f"The adapter in {adapter} cannot be scaled to {scale:g}: without it the model is not what it was before its "
                 "training. Leave its scales out, or train a plain LoRA."
             )
+        kept = self._kept if start.is_base and vocabulary(base) == tokens else None
         with rescale_adapter_scale(model, scale) if scale != 1.0 else nullcontext():
-            self._measure(model, tokenizer, folder, adapter, scale, start.activate)
+            self._measure(model, tokenizer, folder, adapter, scale, start.activate, kept=kept, curve=curve)
         # One that took from the base's weights, or put modules of its own in their place, leaves no base for the next.
         own = any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
         if start.is_base and not own and vocabulary(base) == tokens:

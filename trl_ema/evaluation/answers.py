@@ -7,6 +7,8 @@ from ..files import read_jsonl
 
 
 TEXT = "text.json"
+# Loss and drift of the adapter at other scales.
+CURVE = "curve.json"
 GENERATIONS = "generations.jsonl"
 
 

@@ -1,14 +1,17 @@
 """What is to be measured of a model, read from a plan and checked. Light: a report reads it too."""
 
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..options import plain_count, plain_number, take_booleans
-from .answers import GENERATIONS, TEXT
+from .answers import CURVE, GENERATIONS, TEXT
 
 
 METRICS = ("acc_norm", "acc")
+# Entries of the file that loss and drift are kept in.
+_RESERVED = ("answered", "domain", "general", "generation", "key", "provenance")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class Suite:
     Args:
         retention_tasks (`dict`): lm-eval task or group to its [`TaskSettings`]: what must not be forgotten.
         domain_tasks (`dict`): The same for the domain.
+        drift_data (`dict`): Name to a file (or hub name) of further general texts for loss and drift, beside the built-in
+            `general` rows.
+        scales (`tuple`): Factors of each adapter's update at which loss and drift are measured too, beside 1.
         domain_samples (`int`): Held-out rows for loss, drift and generations.
         generation_tokens (`int`): Tokens per generated answer; 0 for no generations.
         max_length (`int`): Tokens per row of the loss and the drift.
@@ -69,6 +75,8 @@ class Suite:
 
     retention_tasks: dict[str, TaskSettings] = field(default_factory=dict)
     domain_tasks: dict[str, TaskSettings] = field(default_factory=dict)
+    drift_data: dict[str, str] = field(default_factory=dict)
+    scales: tuple[float, ...] = ()
     domain_samples: int = 128
     generation_tokens: int = 48
     max_length: int = 1024
@@ -91,16 +99,27 @@ class Suite:
 
     def __post_init__(self) -> None:
         _take_counts(self, {"domain_samples": 1, "generation_tokens": 0, "max_length": 2, "batch_size": 1})
+        object.__setattr__(self, "drift_data", _drift_data(self.drift_data or {}))
+        object.__setattr__(self, "scales", _scales(self.scales or ()))
+
+    @property
+    def general_texts(self) -> list[str]:
+        """Names of the texts that drift away from the domain is measured on."""
+        return ["general", *self.drift_data]
 
     @property
     def tasks(self) -> dict[str, TaskSettings]:
         """Retention and domain tasks together."""
         return self.retention_tasks | self.domain_tasks
 
-    def missing_files(self, folder: str | Path) -> list[Path]:
-        """What [`evaluate_model`] has not written into `folder`; empty if the evaluation there is whole."""
+    def missing_files(self, folder: str | Path, curve: bool = False) -> list[Path]:
+        """
+        What [`evaluate_model`] has not written into `folder`; empty if the evaluation there is whole. With `curve` the file of
+        the other scales is a part of it.
+        """
         names = [TEXT] + [f"{task}.{ending}" for task in self.tasks for ending in ("json", "jsonl")]
         names += [GENERATIONS] if self.generation_tokens else []
+        names += [CURVE] if curve and self.scales else []
         return [path for path in (Path(folder, name) for name in names) if not path.is_file()]
 
 
@@ -111,6 +130,31 @@ def _take_counts(settings: TaskSettings | Suite, least: dict[str, int]) -> None:
         value = getattr(settings, name)
         if value is not None or name not in optional:
             object.__setattr__(settings, name, plain_count(name, value, smallest))
+
+
+def _drift_data(files: Any) -> dict[str, str]:
+    if not isinstance(files, dict) or not all(isinstance(path, str) for path in files.values()):
+        raise ValueError(
+            f"`drift_data` is {files!r}; expected files by name, such as `{{encyclopaedia: articles.jsonl}}`."
+        )
+    for name in files:
+        if not re.fullmatch(r"[\w.-]+", str(name)) or name in _RESERVED:
+            raise ValueError(
+                f"`drift_data` has a text named {name!r}; use letters, digits, `_`, `-` and `.`, and none of {_RESERVED}."
+            )
+    return {str(name): path for name, path in files.items()}
+
+
+def _scales(scales: Any) -> tuple[float, ...]:
+    if not isinstance(scales, list | tuple):
+        raise ValueError(f"`scales` is {scales!r}; expected a list of factors such as [0.25, 0.5, 0.75].")
+    found = [float(plain_number("scales", scale)) for scale in scales]
+    if any(scale <= 0 or scale == 1 for scale in found) or len(set(found)) < len(found):
+        raise ValueError(
+            f"`scales` must be different factors above 0, got {scales!r}. 0 is the base and 1 the adapter itself: both are "
+            "measured anyway."
+        )
+    return tuple(sorted(found))
 
 
 def _tasks(group: str, tasks: Any) -> dict[str, TaskSettings]:

@@ -6,19 +6,21 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset
 from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from ..adapters.fitness import unscalable_by
 from ..data import with_prompts
 from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..offline import OLMO_EVAL
 from ..provenance import provenance
-from .answers import GENERATIONS, TEXT
-from .drift import drift_of_rows, mean_drift, tokenized_batches
+from .answers import CURVE, GENERATIONS, TEXT
+from .drift import adapter_configs, drift_of_rows, mean_drift, tokenized_batches
 from .generation import generate_answers, generation_metrics, prompts_and_references
 from .runner import evaluate_tasks
 from .settings import Suite
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 PARTIAL = "text.part.json"
+# What is kept of each row: its sums and its tokens. Another layout gets another number.
+_ROWS = 2
 
 # Within its context the model is what drift is measured from.
 Reference = Callable[[], AbstractContextManager]
@@ -41,6 +45,7 @@ class HeldOutText:
     Args:
         domain, general (`Dataset`): Rows in any of TRL's formats, with the labels that the trainer gives them. Answers are generated
             to those of `domain`; of a conversation that is the last one.
+        others (`dict`, *optional*): Further general texts by name.
         settings (`SFTConfig`, *optional*): See [`tokenized_batches`].
 
     Raises:
@@ -53,6 +58,7 @@ class HeldOutText:
         suite: Suite,
         domain: Dataset,
         general: Dataset,
+        others: dict[str, Dataset] | None = None,
         settings: SFTConfig | None = None,
     ):
         self.tokenizer, self.suite = tokenizer, suite
@@ -63,7 +69,7 @@ class HeldOutText:
             raise ValueError(f"{error} With `generation_tokens` 0 their loss and drift are measured.") from error
         self.batches = {
             name: tokenized_batches(rows, tokenizer, suite.max_length, self.batch_size, settings)
-            for name, rows in (("domain", domain), ("general", general))
+            for name, rows in {"domain": domain, "general": general, **(others or {})}.items()
         }
         self.pairs = [] if self.prompts is None else prompts_and_references(self.prompts, tokenizer)
 
@@ -74,6 +80,7 @@ class HeldOutText:
         model_id: str,
         questions: str | None = None,
         reference: Reference | None = None,
+        kept: dict | None = None,
     ) -> dict:
         """
         Write `text.json` and `generations.jsonl` into `folder`, unless they are there, of the same model and rows.
@@ -83,10 +90,10 @@ class HeldOutText:
         Args:
             model_id (`str`): See [`fingerprint`].
             questions (`str`, *optional*): Said of where the figures come from.
-            reference (callable, *optional*): See [`drift_of_rows`].
+            reference, kept (*optional*): See [`drift_of_rows`].
         """
         path, partial = Path(folder, TEXT), Path(folder, PARTIAL)
-        key = [model_id, self._digest(), self.suite.generation_tokens, self.suite.max_length]
+        key = [model_id, self._digest(), self.suite.generation_tokens, self.suite.max_length, _ROWS]
         if path.is_file() and read_json(path)["key"] == key:
             return read_json(path)
         result = read_json(partial) if partial.is_file() else {}
@@ -94,7 +101,7 @@ class HeldOutText:
             result = {"key": key, "provenance": provenance() | {"questions": questions}}
         for name, batches in self.batches.items():
             if name not in result:
-                result[name] = self._loss_and_drift(model, name, batches, reference)
+                result[name] = _loss_and_drift(model, f"{name} text", batches, reference, kept)
                 write_json(partial, result)
         if self.prompts is not None:
             answers = self._answers(model, result, partial)
@@ -104,11 +111,32 @@ class HeldOutText:
         partial.unlink()
         return result
 
-    def _loss_and_drift(self, model: Any, name: str, batches: list[dict], reference: Reference | None) -> dict:
-        by_row = drift_of_rows(model, batches, description=f"{name} text", reference=reference)
-        measured = mean_drift(by_row)
-        # For paired comparisons: each row's loss, summed over its tokens, and their number.
-        return measured | {"perplexity": math.exp(measured["loss"]), "rows": by_row[:, [0, 3]].tolist()}
+    def trace(
+        self, model: PeftModel, folder: str, model_id: str, reference: Reference | None = None, kept: dict | None = None
+    ) -> None:
+        """
+        Write loss and drift of the model's adapter at each of the suite's scales into `curve.json`, unless they are there, of the
+        same model and rows. Each scale is kept as it comes.
+
+        An adapter that cannot be scaled has none; what of it stands in the way is written instead, as `unscalable`.
+
+        Args:
+            model_id, reference, kept: See [`measure`].
+        """
+        path, key = Path(folder, CURVE), [model_id, self._digest(), self.suite.max_length, _ROWS]
+        result = read_json(path) if path.is_file() else {}
+        if result.get("key") != key:
+            obstacle = next(filter(None, map(unscalable_by, adapter_configs(model))), None)
+            result = {"key": key, "unscalable": obstacle, "scales": {}}
+            write_json(path, result)
+        for scale in self.suite.scales if result["unscalable"] is None else ():
+            if f"{scale:g}" not in result["scales"]:
+                with rescale_adapter_scale(model, scale):
+                    result["scales"][f"{scale:g}"] = {
+                        name: _loss_and_drift(model, f"{name} text × {scale:g}", batches, reference, kept)
+                        for name, batches in self.batches.items()
+                    }
+                write_json(path, result)
 
     def _answers(self, model: PreTrainedModel | PeftModel, result: dict, partial: Path) -> list[str]:
         path = partial.with_name(GENERATIONS)
@@ -128,6 +156,15 @@ class HeldOutText:
         return digest.hexdigest()[:16]
 
 
+def _loss_and_drift(
+    model: Any, description: str, batches: list[dict], reference: Reference | None, kept: dict | None
+) -> dict:
+    by_row = drift_of_rows(model, batches, description=description, reference=reference, kept=kept)
+    measured = mean_drift(by_row)
+    # For paired comparisons, of each row: loss summed over its tokens, their number, and the two drifts summed.
+    return measured | {"perplexity": math.exp(measured["loss"]), "rows": by_row[:, [0, 3, 1, 2]].tolist()}
+
+
 def evaluate_model(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -138,8 +175,11 @@ def evaluate_model(
     manager: "TaskManager | None",
     domain: Dataset,
     general: Dataset,
+    others: dict[str, Dataset] | None = None,
     settings: SFTConfig | None = None,
     reference: Reference | None = None,
+    kept: dict | None = None,
+    curve: bool = False,
 ) -> None:
     """
     Measure one model and keep everything in `folder`; what is there already, of the same model and settings, stays.
@@ -147,16 +187,19 @@ def evaluate_model(
     Args:
         model_id (`str`): See [`fingerprint`].
         manager (`lm_eval.tasks.TaskManager`): See [`task_manager`].
-        domain, general, settings: See [`HeldOutText`].
-        reference (callable, *optional*): See [`drift_of_rows`].
+        domain, general, others, settings: See [`HeldOutText`].
+        reference, kept (*optional*): See [`drift_of_rows`].
+        curve (`bool`): Measure loss and drift of a PEFT model's adapter at the suite's other scales too.
     """
-    text = HeldOutText(tokenizer, suite, domain, general, settings)
+    text = HeldOutText(tokenizer, suite, domain, general, others, settings)
     for task, options in suite.tasks.items():
         evaluate_tasks(
             model, tokenizer, [task], folder, model_id=model_id, manager=manager, settings=options,
             batch_size=suite.batch_size,
         )  # fmt: skip
-    text.measure(model, folder, model_id, _questions(manager), reference)
+    text.measure(model, folder, model_id, _questions(manager), reference, kept)
+    if curve and suite.scales:
+        text.trace(cast(PeftModel, model), folder, model_id, reference, kept)
 
 
 def _questions(manager: "TaskManager | None") -> str | None:
