@@ -200,6 +200,8 @@ def make_trainer(tmp_path, tokenizer):
         extra = {
             name: changes.pop(name) for name in ("eval_dataset", "callbacks", "formatting_func") if name in changes
         }
+        if not isinstance(changes.get("rehearsal_dataset"), str | None):  # a name is an option
+            extra["rehearsal_dataset"] = changes.pop("rehearsal_dataset")
         return trainer_class(
             tiny_model() if model is None else model,
             args=config(tmp_path / "out", **changes) if args is None else args,

@@ -22,8 +22,12 @@ CHANGED = dict(
     teacher="ema", ema_decay=0.99, ema_warmup=True, ema_update_steps=2, teacher_anchor=0.5, kl_weight=0.25,
     kl_warmup_ratio=0.1, kl_direction="jsd", jsd_mixture=0.25, kl_temperature=2.0, kl_tokens="all", eval_teacher=True,
     stop_on_nonfinite_loss=False, kl_fraction=0.5, rehearsal_weight=2.0, rehearsal_fraction=0.25, rehearsal_texts="texts",
-    rehearsal_num_texts=64, rehearsal_num_tokens=32, rehearsal_start="<s>", drift_budget=0.05,
+    rehearsal_num_texts=64, rehearsal_num_tokens=32, rehearsal_start="<s>",
+    rehearsal_chat=False, drift_budget=0.05, max_drift=0.5,
 )  # fmt: skip
+# Those exclude others of them.
+APART = {"ema_half_life", "rehearsal_dataset", "rehearsal_loss"}
+UNCHANGED = {f.name: f.default for f in OWN_FIELDS if f.name in APART}
 
 
 @pytest.fixture
@@ -155,7 +159,7 @@ def test_every_number_has_a_range(make_config, name, value):
         make_config(**{name: value})
 
 
-BOOLEANS = [name for name, value in CHANGED.items() if isinstance(value, bool)]
+BOOLEANS = [f.name for f in OWN_FIELDS if f.type is bool]
 
 
 @pytest.mark.parametrize("name", BOOLEANS)
@@ -181,7 +185,7 @@ def test_a_hosts_boolean_is_never_taken_from_its_text(make_config):
     assert len(SWITCHES) > 40 and {"packing", "bf16", "completion_only_loss", "eval_teacher"} <= set(SWITCHES)
     changes = dict.fromkeys(SWITCHES, "false")
     del changes["bf16"]
-    config = make_config(**changes)
+    config = make_config(**changes, rehearsal_weight=1.0)
     assert {name: getattr(config, name) for name in changes} == dict.fromkeys(changes, False)
     changes = {name: "true" for name in SWITCHES if name not in NOT_ALONE}
     with warnings.catch_warnings():
@@ -246,16 +250,18 @@ def test_used_settings_give_no_warning(make_config, changes):
 
 
 def test_every_field_is_read_from_the_command_line(parse):
-    assert set(CHANGED) | {"ema_half_life"} == {f.name for f in OWN_FIELDS}
+    assert set(CHANGED) | APART == {f.name for f in OWN_FIELDS}
     config = parse(*(word for name, value in CHANGED.items() for word in (f"--{name}", str(value))))
-    assert own_values(config) == CHANGED | {"ema_half_life": None}
+    assert own_values(config) == CHANGED | UNCHANGED
     assert parse("--ema_half_life", "0.5").ema_half_life == 0.5
+    words = ("--rehearsal_weight", "1", "--rehearsal_dataset", "rows.jsonl", "--rehearsal_loss", "ce")
+    assert own_values(parse(*words)).items() >= dict(rehearsal_dataset="rows.jsonl", rehearsal_loss="ce").items()
 
 
 def test_every_field_is_read_from_a_yaml_file_and_the_command_line_wins(parse, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("".join(f"{name}: {value}\n" for name, value in CHANGED.items()))
-    assert own_values(parse("--config", str(file))) == CHANGED | {"ema_half_life": None}
+    assert own_values(parse("--config", str(file))) == CHANGED | UNCHANGED
     assert parse("--config", str(file), "--kl_weight", "3").kl_weight == 3.0
 
 
@@ -359,6 +365,17 @@ def test_every_field_has_one_help_text_that_the_docstring_does_not_repeat():
         (dict(rehearsal_weight=1.0, rehearsal_num_texts=0), "`rehearsal_num_texts` must be a whole number of at least 1, got 0"),
         (dict(rehearsal_weight=1.0, rehearsal_num_tokens=3), "`rehearsal_num_tokens` must be a whole number of at least 8, got 3"),
         (dict(rehearsal_weight=1.0, drift_budget=0.0), "`drift_budget` must be above 0 and finite, got 0.0.*try 0.05"),
+        (dict(rehearsal_weight=1.0, rehearsal_loss="mse"), "`rehearsal_loss` must be one of 'kl', 'ce', got 'mse'"),
+        (dict(rehearsal_weight=1.0, rehearsal_loss="ce", drift_budget=0.1), "`drift_budget=0.1` is of the KL .*'ce'` does not compute"),
+        (
+            dict(rehearsal_weight=1.0, rehearsal_texts="a", rehearsal_dataset="b"),
+            "`rehearsal_texts='a'` and `rehearsal_dataset='b'` both say what is rehearsed. Give one of them",
+        ),
+        (
+            dict(rehearsal_weight=1.0, max_length=100),
+            "`rehearsal_num_tokens=128` is more than `max_length=100`, which no row may pass. Lower the one or raise the other",
+        ),
+        (dict(max_drift=0.0), "`max_drift` must be above 0 and finite, got 0.0.*try 0.05"),
         (dict(drift_budget=0.1), "`drift_budget=0.1` is kept by the weight of the rehearsal, which is 0. Give the weight"),
     ],
 )  # fmt: skip
@@ -376,3 +393,14 @@ def test_rehearsal_alone_is_not_plain_sft_and_needs_the_fused_forward(make_confi
 def test_options_of_rehearsal_without_a_weight_are_warned_of(make_config):
     with pytest.warns(UserWarning, match="Ignored with .*`rehearsal_weight=0.0`: `rehearsal_num_texts=64`"):
         make_config(rehearsal_num_texts=64)
+
+
+def test_what_is_not_written_is_warned_of_beside_given_texts(make_config):
+    with pytest.warns(UserWarning, match="Ignored with .*: `rehearsal_start='<s>'`, `rehearsal_chat=True`"):
+        make_config(rehearsal_weight=1.0, rehearsal_dataset="b", rehearsal_start="<s>", rehearsal_chat=True)
+
+
+@pytest.mark.parametrize("metric, greater", [("eval_general_drift", False), ("loss", False), ("eval_accuracy", True)])
+def test_less_drift_is_better(make_config, metric, greater):
+    assert make_config(metric_for_best_model=metric).greater_is_better is greater
+    assert make_config(metric_for_best_model=metric, greater_is_better=True).greater_is_better

@@ -1,10 +1,13 @@
 """Texts of the model before training as further rows, held by their own divergence."""
 
+import errno
 import itertools
 import math
 import os
 import shutil
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import adapter_weights, logged, lora, make_tokenizer, rows, tiny_model
@@ -12,7 +15,10 @@ from peft import get_peft_model
 from trl import SFTTrainer
 
 from trl_ema import MeanTeacherConfig
-from trl_ema.regularizers.rehearsal import FILE, Rehearsal
+from trl_ema.data import as_chat, tokenize_rows
+from trl_ema.files import OutputError
+from trl_ema.regularizers.own_texts import FILE
+from trl_ema.regularizers.rehearsal import Rehearsal
 from trl_ema.schedules import BudgetedWeight
 from trl_ema.texts import Sampling, load_texts, texts_path, write_texts
 
@@ -44,6 +50,12 @@ def _micro_batches(trainer, number):
     return [dict(batch) for batch in batches], items
 
 
+def _sum_of_ce(trainer, ids):
+    """Σ CE over every prediction of one text, float64."""
+    logits = trainer.model(input_ids=torch.tensor([ids])).logits[0, :-1].double()
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
+
+
 def _sum_of_kl(trainer, ids):
     """Σ KL(before ‖ student) over every prediction of one text, float64."""
     inputs = {"input_ids": torch.tensor([ids])}
@@ -56,11 +68,12 @@ def _sum_of_kl(trainer, ids):
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("number", [1, 3], ids=["one micro-batch", "three"])
 @pytest.mark.parametrize("teacher", ["none", "ema", "frozen"])
-def test_loss_and_gradient_are_those_of_two_batches_apart(rehearsing, teacher, number, packing):
+@pytest.mark.parametrize("kind", ["kl", "ce"])
+def test_loss_and_gradient_are_those_of_two_batches_apart(rehearsing, kind, teacher, number, packing):
     options = dict(packing=True, max_length=32, per_device_train_batch_size=1) if packing else {}
     if teacher != "none":
         options["kl_weight"] = 0.0
-    trainer = rehearsing(teacher=teacher, learning_rate=0.05, **options)
+    trainer = rehearsing(teacher=teacher, learning_rate=0.05, rehearsal_loss=kind, **options)
     trainer.train()  # away from the start
     trainer.model.train()
     rehearsal = of(trainer)
@@ -73,10 +86,13 @@ def test_loss_and_gradient_are_those_of_two_batches_apart(rehearsing, teacher, n
     plain = SFTTrainer.compute_loss
     trainer.regularizers.clear()
     ce = sum(plain(trainer, trainer.model, dict(batch), num_items_in_batch=items) for batch in batches)
-    kl = sum(_sum_of_kl(trainer, ids) for ids in taken) / sum(len(ids) - 1 for ids in taken)
-    expected = torch.autograd.grad(ce.double() + 2.0 * kl, trained)
-    assert kl > 1e-4
-    torch.testing.assert_close(loss.double(), ce.double() + 2.0 * kl, rtol=1e-5, atol=1e-6)
+    sum_of = _sum_of_kl if kind == "kl" else _sum_of_ce
+    replay = sum(sum_of(trainer, ids) for ids in taken) / sum(len(ids) - 1 for ids in taken)
+    expected = torch.autograd.grad(ce.double() + 2.0 * replay, trained)
+    assert replay > 1e-4
+    torch.testing.assert_close(loss.double(), ce.double() + 2.0 * replay, rtol=1e-5, atol=1e-6)
+    found = rehearsal.metrics(trainer.accelerator.gather)
+    assert found[f"rehearsal_{kind}"] == pytest.approx(replay.item(), rel=1e-4) and len(found) == 2
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-6)
 
@@ -104,6 +120,145 @@ def test_it_is_zero_at_the_start_and_keeps_the_student_near(rehearsing):
     assert 0 < logged(held, "rehearsal_kl")[-1] < 0.5 * logged(free, "rehearsal_kl")[-1]
     assert logged(held, "rehearsal_weight") == [10.0] * 12
     assert held.state.log_history[0]["num_tokens"] == free.state.log_history[0]["num_tokens"]
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("fraction", [1.0, 0.5], ids=["all", "half"])
+def test_a_teacher_that_is_the_base_and_rehearsal_share_a_pass(rehearsing, monkeypatch, packing, fraction):
+    options = dict(padding_free=True, max_length=None) if packing else {}
+    trainer = rehearsing(teacher="frozen", learning_rate=0.05, kl_fraction=fraction, **options)
+    trainer.train()
+    trainer.model.train()
+    (batch,), items = _micro_batches(trainer, 1)
+    trained, passes = [p for p in trainer.model.parameters() if p.requires_grad], []
+    backbone = trainer.model.get_base_model().model
+    backbone.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+
+    def gradients():
+        of(trainer)._micro_batch = 0
+        trainer.regularizers[0]._micro_batch = (trainer.state.global_step, -1)  # the same draw
+        passes.clear()
+        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+        return loss, torch.autograd.grad(loss, trained)
+
+    together = gradients()
+    assert passes == [False, True]
+    monkeypatch.setattr("trl_ema.forward._is_same", lambda *_: False)
+    apart = gradients()
+    assert passes == [False, False, True]
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-7)
+
+
+def test_the_model_before_training_has_nothing_random(rehearsing):
+    """NEFTune's noise and an adapter's dropout are the student's alone."""
+    model = get_peft_model(tiny_model(), lora(lora_dropout=0.5, init_lora_weights=False))
+    trainer = rehearsing(model=model, peft_config=None, neftune_noise_alpha=5.0, max_steps=1)
+    trainer.train()
+    trainer.model.train()
+    ids = torch.tensor([[1, 7, 9]])
+    with torch.no_grad(), trainer.starting_point.activate():
+        one, other = (trainer.model(input_ids=ids).logits for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_a_head_that_is_trained_on_is_the_one_of_before_in_the_pass_of_before(rehearsing):
+    model = get_peft_model(tiny_model(), lora(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.5)
+    trainer = rehearsing(model=model, peft_config=None, learning_rate=0.05)
+    trainer.train()
+    assert not trainer.starting_point.is_base
+    trainer.model.train()
+    (batch,), items = _micro_batches(trainer, 1)
+    taken = [of(trainer)._text(of(trainer)._first + i) for i in range(of(trainer).rows)]
+    loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+    kl = sum(_sum_of_kl(trainer, ids) for ids in taken) / sum(len(ids) - 1 for ids in taken)
+    trainer.regularizers.clear()
+    ce = SFTTrainer.compute_loss(trainer, trainer.model, dict(batch), num_items_in_batch=items)
+    assert kl > 1e-3
+    torch.testing.assert_close(loss.double(), ce.double() + 2.0 * kl, rtol=1e-5, atol=1e-6)
+
+
+# Given texts
+
+
+def general(kind="text", number=12):
+    return rows(number, seed=7, kind=kind)
+
+
+@pytest.mark.parametrize("kind", ["text", "messages", "prompt_completion"])
+def test_given_texts_are_rehearsed_whole(rehearsing, tokenizer, kind):
+    trainer = rehearsing(rehearsal_dataset=general(kind), max_steps=2)
+    texts = of(trainer).texts.ids
+    assert len(texts) == 10 and of(trainer).own is None
+    whole = {tuple(ids[:12]) for ids in tokenize_rows(general(kind), tokenizer)["input_ids"]}
+    assert {tuple(ids) for ids in texts} < whole
+    trainer.train()
+    assert logged(trainer, "rehearsal_kl")[-1] > 0
+
+
+def test_a_file_of_given_texts_is_read_as_training_data_are(rehearsing, tokenizer, tmp_path):
+    path = str(tmp_path / "rows.jsonl")
+    general("prompt_completion").to_json(path)
+    trainer = rehearsing(rehearsal_dataset=path)
+    chats = as_chat(general("prompt_completion"), tokenizer)
+    whole = {tuple(ids[:12]) for ids in tokenize_rows(chats, tokenizer)["input_ids"]}
+    assert {tuple(ids) for ids in of(trainer).texts.ids} < whole
+
+
+def test_given_texts_need_no_adapter_to_be_replayed(rehearsing):
+    options = dict(rehearsal_dataset=general(), peft_config=None)
+    trainer = rehearsing(rehearsal_loss="ce", max_steps=2, **options)
+    trainer.train()
+    assert len(logged(trainer, "rehearsal_ce")) == 2
+    with pytest.raises(ValueError, match="needs a model with a PEFT adapter.*or rehearse a `rehearsal_dataset` with"):
+        rehearsing(**options)
+    with pytest.raises(ValueError, match="needs a model with a PEFT adapter"):
+        rehearsing(rehearsal_loss="ce", peft_config=None)
+
+
+def test_a_stream_gives_its_first_texts_and_a_text_may_have_another_name(rehearsing, tokenizer):
+    named = general().rename_column("text", "words")
+    trainer = rehearsing(rehearsal_dataset=named.to_iterable_dataset(), dataset_text_field="words", data=named)
+    whole = tokenize_rows(general(), tokenizer)["input_ids"]
+    assert of(trainer).texts.ids == [ids[:12] for ids in whole[:10]]
+
+
+def test_given_texts_go_on_where_the_run_was_and_others_are_refused(rehearsing, tmp_path):
+    saving = dict(save_strategy="steps", save_steps=2, max_steps=4, rehearsal_dataset=general())
+    whole = rehearsing(**saving)
+    whole.train()
+    resumed = rehearsing(output_dir=str(tmp_path / "resumed"), seed=42, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert logged(resumed, "rehearsal_kl")[-2:] == logged(whole, "rehearsal_kl")[-2:]
+    other = rehearsing(**saving | dict(rehearsal_dataset=rows(12, seed=8, kind="text")))
+    with pytest.raises(
+        ValueError, match="other rehearsed texts than those .* its own `rehearsal_dataset`, with the same"
+    ):
+        other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
+
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        (dict(rehearsal_weight=0.0), ValueError, "`rehearsal_dataset` is given, and `rehearsal_weight` is 0"),
+        (dict(rehearsal_texts="texts"), ValueError, "trainer's `rehearsal_dataset` and the option `rehearsal_texts='texts'` both"),
+        (dict(rehearsal_dataset=[{"text": "a"}]), TypeError, "`rehearsal_dataset` must be a `Dataset` or"),
+        (dict(rehearsal_dataset=datasets.Dataset.from_dict({"a": ["b"]})), ValueError, r"Unknown data set columns \['a'\]"),
+        (dict(rehearsal_dataset=general().select(range(1))), ValueError, "1 texts are fewer than the 2 that a micro-batch"),
+        (dict(rehearsal_dataset="none.jsonl"), FileNotFoundError, "There is no data file 'none.jsonl'"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Ignored with")
+def test_given_texts_that_cannot_be_are_refused(rehearsing, options, error, match):
+    with pytest.raises(error, match=match):
+        rehearsing(**dict(rehearsal_dataset=general()) | options)
+
+
+def test_rows_without_two_tokens_are_refused(rehearsing):
+    empty = datasets.Dataset.from_dict({"input_ids": [[1], [2]], "labels": [[1], [2]]})
+    with pytest.raises(ValueError, match="None of the 2 rows to rehearse has two tokens"):
+        rehearsing(rehearsal_dataset=empty)
 
 
 def test_off_is_plain_sft_bit_for_bit(make_trainer):
@@ -163,8 +318,28 @@ def test_other_texts_than_those_of_the_checkpoint_are_refused(rehearsing, tmp_pa
     model = get_peft_model(tiny_model(), lora())
     write_texts(model, make_tokenizer(), Sampling(num_texts=10, num_tokens=12, seed=5), str(other))
     trainer = rehearsing(rehearsal_texts=str(other))
+    before = adapter_weights(trainer)
     with pytest.raises(ValueError, match=f"other rehearsed texts than those of this run.*`rehearsal_texts`.*{FILE}"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    # before anything was loaded
+    assert all(torch.equal(weight, before[name]) for name, weight in adapter_weights(trainer).items())
+    assert trainer.resumed_from is None
+
+
+def test_texts_of_another_sampling_beside_the_run_are_not_taken(rehearsing, tmp_path):
+    first = rehearsing(max_steps=1)
+    first.train()
+    second = rehearsing(max_steps=1, rehearsal_chat=False)
+    second.train()
+    assert {*of(second).texts.kinds} == {"raw"} != {*of(first).texts.kinds}
+    assert load_texts(str(tmp_path / "out" / FILE)) == of(second).texts
+
+
+@pytest.mark.parametrize("chat, kinds", [(None, {"raw", "chat"}), (True, {"chat"}), (False, {"raw"})])
+def test_one_kind_of_texts_can_be_asked_for(rehearsing, chat, kinds):
+    trainer = rehearsing(rehearsal_chat=chat, max_steps=1)
+    trainer.train()
+    assert {*of(trainer).texts.kinds} == kinds
 
 
 def test_texts_are_written_once_for_a_model_and_kept_beside_the_run(rehearsing, tmp_path, monkeypatch):
@@ -173,25 +348,53 @@ def test_texts_are_written_once_for_a_model_and_kept_beside_the_run(rehearsing, 
     first.train()
     kept = load_texts(str(tmp_path / "out" / FILE))
     assert len(kept.ids) == 10 and max(map(len, kept.ids)) <= 12
-    monkeypatch.setattr("trl_ema.regularizers.rehearsal.write_texts", lambda *_, **__: pytest.fail("written again"))
+    monkeypatch.setattr("trl_ema.regularizers.own_texts.write_texts", lambda *_, **__: pytest.fail("written again"))
     shutil.rmtree(tmp_path / "out")
     again = rehearsing()
     again.train()
     assert of(again).texts.ids == kept.ids and os.path.isfile(tmp_path / "out" / FILE)
-    assert os.path.isfile(texts_path(of(again).fingerprint, of(again).sampling))
+    assert os.path.isfile(texts_path(of(again).own.fingerprint, of(again).own.sampling))
 
 
 # Bad input
 
 
-def test_fewer_texts_than_a_micro_batch_takes_are_refused(rehearsing):
-    with pytest.raises(ValueError, match="10 texts are fewer than the 16 that a micro-batch rehearses. Write more"):
-        rehearsing(rehearsal_fraction=0.8).train()
+def test_fewer_texts_than_a_micro_batch_takes_are_refused_before_they_are_written(rehearsing):
+    with pytest.raises(
+        ValueError, match="10 texts are fewer than the 16 that a micro-batch rehearses. Give or write more"
+    ):
+        rehearsing(rehearsal_fraction=0.8)
 
 
-def test_texts_longer_than_the_rows_are_refused(rehearsing):
+def test_texts_longer_than_the_rows_are_refused(rehearsing, tmp_path):
+    rehearsing(max_steps=1).train()
+    texts = str(tmp_path / "out" / FILE)
     with pytest.raises(ValueError, match="has 12 tokens, `max_length` is 10. Raise it, or write texts with a lower"):
-        rehearsing(max_length=10).train()
+        rehearsing(max_length=10, rehearsal_texts=texts)
+
+
+def test_a_model_that_could_not_write_is_refused_before_the_training(rehearsing):
+    with pytest.raises(ValueError, match=r"`start_token='<doc>'` \(`rehearsal_start` in training\) is no token"):
+        rehearsing(rehearsal_start="<doc>")
+    with pytest.raises(ValueError, match="`num_tokens=200` .* is more than the 128 positions"):
+        rehearsing(rehearsal_num_tokens=200, max_length=None)
+
+
+def test_a_disk_that_is_full_for_texts_loses_nothing(rehearsing, tmp_path, monkeypatch):
+    write_bytes = Path.write_bytes
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    trainer = rehearsing()
+    before = adapter_weights(trainer)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError, match="Cannot write texts to .*No space left on device.*goes on from there"):
+        trainer.train()
+    assert all(torch.equal(weight, before[name]) for name, weight in adapter_weights(trainer).items())
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    trainer.train()
+    assert len(of(trainer).texts.ids) == 10 and trainer.state.global_step == 4
 
 
 # The budget

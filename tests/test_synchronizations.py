@@ -92,12 +92,19 @@ def waits_of(step) -> list[str]:
     return [f"{Path(w.filename).name}: line {w.lineno}" for w in caught if "synchroniz" in str(w.message)]
 
 
+REHEARSAL = dict(rehearsal_weight=1.0, rehearsal_num_texts=8, rehearsal_num_tokens=12)
+
+
 @pytest.fixture
-def waits(make_trainer, monkeypatch):
+def waits(make_trainer, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path))
     monkeypatch.setattr("trl.trainer.utils._use_triton", lambda _: True)  # TRL's head does what it does on a GPU
 
     def count(**options):
         trainer = make_trainer(bf16=True, **options)
+        for regularizer in getattr(trainer, "regularizers", []):
+            if regularizer.name == "rehearsal":
+                regularizer.begin(trainer)  # writes its texts
         trainer.create_optimizer()
         model, _ = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         (inputs,), items = trainer.get_batch_samples(
@@ -112,19 +119,28 @@ def waits(make_trainer, monkeypatch):
 @pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
 @pytest.mark.parametrize(
     "options",
-    [dict(), dict(kl_tokens="all"), dict(teacher="frozen"), dict(kl_fraction=0.5)],
-    ids=["ema", "all tokens", "frozen", "half of the sequences"],
+    [
+        dict(),
+        dict(kl_tokens="all"),
+        dict(teacher="frozen"),
+        dict(kl_fraction=0.5),
+        dict(teacher="none", **REHEARSAL),
+        dict(teacher="frozen", **REHEARSAL),
+    ],
+    ids=["ema", "all tokens", "frozen", "half of the sequences", "rehearsal", "rehearsal and frozen"],
 )
 def test_a_micro_batch_waits_for_the_device_no_more_often_than_plain_sft(waits, documents, options):
     data = dict(padding_free=True, max_length=None) if documents else {}
     sft, ours = waits(trainer_class=SFTTrainer, **data), waits(**data, **options)
-    # Of all tokens the host must know the number, just before it waits in any case.
-    more = int(options.get("kl_tokens") == "all")
+    # Of all tokens the host must know the number, just before it waits in any case; a second term comes just after it has.
+    more = int(options.get("kl_tokens") == "all" or options == dict(teacher="frozen", **REHEARSAL))
     assert len(ours) <= len(sft) + more, f"Ours: {ours}, SFT's: {sft}"
     here = [
         line
         for line in ours
-        if line.startswith(("forward.py", "trainer.py", "losses.py", "teacher.py", "divergence.py", "checks.py"))
+        if line.startswith(
+            ("forward.py", "trainer.py", "losses.py", "teacher.py", "divergence.py", "checks.py", "rehearsal.py")
+        )
     ]
     assert len(here) == 1 + more, here
 

@@ -411,7 +411,9 @@ def test_a_samplings_numbers_are_read_from_any_library():
 def test_a_template_that_cannot_be_cut_is_refused(tmp_path, template, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         write(tiny_model(), tmp_path, tokenizer=with_template(template))
-    assert "Set `chat=False` (raw texts alone), or mend `tokenizer.chat_template`" in str(error.value)
+    assert "Set `chat=False` (`rehearsal_chat` in training; raw texts alone), or mend `tokenizer.chat_template`" in str(
+        error.value
+    )
     assert not list(tmp_path.iterdir())
 
 

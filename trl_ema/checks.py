@@ -47,9 +47,16 @@ def as_mean_teacher_config(args: Any, model: Any) -> MeanTeacherConfig:
 
 
 def check_before_loading(
-    model: Any, args: MeanTeacherConfig, peft_config: Any, train_dataset: Any, compute_loss_func: Any
+    model: Any,
+    args: MeanTeacherConfig,
+    peft_config: Any,
+    train_dataset: Any,
+    compute_loss_func: Any,
+    rehearsal_dataset: Any = None,
 ) -> None:
     """Raises before the model is loaded, or a data set read, for what cannot work together with the teacher."""
+    if rehearsal_dataset is not None:
+        _check_rehearsal_dataset(rehearsal_dataset, args)
     _check_peft_config(peft_config)
     refuse_leftovers(model)
     if args.needs_fused_forward:
@@ -59,6 +66,21 @@ def check_before_loading(
         _check_peft(model, peft_config, args.teacher_anchor)
     elif peft_config is not None:
         _warn_of_what_cannot_be_loaded(peft_config)
+
+
+def _check_rehearsal_dataset(dataset: Any, args: MeanTeacherConfig) -> None:
+    if not args.rehearsal_weight:
+        raise ValueError(
+            "`rehearsal_dataset` is given, and `rehearsal_weight` is 0: it would not be rehearsed. Give a weight, such as 4, or no "
+            "data set."
+        )
+    for option in ("rehearsal_texts", "rehearsal_dataset"):
+        if getattr(args, option) is not None:
+            raise ValueError(
+                f"The trainer's `rehearsal_dataset` and the option `{option}={getattr(args, option)!r}` both say what is rehearsed. Give "
+                "one of them."
+            )
+    check_dataset(dataset, "rehearsal_dataset")
 
 
 def _refuse_what_cannot_work(args: MeanTeacherConfig, compute_loss_func: Any, train_dataset: Any) -> None:

@@ -10,15 +10,16 @@ from .options import plain_count, plain_number, take_booleans
 
 
 TEACHERS = ("ema", "frozen", "none")
+REHEARSAL_LOSSES = ("kl", "ce")
 KL_TOKENS = ("loss", "all")
 # The slowest of three that kept 90 % of SFT's gain: recipes/results/half_life.md.
 DEFAULT_HALF_LIFE = 0.25
 _NUMBERS = (
     "ema_half_life", "ema_decay", "teacher_anchor", "kl_weight", "kl_warmup_ratio", "kl_temperature", "jsd_mixture",
     "kl_fraction", "rehearsal_weight", "rehearsal_fraction", "drift_budget", "rehearsal_num_texts",
-    "rehearsal_num_tokens",
+    "rehearsal_num_tokens", "max_drift",
 )  # fmt: skip
-_OPTIONAL = ("ema_half_life", "ema_decay", "drift_budget")
+_OPTIONAL = ("ema_half_life", "ema_decay", "drift_budget", "max_drift")
 _EMA_FIELDS = ("ema_half_life", "ema_decay", "ema_warmup", "ema_update_steps")
 
 
@@ -152,19 +153,52 @@ class MeanTeacherConfig(SFTConfig):
             "begins, once for each model."
         },
     )
+    rehearsal_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name or JSONL, CSV or Parquet file of general texts to rehearse instead of self-written ones, in the formats "
+            "of the training data. Of each all tokens count. Excludes `rehearsal_texts`."
+        },
+    )
+    rehearsal_loss: str = field(
+        default="kl",
+        metadata={
+            "help": "What is done with rehearsed texts: `kl` holds the student to the model before training on them, `ce` trains "
+            "on them as on data (replay).",
+            "choices": list(REHEARSAL_LOSSES),
+        },
+    )
     rehearsal_num_texts: int = field(
-        default=512, metadata={"help": "Texts to write; at least one micro-batch of them."}
+        default=512,
+        metadata={
+            "help": "Texts to write, or rows of `rehearsal_dataset` to take at most, drawn at random; at least one micro-batch of "
+            "them."
+        },
     )
     rehearsal_num_tokens: int = field(default=128, metadata={"help": "Tokens of a text, at most; at least 8."})
     rehearsal_start: str | None = field(
         default=None,
         metadata={"help": "Token that a text begins with, where the tokenizer names none (`bos_token`)."},
     )
+    rehearsal_chat: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Let the model write chats alone (True) or raw texts alone (False); by default half of each, and without a "
+            "chat template raw ones."
+        },
+    )
     drift_budget: float | None = field(
         default=None,
         metadata={
             "help": "Nats per token that the student may be from the model before training on rehearsed texts: "
             "`rehearsal_weight` is then where its weight begins, and it rises above the budget and falls below. Above 0."
+        },
+    )
+    max_drift: float | None = field(
+        default=None,
+        metadata={
+            "help": "Save and stop when the drift from the model before training is above so many nats per token: the smoothed "
+            "`rehearsal_kl`, or what is measured on general rows every `drift_steps`. Above 0."
         },
     )
     stop_on_nonfinite_loss: bool = field(
@@ -181,6 +215,8 @@ class MeanTeacherConfig(SFTConfig):
         for name in ("checkpointing", "checkpointing_kwargs"):
             if getattr(self, f"activation_{name}", 0) is None:
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("drift"):
+            self.greater_is_better = False  # as transformers knows of a loss
         super().__post_init__()
         self._take_plain_numbers()
         self._warn_about_ignored()
@@ -225,6 +261,8 @@ class MeanTeacherConfig(SFTConfig):
             ignored += [n for n in others if getattr(self, n) != default[n]]
         if not self.rehearsal_weight:
             ignored += [n for n in default if n.startswith("rehearsal_") and getattr(self, n) != default[n]]
+        elif self.rehearsal_dataset is not None:  # nothing is written
+            ignored += [n for n in ("rehearsal_start", "rehearsal_chat") if getattr(self, n) != default[n]]
         if self.kl_direction != "jsd" and self.jsd_mixture != default["jsd_mixture"]:
             ignored.append("jsd_mixture")
         if ignored:
@@ -288,13 +326,35 @@ def _check_rehearsal(config: MeanTeacherConfig) -> None:
         )
     config.rehearsal_num_texts = plain_count("rehearsal_num_texts", config.rehearsal_num_texts, 1, "Try 512.")
     config.rehearsal_num_tokens = plain_count("rehearsal_num_tokens", config.rehearsal_num_tokens, 8, "Try 128.")
+    _check_choice("rehearsal_loss", config.rehearsal_loss, REHEARSAL_LOSSES)
+    _check_rehearsed_texts(config)
     budget = config.drift_budget
-    if budget is not None and not 0 < budget < float("inf"):
-        raise ValueError(f"`drift_budget` must be above 0 and finite, got {budget}. It is in nats per token; try 0.05.")
+    for name, value in (("drift_budget", budget), ("max_drift", config.max_drift)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"`{name}` must be above 0 and finite, got {value}. It is in nats per token; try 0.05.")
     if budget is not None and not config.rehearsal_weight:
         raise ValueError(
             f"`drift_budget={budget}` is kept by the weight of the rehearsal, which is 0. Give the weight to begin with, "
             "`rehearsal_weight=1`."
+        )
+    if budget is not None and config.rehearsal_loss != "kl":
+        raise ValueError(
+            f"`drift_budget={budget}` is of the KL from the model before training, which `rehearsal_loss={config.rehearsal_loss!r}` "
+            "does not compute. Use `rehearsal_loss='kl'`, or leave the budget out."
+        )
+
+
+def _check_rehearsed_texts(config: MeanTeacherConfig) -> None:
+    texts, dataset, tokens = config.rehearsal_texts, config.rehearsal_dataset, config.rehearsal_num_tokens
+    if texts is not None and dataset is not None:
+        raise ValueError(
+            f"`rehearsal_texts={texts!r}` and `rehearsal_dataset={dataset!r}` both say what is rehearsed. Give one of them."
+        )
+    to_be_written = bool(config.rehearsal_weight) and texts is None and dataset is None
+    if to_be_written and config.max_length is not None and tokens > config.max_length:
+        raise ValueError(
+            f"`rehearsal_num_tokens={tokens}` is more than `max_length={config.max_length}`, which no row may pass. Lower the one "
+            "or raise the other."
         )
 
 

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import itertools
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,18 +33,21 @@ class Teacher(Protocol):
 @dataclass
 class Divergence:
     """
-    A term of the loss of a micro-batch, λ · Σ D(teacher, student) over some of its predictions.
+    A term of the loss of a micro-batch, λ · Σ D(teacher, student) over some of its predictions; without a teacher
+    λ · Σ CE of the tokens that follow in the rows themselves, labelled or not.
 
     Args:
-        teacher ([`Teacher`]): Gives the context of its pass.
-        weight (`float`): λ. The loss is divided by the number of labelled tokens, as the cross-entropy is.
+        teacher ([`Teacher`], *optional*): Gives the context of its pass. Terms of one teacher, or of several that are the base
+            (`is_base`), over sequences that differ, share a pass.
+        weight (`float` or `torch.Tensor`): λ. The loss is divided by the number of labelled tokens, as the cross-entropy is. As a
+            0-dim tensor on the device it is read, of a term with `sequences`, where the host waits in any case.
         tokens (`str`): Which predictions, see [`divergence_mask`].
         sequences (`list[int]`, *optional*): Numbers of [`sequence_numbers`], those that the teacher sees; all by default.
         options: `direction`, `mixture` and `temperature` of [`fused_linear_cross_entropy_kl`].
     """
 
-    teacher: Teacher
-    weight: float
+    teacher: Teacher | None
+    weight: float | torch.Tensor
     tokens: str = "loss"
     sequences: list[int] | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +63,7 @@ class RegularizedOutput(ModelOutput):
         entropy, is_top1, label_mask: Sums of the entropy, the top-1 hits and the labelled tokens, 0-dim.
         aux_loss: Load-balancing loss of a mixture-of-experts model.
         ce_loss: Σ CE, 0-dim.
-        divergences: Σ D and the number of its tokens, for each [`Divergence`] in order, `(n, 2)`.
+        divergences: Σ D (without a teacher Σ CE) and the number of its tokens, for each [`Divergence`] in order, `(n, 2)`.
     """
 
     log_probs: torch.Tensor | None = None
@@ -148,41 +152,44 @@ def _positions(mask: torch.Tensor, number: int) -> torch.Tensor:
 @dataclass
 class _Tokens:
     """
-    What the teacher sees, and which predictions enter the loss, as positions in a flattened `(batch, seq_len)`.
+    Which tokens enter a term of the loss, as positions in a flattened `(batch, seq_len)`.
 
     Args:
-        inputs: The teacher's.
-        teacher: Predictions of the divergence, in the teacher's inputs.
-        student: The same in the student's, before those that have a label alone.
+        student: Predictions of the divergence, before those that have a label alone.
+        number: How many are of the divergence.
+        weight: Its λ.
+        seen: Of the sequences that a teacher sees, all tokens, `(batch, seq_len)`, and their number; `None`: of all.
     """
 
-    inputs: dict
-    teacher: torch.Tensor
     student: torch.Tensor
+    number: int
+    weight: float
+    seen: tuple[torch.Tensor, int] | None = None
 
 
-def _choose_tokens(kl_tokens: str, sequences: list[int] | None, inputs: dict) -> _Tokens:
-    """A GPU works ahead of the host, which waits for it here and nowhere else in the pass: once."""
+def _choose_tokens(divergence: Divergence, inputs: dict) -> _Tokens:
+    """A GPU works ahead of the host, which waits for it here and nowhere else in the pass: once for each term."""
 
     def whole(mask):  # of every token: the last of a row predicts nothing
         return torch.nn.functional.pad(mask, (0, 1))
 
-    mask = whole(divergence_mask(kl_tokens, **inputs))
-    if sequences is None:
+    mask, weight = whole(divergence_mask(divergence.tokens, **inputs)), divergence.weight
+    if divergence.sequences is None:
         positions = mask.flatten().nonzero().squeeze(1)
-        return _Tokens(inputs, positions, positions)
-    numbers = torch.tensor(sorted(sequences), dtype=torch.long)
-    numbers = numbers.to(mask.device, non_blocking=True)  # otherwise the host would wait
-    chosen = _tokens_of(numbers, inputs)
+        return _Tokens(positions, len(positions), float(weight))
+    chosen = _tokens_of(_numbers(divergence.sequences, mask.device), inputs)
     predicted = whole(chosen[:, 1:])
     others = whole(divergence_mask("loss", **inputs)) & ~predicted
     mask &= predicted
-    num_taught, num_others, num_tokens = torch.stack([mask.sum(), others.sum(), chosen.sum()]).tolist()
-    student = torch.cat([_positions(mask, num_taught), _positions(others, num_others)])
-    if not len(numbers):
-        return _Tokens({}, student[:0], student)
-    taught = _of_sequences(numbers, chosen, num_tokens, inputs)
-    return _Tokens(taught, _positions(whole(divergence_mask(kl_tokens, **taught)), num_taught), student)
+    asked = [mask.sum(), others.sum(), chosen.sum(), *([weight] if torch.is_tensor(weight) else [])]
+    number, num_others, num_seen, *weights = torch.stack([one.to(mask.device, torch.float64) for one in asked]).tolist()
+    student = torch.cat([_positions(mask, int(number)), _positions(others, int(num_others))])
+    return _Tokens(student, int(number), *(weights or [float(weight)]), (chosen, int(num_seen)))
+
+
+def _numbers(sequences: Iterable[int], device: torch.device) -> torch.Tensor:
+    # Otherwise the host would wait.
+    return torch.tensor(sorted(sequences), dtype=torch.long).to(device, non_blocking=True)
 
 
 def _select(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -222,7 +229,12 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False) -> Non
     def forward(self, *args, fused_lm_head=False, divergences=None, **kwargs):
         if divergences is None:
             return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
-        taught = [_teach(self, divergence, args, kwargs) for divergence in divergences]
+        number = len(divergences)
+        if (
+            divergences[0].teacher is None
+        ):  # with the first goes the cross-entropy of the labels, which has a weight of its own
+            divergences = [Divergence(None, 0.0, sequences=[]), *divergences]
+        taught = _teach(self, divergences, args, kwargs)
         labels = kwargs.pop("labels")
         outputs = self.base_model(*args, **kwargs)
         head = self.get_output_embeddings()
@@ -232,15 +244,16 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False) -> Non
         with whole_weights(weight, bias, *itertools.chain(*own_heads)) as (weight, bias, *own_heads):
             for i, (divergence, one) in enumerate(zip(divergences, taught, strict=True)):
                 # With the first goes the cross-entropy, of all labels; the others are of their own tokens alone.
-                positions = one.tokens.student if i == 0 else one.tokens.student[: len(one.tokens.teacher)]
-                targets = _select(labels, positions + 1).to(weight.device)
+                tokens, replayed = one.tokens, i > 0 and divergence.teacher is None
+                positions = tokens.student if i == 0 else tokens.student[: tokens.number]
+                targets = _select(kwargs["input_ids"] if replayed else labels, positions + 1).to(weight.device)
                 hidden = _select(outputs.last_hidden_state, positions).to(weight.device)
                 fused = _fused_loss(
                     hidden,
                     hidden[:0].detach() if one.hidden is None else one.hidden.to(weight.device),
                     weight,
-                    targets if i == 0 else torch.full_like(targets, IGNORE_INDEX),
-                    divergence.weight,
+                    targets if i == 0 or replayed else torch.full_like(targets, IGNORE_INDEX),
+                    tokens.weight,
                     bias=bias,
                     teacher_weight=own_heads[2 * i],
                     teacher_bias=own_heads[2 * i + 1],
@@ -248,18 +261,19 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False) -> Non
                     dft=dft and i == 0,
                     **divergence.options,
                 )
-                found.append((fused, targets, len(one.tokens.teacher)))
-        first, targets, _ = found[0]
+                loss, value = fused.loss, fused.kl_loss
+                if replayed:
+                    loss, value = tokens.weight * loss, fused.ce_loss
+                found.append((fused, targets, loss, torch.stack([value, torch.full_like(value, tokens.number)])))
+        first, targets, *_ = found[0]
         return RegularizedOutput(
-            log_probs=-sum(fused.loss for fused, _, _ in found),
+            log_probs=-sum(loss for _, _, loss, _ in found),
             entropy=first.entropy,
             is_top1=first.top1_hits,
             label_mask=(targets != IGNORE_INDEX).sum(),
             aux_loss=_load_balancing_loss(text_config, outputs, kwargs),
             ce_loss=first.ce_loss,
-            divergences=torch.stack(
-                [torch.stack([f.kl_loss, torch.full_like(f.kl_loss, number)]) for f, _, number in found]
-            ),
+            divergences=torch.stack([sums for *_, sums in found[-number:]]),
         )
 
     model.forward = types.MethodType(forward, model)
@@ -274,14 +288,59 @@ class _Taught:
     head: tuple[Any, Any] = (None, None)
 
 
-def _teach(model: Any, divergence: Divergence, args: tuple, inputs: dict) -> _Taught:
-    tokens = _choose_tokens(divergence.tokens, divergence.sequences, inputs)
-    if divergence.sequences is not None and not len(divergence.sequences):
-        return _Taught(tokens)
-    with divergence.teacher.activate(), torch.no_grad():
-        hidden = model.base_model(*args, **_teacher_inputs(tokens.inputs)).last_hidden_state
-        head = model.get_output_embeddings()
-        return _Taught(tokens, _select(hidden, tokens.teacher), (head.weight, getattr(head, "bias", None)))
+def _teach(model: Any, divergences: list[Divergence], args: tuple, inputs: dict) -> list[_Taught]:
+    taught = [_Taught(_choose_tokens(divergence, inputs)) for divergence in divergences]
+    for numbers in _passes(divergences):
+        first, group = divergences[numbers[0]], [taught[i] for i in numbers]
+        seen = [one.tokens.seen for one in group if one.tokens.seen is not None]
+        places = None  # where each token is in what the teacher sees
+        taught_inputs = inputs
+        if seen:
+            chosen = _numbers((n for i in numbers for n in divergences[i].sequences or ()), seen[0][0].device)
+            tokens = functools.reduce(torch.logical_or, [mask for mask, _ in seen])
+            taught_inputs = _of_sequences(chosen, tokens, sum(number for _, number in seen), inputs)
+            places = tokens.flatten().cumsum(0) - 1
+        assert first.teacher is not None
+        with first.teacher.activate(), torch.no_grad():
+            hidden = model.base_model(*args, **_teacher_inputs(taught_inputs)).last_hidden_state
+            head = model.get_output_embeddings()
+            own_head = head.weight, getattr(head, "bias", None)
+            if (
+                head.weight.requires_grad
+            ):  # the student's, with other values for as long as the teacher is on: a copy stays
+                own_head = tuple(None if tensor is None else tensor.detach().clone() for tensor in own_head)
+        for one in group:
+            positions = one.tokens.student[: one.tokens.number]
+            one.hidden = _select(hidden, positions if places is None else places.index_select(0, positions))
+            one.head = own_head
+    return taught
+
+
+def _passes(divergences: list[Divergence]) -> list[list[int]]:
+    """Which terms share a teacher's pass; those without one, or whose teacher sees nothing, have none."""
+    passes: list[list[int]] = []
+    for i, one in enumerate(divergences):
+        if one.teacher is None or (one.sequences is not None and not len(one.sequences)):
+            continue
+        for group in passes:
+            others = [divergences[j] for j in group]
+            if _is_same(one.teacher, others[0].teacher) and _are_apart(one, others):
+                group.append(i)
+                break
+        else:
+            passes.append([i])
+    return passes
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (getattr(one, "is_base", False) and getattr(other, "is_base", False))
+
+
+def _are_apart(one: Divergence, others: list[Divergence]) -> bool:
+    """Whether no sequence of the one is among those of the others."""
+    if one.sequences is None or any(other.sequences is None for other in others):
+        return False
+    return set(one.sequences).isdisjoint(n for other in others for n in other.sequences or ())
 
 
 def _teacher_inputs(inputs: dict) -> dict:

@@ -79,6 +79,35 @@ class RampedWeight:
 
 
 @dataclass
+class SmoothedMean:
+    """
+    An exponential mean of a number at each step, m ← β·m + (1 − β)·x, corrected for its start at 0.
+
+    Args:
+        memory (`float`): β.
+    """
+
+    memory: float = 0.9
+
+    def __post_init__(self) -> None:
+        self.mean, self.steps = 0.0, 0
+
+    def add(self, value: float) -> float:
+        """The mean, with the value of another step."""
+        self.steps += 1
+        self.mean = self.memory * self.mean + (1 - self.memory) * value
+        return self.mean / (1 - self.memory**self.steps)
+
+    def state(self) -> dict[str, float]:
+        """What a resumed run must know, as JSON holds it."""
+        return {"mean": self.mean, "steps": self.steps}
+
+    def load(self, state: dict[str, float]) -> None:
+        """The reverse of [`state`]."""
+        self.mean, self.steps = state["mean"], int(state["steps"])
+
+
+@dataclass
 class BudgetedWeight:
     """
     A weight λ that keeps a divergence at a budget:
@@ -103,7 +132,7 @@ class BudgetedWeight:
     observes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.begins, self.mean, self.steps = self.weight, 0.0, 0
+        self.begins, self.smoothed = self.weight, SmoothedMean(self.memory)
 
     def value(self, step: int) -> float:
         """λ now, whichever step it is."""
@@ -111,17 +140,16 @@ class BudgetedWeight:
 
     def observe(self, divergence: float) -> None:
         """After an optimizer step: D over its whole batch, nats per token, the same on all ranks."""
-        self.steps += 1
-        self.mean = self.memory * self.mean + (1 - self.memory) * divergence
-        smoothed = self.mean / (1 - self.memory**self.steps)
+        smoothed = self.smoothed.add(divergence)
         change = min(max(self.rate * (smoothed / self.budget - 1), -_LARGEST_CHANGE), _LARGEST_CHANGE)
         weight = self.weight * math.exp(change)
         self.weight = min(max(weight, self.begins / _WIDEST), self.begins * _WIDEST)
 
     def state(self) -> dict[str, float]:
         """What a resumed run must know, as JSON holds it."""
-        return {"weight": self.weight, "mean": self.mean, "steps": self.steps}
+        return {"weight": self.weight, **self.smoothed.state()}
 
     def load(self, state: dict[str, float]) -> None:
         """The reverse of [`state`]."""
-        self.weight, self.mean, self.steps = state["weight"], state["mean"], int(state["steps"])
+        self.weight = state["weight"]
+        self.smoothed.load(state)

@@ -140,10 +140,7 @@ def write_texts(
     before = before or (lambda: without_adapter(model))
     size = BATCH_SIZE if batch_size is None else plain_count("batch_size", batch_size, 1)
     if any_sharded(model) and continuation is None and not path.exists():
-        raise ValueError(
-            "A sharded model (ZeRO-3, FSDP) cannot write texts: every token would gather all weights. Let it write before, whole, with "
-            f"`trl-ema rehearse --num_texts {sampling.num_texts} --num_tokens {sampling.num_tokens} --output_file FILE`."
-        )
+        raise ValueError(_sharded(sampling))
     about = _about(model, tokenizer, sampling)
     about |= {
         "fingerprint": fingerprint or model_fingerprint(model, tokenizer, before),
@@ -169,7 +166,8 @@ def write_texts(
 
 def _load_same(path: Path, about: dict) -> Texts:
     texts = load_texts(path, model_fingerprint=about["fingerprint"])
-    for name in ("sampling", "start", "header", "tail", "ends"):
+    # The header, which the template of the fingerprint has written, may hold the date of that day.
+    for name in ("sampling", "start", "ends"):
         if texts.about.get(name) != about[name]:
             raise ValueError(
                 f"{path} holds texts of another sampling: `{name}` is {texts.about.get(name)!r} there and {about[name]!r} here. "
@@ -181,6 +179,20 @@ def _load_same(path: Path, about: dict) -> Texts:
 # What the texts are made of
 
 
+def check_sampling(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
+    """Raises `ValueError` if this model cannot write such texts: before it begins, and without files."""
+    if any_sharded(model):
+        raise ValueError(_sharded(sampling))
+    _about(model, tokenizer, sampling)
+
+
+def _sharded(sampling: Sampling) -> str:
+    return (
+        "A sharded model (ZeRO-3, FSDP) cannot write texts: every token would gather all weights. Let it write before, whole, with "
+        f"`trl-ema rehearse --num_texts {sampling.num_texts} --num_tokens {sampling.num_tokens} --output_file FILE`."
+    )
+
+
 def _about(model: Any, tokenizer: Any, sampling: Sampling) -> dict:
     """All that decides over the texts. `header` and `tail` are what the template writes before and after a prompt."""
     chats = sampling.chat if sampling.chat is not None else bool(tokenizer.chat_template)
@@ -189,7 +201,7 @@ def _about(model: Any, tokenizer: Any, sampling: Sampling) -> dict:
     if around + sampling.num_tokens // 3 >= sampling.num_tokens:
         raise ValueError(
             f"`num_tokens={sampling.num_tokens}` leaves no room for an answer: the chat template takes {around}, and the prompt a "
-            f"third. Give at least {3 * around // 2 + 1} (`rehearsal_num_tokens` in training), or `chat=False`."
+            f"third. Give at least {3 * around // 2 + 1} (`rehearsal_num_tokens` in training), or `chat=False` (`rehearsal_chat`)."
         )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and sampling.num_tokens > limit:
@@ -251,7 +263,7 @@ def _around_prompt(tokenizer: Any) -> tuple[list[int], list[int]]:
     Raises:
         ValueError: There is no template, or it cannot be cut so.
     """
-    hint = "Set `chat=False` (raw texts alone), or mend `tokenizer.chat_template`."
+    hint = "Set `chat=False` (`rehearsal_chat` in training; raw texts alone), or mend `tokenizer.chat_template`."
     if not tokenizer.chat_template:
         raise ValueError(f"`chat=True`, but the tokenizer has no chat template. {hint}")
     messages = [{"role": "user", "content": _SENTINEL}]
@@ -490,7 +502,9 @@ def _read_part(part: Path, about: dict) -> Texts | None:
         texts = load_texts(part)
     except (FileNotFoundError, ValueError):
         return None
-    same = all(texts.about.get(name) == about[name] for name in about if name not in ("versions", "model"))
+    # With a date in the template's header that of another day is as good.
+    others = ("versions", "model", "header", "tail")
+    same = all(texts.about.get(name) == about[name] for name in about if name not in others)
     return texts if same else None
 
 

@@ -56,7 +56,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
     Takes the arguments of [`~trl.SFTTrainer`], with [`MeanTeacherConfig`] for `args` (an [`~trl.SFTConfig`] is read as one
     with the default teacher). The model needs a PEFT adapter, unless `teacher="none"`, which trains as [`~trl.SFTTrainer`]
     does, step for step; but in a float32 run over a 4-bit base the adapter is float32 here, where TRL casts it to bfloat16.
-    A model object can be given again, as when a cell of a notebook runs twice.
+    `rehearsal_dataset` has general texts to rehearse, in any of TRL's formats, instead of those that the model writes. A model object can be given again, as when a cell of a notebook runs twice.
 
     Logs, beside its metrics, `ce_loss`, `kl_loss` (nats per token), `kl_weight`, `ema_decay` and `teacher_distance`
     (relative L2). `teacher` is the [`MeanTeacher`], or `None`; `regularizers` lists all that holds the student back.
@@ -86,11 +86,11 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         compute_loss_func: Any = None, compute_metrics: Any = None, callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None), optimizer_cls_and_kwargs: Any = None,
         preprocess_logits_for_metrics: Any = None, quantization_config: Any = None,
-        peft_config: PeftConfig | None = None, formatting_func: Any = None,
+        peft_config: PeftConfig | None = None, formatting_func: Any = None, rehearsal_dataset: Any = None,
     ):  # fmt: skip
         args = as_mean_teacher_config(args, model)
         check_output_dir(str(args.output_dir))
-        check_before_loading(model, args, peft_config, train_dataset, compute_loss_func)
+        check_before_loading(model, args, peft_config, train_dataset, compute_loss_func, rehearsal_dataset)
         check_datasets(train_dataset, eval_dataset, args, formatting_func, data_collator)
         undo_earlier_run(model)  # last: what is refused leaves an earlier trainer and what it has trained alone
         before = claim_before(model)
@@ -114,7 +114,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         self.model_card_details: dict[str, dict] = {}  # more tables for the model card, by title
         self.ce_mean, self._penalty_is_due = TokenMean(), False
         self.regularizers = self._claim.regularizers
-        self._regularize()
+        self._regularize(rehearsal_dataset)
         if args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint:
             check_free_space(self, checkpoint=True)
         self._init_checkpoints()
@@ -122,7 +122,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         # First, so that whatever saves or measures at the end of a step finds the teacher moved.
         self.callback_handler.callbacks.insert(0, RegularizerCallback(self))
 
-    def _regularize(self):
+    def _regularize(self, rehearsal_dataset):
         self._name, self._paper = method_of(self.args)  # for TRL's part of the model card
         if self.args.needs_fused_forward:
             refuse_parallelism(self.accelerator.parallelism_config)
@@ -133,7 +133,8 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
                 with self.precision():
                     check_head(base)
             add_regularized_forward(base, dft=self.args.loss_type == "dft")
-        for regularizer in make_regularizers(self.model, self.args, self.processing_class, self.starting_point):
+        given = self.processing_class, self.starting_point, rehearsal_dataset
+        for regularizer in make_regularizers(self.model, self.args, *given):
             self.regularizers.append(regularizer)  # one by one: an error leaves to the claim what is there by then
 
     def check_is_owner(self) -> None:

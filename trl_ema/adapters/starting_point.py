@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from accelerate.utils import is_peft_model
 from ..sharding import drop_stale_copy, is_sharded, local_shard, reshard, take_shard
 from .fitness import adapter_changes_nothing
 from .names import trained_names
-from .switching import without_adapter
+from .switching import Switch, base_switches, nothing_random, switched
 
 
 class StartingPoint:
@@ -51,19 +52,27 @@ class StartingPoint:
 
     @contextmanager
     def activate(self) -> Iterator[None]:
-        """Within this context the model computes as it did at the start. Restores everything, also after an error."""
+        """
+        Within this context the model computes as it did at the start, with nothing random in it. Restores everything, also after an
+        error.
+        """
         if self.is_base:
-            with without_adapter(self.model):
+            with switched([*base_switches(self.model), *self._nothing_random]):
                 yield
             return
         reshard(self.model)
         now = {name: local_shard(self.model.get_parameter(name)).clone() for name in self._kept}
         try:
             self._write({name: self._part(name) for name in self._kept})
-            yield
+            with switched(self._nothing_random):
+                yield
         finally:
             reshard(self.model)
             self._write(now)
+
+    @cached_property
+    def _nothing_random(self) -> list[Switch]:
+        return nothing_random(self.model)
 
     def _part(self, name: str) -> torch.Tensor:
         tensor, was_sharded = self._kept[name]

@@ -30,17 +30,20 @@ def teacher_switches(model: PeftModel, is_base: bool) -> list[Switch]:
     CPUs, and cost a walk over every module.
     """
     adapter = ("_disable_adapters", True) if is_base else ("_active_adapter", [TEACHER_NAME])
-    switches = _adapter_switches(model, *adapter)
-    for module in model.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            # Checkpointing saves memory for a backward pass that the teacher does not have.
-            switches.append((module, "gradient_checkpointing", False))
-    stochastic = [*_stochastic_modules(model), *_adapter_modules(model)]
-    switches += [(module, "training", False) for module in stochastic]
+    switches = _adapter_switches(model, *adapter) + nothing_random(model)
     if not is_base:
         plain = (module for module in model.modules() if _is_plain_lora(module))
         switches += [(layer, "forward", functools.partial(_add_update_in_place, layer)) for layer in plain]
     return switches
+
+
+def nothing_random(model: torch.nn.Module) -> list[Switch]:
+    """What makes a pass without gradients deterministic."""
+    # Checkpointing saves memory for a backward pass that there is none of.
+    checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    stochastic = [*_stochastic_modules(model), *_adapter_modules(model)]
+    switches: list[Switch] = [(module, "gradient_checkpointing", False) for module in checkpointing]
+    return switches + [(module, "training", False) for module in stochastic]
 
 
 def saved_alone(model: PeftModel, adapter_name: str) -> AbstractContextManager:
@@ -67,7 +70,12 @@ def without_adapter(model: torch.nn.Module) -> AbstractContextManager:
     PEFT's `disable_adapter` does the same but flips `requires_grad`, which takes a hundred times longer and which FSDP2 does
     not bear.
     """
-    return switched(_adapter_switches(model, "_disable_adapters", True))
+    return switched(base_switches(model))
+
+
+def base_switches(model: torch.nn.Module) -> list[Switch]:
+    """Each adapter off."""
+    return _adapter_switches(model, "_disable_adapters", True)
 
 
 def _adapter_switches(model: torch.nn.Module, key: str, value: object) -> list[Switch]:
@@ -132,7 +140,7 @@ def _adapter_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     return found
 
 
-def _stochastic_modules(model: PeftModel) -> list[torch.nn.Module]:
+def _stochastic_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Modules that behave differently in train mode: dropout, jitter, and NEFTune's noise on the embeddings."""
     found = {id(model.get_input_embeddings()): model.get_input_embeddings()}
     for name, module in model.named_modules():

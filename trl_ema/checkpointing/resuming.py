@@ -20,6 +20,13 @@ from .folders import TRAINER_STATE
 STATE_KEY = "trl_ema"
 
 
+def states_of(saved: dict) -> dict[str, dict]:
+    """By the regularizers' names; of a checkpoint from before there were several, the schedule of its teacher."""
+    if saved.get("schedule"):
+        return {"teacher": {"schedule": saved["schedule"], "weight": {}}}
+    return saved.get("regularizers", {})
+
+
 def check_checkpoint(trainer: Any, folder: str) -> None:
     """Raises `ValueError` unless this run can go on from the checkpoint in `folder`; says why and what to do."""
     state = os.path.join(folder, TRAINER_STATE)
@@ -28,7 +35,12 @@ def check_checkpoint(trainer: Any, folder: str) -> None:
             f"{folder!r} is no checkpoint: there is no {TRAINER_STATE} in it. Give a `checkpoint-*` folder of the run."
         )
     saved = TrainerState.load_from_json(state)
-    check_weights(trainer, folder, saved.stateful_callbacks.get(STATE_KEY, {}).get("run_id"), saved.global_step)
+    ours = saved.stateful_callbacks.get(STATE_KEY, {})
+    check_weights(trainer, folder, ours.get("run_id"), saved.global_step)
+    states = states_of(ours)
+    for regularizer in trainer.regularizers:
+        if regularizer.name in states:
+            regularizer.check_state(states[regularizer.name])
     if not glob.glob(os.path.join(glob.escape(folder), "rng_state*.pth")):
         raise ValueError(
             f"{folder!r} has no random state (rng_state*.pth), so dropout and data would not go on as they were: it was "

@@ -10,7 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..regularizers.micro_batch import TokenMean
 from ..sharding import local_shard
-from .resuming import STATE_KEY
+from .resuming import STATE_KEY, states_of
 
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class RegularizerCallback(TrainerCallback):
             # TRL starts counting anew at each resume.
             trainer._total_train_tokens = saved["num_tokens"]
             trainer.run_id = saved["run_id"]
-        states = _states(saved)
+        states = states_of(saved)
         lost = sorted(set(states) - {regularizer.name for regularizer in trainer.regularizers})
         if lost:
             logger.warning(
@@ -64,10 +64,3 @@ class RegularizerCallback(TrainerCallback):
             "num_tokens": self.trainer._total_train_tokens,
             "regularizers": {regularizer.name: regularizer.state() for regularizer in self.trainer.regularizers},
         }
-
-
-def _states(saved: dict) -> dict[str, dict]:
-    """By the regularizers' names; of a checkpoint from before there were several, the schedule of its teacher."""
-    if saved.get("schedule"):
-        return {"teacher": {"schedule": saved["schedule"], "weight": {}}}
-    return saved.get("regularizers", {})

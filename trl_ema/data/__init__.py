@@ -13,6 +13,7 @@ from .formats import (
 from .loading import NoSplitError, hub_errors, load_rows, load_split
 from .rows import IncompleteRowsError, NoAnswersError, check_dataset, check_rows, complete_rows
 from .split import held_out_of_stream, held_out_split
+from .tokens import tokenize_rows
 
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "load_rows",
     "load_split",
     "to_prompt_completion",
+    "tokenize_rows",
     "trained_columns",
     "trl_format",
     "with_prompts",

@@ -2,10 +2,8 @@
 
 import importlib.resources
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -14,13 +12,13 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl import SFTConfig
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..adapters.fitness import base_changed_by
 from ..adapters.switching import without_adapter
+from ..data import tokenize_rows
 from ..forward import logit_transform
 from ..losses import IGNORE_INDEX, fused_linear_cross_entropy_kl
 from ..sharding import whole_weights
@@ -60,46 +58,13 @@ def tokenized_batches(
         raise ValueError(
             f"The rows have a column {images.pop()!r}; loss and drift are measured on text alone. Leave it out."
         )
-    try:
-        examples = list(_tokenized(rows, tokenizer, max_length, settings).select_columns(["input_ids", "labels"]))
-    except Exception as error:  # whatever a chat template or a tokenizer may raise
-        number, cause = next(_failures(rows, tokenizer, max_length, settings), (None, error))
-        which = "The rows" if number is None else f"Row {number}"
-        shown = "" if number is None else f": {str(rows[number])[:200]}"
-        raise ValueError(
-            f"{which} cannot be tokenized ({type(cause).__name__}: {cause}){shown}. Mend it, or drop it."
-        ) from error
+    examples = list(tokenize_rows(rows, tokenizer, max_length, settings))
     if not examples:
         raise ValueError(_no_label(len(rows)))
     examples.sort(key=lambda example: len(example["input_ids"]))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     collate = DataCollatorForLanguageModeling(pad)
     return [collate(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
-
-
-def _tokenized(rows: Dataset, tokenizer: Any, max_length: int | None, settings: SFTConfig | None) -> Dataset:
-    defaults = {f.name: f.default for f in fields(SFTConfig)}
-    options = defaults if settings is None else {name: getattr(settings, name) for name in defaults}
-    args: Any = SimpleNamespace(
-        **options | {"max_length": max_length, "shuffle_dataset": False, "dataset_num_proc": None}
-    )
-    # What its constructor makes of the settings.
-    trainer: Any = SFTTrainer.__new__(SFTTrainer)
-    trainer._tokenizer, trainer.chat_template = tokenizer, None
-    if args.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
-        trainer.chat_template = get_training_chat_template(tokenizer)
-    trainer.completion_only_loss = args.completion_only_loss
-    if args.completion_only_loss is None:
-        trainer.completion_only_loss = {"prompt", "completion"} <= set(rows.column_names)
-    return trainer._prepare_dataset(rows, tokenizer, args, packing=False, formatting_func=None, dataset_name="held-out")
-
-
-def _failures(rows: Dataset, *args: Any) -> Iterator[tuple[int, Exception]]:
-    for i in range(len(rows)):
-        try:
-            _tokenized(rows.select([i]), *args)
-        except Exception as error:
-            yield i, error
 
 
 def measure_drift(

@@ -13,7 +13,11 @@ from .rehearsal import Rehearsal
 
 
 def make_regularizers(
-    model: PeftModel, args: MeanTeacherConfig, tokenizer: Any, start: StartingPoint | None
+    model: PeftModel,
+    args: MeanTeacherConfig,
+    tokenizer: Any,
+    start: StartingPoint | None,
+    rehearsal_dataset: Any = None,
 ) -> Iterator[Regularizer]:
     """
     The regularizers that `args` asks for, one by one, attached to `model` before it is wrapped for training.
@@ -24,4 +28,4 @@ def make_regularizers(
     if args.teacher != "none":
         yield TeacherDivergence(model, args)
     if args.rehearsal_weight:
-        yield Rehearsal(model, args, tokenizer, start)
+        yield Rehearsal(model, args, tokenizer, start, rehearsal_dataset)

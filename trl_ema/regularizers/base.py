@@ -92,6 +92,9 @@ class Regularizer:
     def check(self, directory: str, **origin: Any) -> None:
         """Raises `ValueError`, before anything is changed, if [`load`] could not read what [`save`] wrote with this `origin`."""
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raises `ValueError`, before anything is changed, if a run cannot go on with this [`state`] of a checkpoint."""
+
     def load(self, directory: str) -> None:
         """Read back, exactly, what [`save`] wrote. Called on all ranks."""
 

@@ -1,29 +1,28 @@
-"""Rehearsal: the student is held to the model before training, on texts that this has written itself."""
+"""Rehearsal: the student is held to the model before training, on texts that this has written itself, or that are given."""
 
 import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import TrainerControl
 
 from ..adapters.starting_point import StartingPoint
 from ..config import MeanTeacherConfig
 from ..forward import Divergence, divergence_mask, num_sequences
-from ..schedules import BudgetedWeight, RampedWeight
-from ..texts import Sampling, Texts, load_texts, model_fingerprint, save_texts, texts_path, write_texts
+from ..schedules import BudgetedWeight, RampedWeight, SmoothedMean
+from ..texts import Texts
 from .base import Gather, Inputs, Regularizer
+from .given_texts import given_texts
 from .micro_batch import TokenMean
+from .own_texts import FILE, OwnTexts
 
 
 logger = logging.getLogger(__name__)
-
-# The texts, beside a run.
-FILE = "rehearsal.safetensors"
 
 
 class Rehearsal(Regularizer):
@@ -33,6 +32,8 @@ class Rehearsal(Regularizer):
     In expectation over texts of the model before training this is the drift itself, KL(before ‖ student) over whole sequences.
     At the start of a training it is zero, and so is its gradient: no ramp is needed.
 
+    With `rehearsal_loss="ce"` the texts are trained on as data instead: λ · CE(text; p_θ), a mean over the same tokens.
+
     Each micro-batch gets so many texts as further rows that their share is `rehearsal_fraction`. All texts are taken once before
     any is taken again, in a seeded order that depends on nothing but how many were taken so far.
 
@@ -41,90 +42,92 @@ class Rehearsal(Regularizer):
         args ([`MeanTeacherConfig`]): The options that begin with `rehearsal_`, and `drift_budget`.
         tokenizer (`PreTrainedTokenizerBase`): Of the model.
         start ([`StartingPoint`], *optional*): The model before training; only one with an adapter has it.
+        dataset (`Dataset` or `IterableDataset`, *optional*): Rows to rehearse instead of self-written texts, see [`given_texts`].
 
     Raises:
         ValueError: The texts at hand are another model's or damaged, are fewer than a micro-batch takes, or one is longer than
-            `max_length`; or there are none, and the launch is one under which the model cannot write any.
+            `max_length`; or there are none, and the model cannot write any.
 
     Sources: Marek et al. 2026, https://arxiv.org/abs/2605.26097 (self-written texts with KL; LoRA in TRL and the budget are
-    ours).
+    ours); Zhang et al. 2025, https://arxiv.org/abs/2508.04676 (general texts replayed as data).
     """
 
     name = "rehearsal"
 
-    def __init__(self, model: Any, args: MeanTeacherConfig, tokenizer: Any, start: StartingPoint | None):
-        if start is None:
+    def __init__(
+        self, model: Any, args: MeanTeacherConfig, tokenizer: Any, start: StartingPoint | None, dataset: Any = None
+    ):
+        given = args.rehearsal_dataset if dataset is None else dataset
+        if start is None and (given is None or args.rehearsal_loss == "kl"):
             raise ValueError(
                 "`rehearsal_weight` needs a model with a PEFT adapter, which is switched off to have the model before training. Pass "
-                "`peft_config=LoraConfig(...)` or a `PeftModel`."
+                "`peft_config=LoraConfig(...)` or a `PeftModel`, or rehearse a `rehearsal_dataset` with `rehearsal_loss='ce'`."
             )
-        self.args, self.model, self.tokenizer, self.start = args, model, tokenizer, start
-        self.sampling = Sampling(
-            num_texts=args.rehearsal_num_texts,
-            num_tokens=args.rehearsal_num_tokens,
-            start_token=args.rehearsal_start,
-        )
-        self.weight = make_weight(args)
-        self.kl_of_log, self.kl_of_step = TokenMean(), TokenMean()
+        self.args, self.tokenizer, self.start = args, tokenizer, start
         self.taken = 0  # texts, by all ranks
         self._first = 0  # of this step, among all that are taken
         self._micro_batch = self._predicted = 0
-        self._last_weight = self.weight.value(0)
         self.texts: Texts | None = None
         self.digest = ""  # of the texts
         self._pass, self._order = -1, np.empty(0, dtype=int)  # through all texts, and the order in it
-        self.fingerprint = model_fingerprint(model, tokenizer, start.activate)
-        found = next((path for path in self._paths() if os.path.isfile(path)), args.rehearsal_texts)
-        if found is not None:
-            self.use(load_texts(found, model_fingerprint=self.fingerprint))
+        self._start_anew()
+        self.own: OwnTexts | None = None
+        if given is not None:
+            self.use(given_texts(given, args, tokenizer))
+            return
+        assert start is not None
+        self.own = OwnTexts(model, args, tokenizer, start)
+        if self.own.at_hand is not None:
+            self.use(self.own.at_hand)
+        else:
+            self._check(args.rehearsal_num_texts, float(args.rehearsal_num_tokens))
 
-    def _paths(self) -> list[str]:
-        """Where texts may lie: where the user says, else beside the run or in the cache."""
-        if self.args.rehearsal_texts is not None:
-            return [self.args.rehearsal_texts]
-        return [os.path.join(str(self.args.output_dir), FILE), str(texts_path(self.fingerprint, self.sampling))]
+    def _start_anew(self) -> None:
+        self.weight, self.taken = make_weight(self.args), 0
+        self.loss_of_log, self.loss_of_step, self.smoothed = TokenMean(), TokenMean(), SmoothedMean()
+        self._last_weight = self.weight.value(0)
 
     def use(self, texts: Texts) -> None:
         """From now on these texts are rehearsed."""
-        rows, longest = _rows_of_micro_batch(self.args, texts), max(map(len, texts.ids))
-        if rows > len(texts.ids):
+        lengths = [len(ids) for ids in texts.ids]
+        if self.args.max_length is not None and max(lengths) > self.args.max_length:
             raise ValueError(
-                f"{len(texts.ids)} texts are fewer than the {rows} that a micro-batch rehearses. Write more "
-                "(`rehearsal_num_texts`), or lower `rehearsal_fraction`."
-            )
-        if self.args.max_length is not None and longest > self.args.max_length:
-            raise ValueError(
-                f"A rehearsed text has {longest} tokens, `max_length` is {self.args.max_length}. Raise it, or write texts with a "
+                f"A rehearsed text has {max(lengths)} tokens, `max_length` is {self.args.max_length}. Raise it, or write texts with a "
                 "lower `rehearsal_num_tokens`."
             )
-        self.texts, self.rows, self.digest = texts, rows, digest_of(texts)
+        self.rows = self._check(len(lengths), sum(lengths) / len(lengths))
+        self.texts, self.digest = texts, digest_of(texts)
+
+    def _check(self, number: int, mean_length: float) -> int:
+        """How many texts of so many a micro-batch takes. Raises `ValueError` if there are not as many."""
+        rows = _rows_of_micro_batch(self.args, mean_length)
+        if rows > number:
+            raise ValueError(
+                f"{number} texts are fewer than the {rows} that a micro-batch rehearses. Give or write more "
+                "(`rehearsal_num_texts`), or lower `rehearsal_fraction`."
+            )
+        return rows
 
     def begin(self, trainer: Any, state: dict | None = None) -> None:
         self.pad = self.tokenizer.pad_token_id
-        if self.texts is None:
-            self.use(self._write(trainer))
-        beside = os.path.join(str(self.args.output_dir), FILE)
-        if trainer.is_world_process_zero() and self.texts is not None and not os.path.isfile(beside):
-            save_texts(self.texts, beside)
-        self.weight, self.taken = make_weight(self.args), 0
-        self.kl_of_log, self.kl_of_step = TokenMean(), TokenMean()
+        if self.own is not None:
+            self.use(self.own.get(trainer))
+        self._start_anew()
+        self._control = trainer.control
         if state is not None:
+            self.check_state(state)
             self.weight.load(state["weight"])
             self.taken = state["taken"]
-            if state["texts"] != self.digest:
-                raise ValueError(
-                    "The checkpoint was made with other rehearsed texts than those of this run. Give its own with "
-                    f"`rehearsal_texts`; they lie beside the run, as {FILE}."
-                )
+            self.smoothed.load(state.get("smoothed", self.smoothed.state()))
 
-    def _write(self, trainer: Any) -> Texts:
-        accelerator, path = trainer.accelerator, self._paths()[-1]
-        logger.info("The model writes %d texts to rehearse, once, into %s", self.sampling.num_texts, path)
-        with trainer.precision():
-            return write_texts(
-                self.model, self.tokenizer, self.sampling, path, before=self.start.activate, fingerprint=self.fingerprint,
-                rank=accelerator.process_index, world_size=accelerator.num_processes, barrier=accelerator.wait_for_everyone,
-            )  # fmt: skip
+    def check_state(self, state: dict[str, Any]) -> None:
+        if self.texts is not None and state["texts"] != self.digest:
+            mend = f"Give its own with `rehearsal_texts`; they lie beside the run, as {FILE}."
+            if self.own is None:
+                mend = (
+                    "Give its own `rehearsal_dataset`, with the same `rehearsal_num_texts` and `rehearsal_num_tokens`."
+                )
+            raise ValueError(f"The checkpoint was made with other rehearsed texts than those of this run. {mend}")
 
     # Which texts
 
@@ -158,30 +161,50 @@ class Rehearsal(Regularizer):
         # TRL divides by the labelled tokens.
         num_labels = divergence_mask("loss", **inputs).sum() if num_items is None else num_items
         predicted = _num_predicted(texts) if num_items is None else self._predicted
-        factor = float(torch.as_tensor(num_labels).clamp(min=1)) / predicted
+        # Not read here, where the host would wait for it.
+        factor = torch.as_tensor(num_labels, dtype=torch.float64).clamp(min=1) / predicted
         self._micro_batch += 1
         packed = "attention_mask" not in inputs
         batch = _with_documents(inputs, texts) if packed else _with_rows(inputs, texts, self.pad)
-        return batch, [Divergence(self.start, weight * factor, "all", list(range(own, own + len(texts))))]
+        teacher = self.start if self.args.rehearsal_loss == "kl" else None
+        return batch, [Divergence(teacher, weight * factor, "all", list(range(own, own + len(texts))))]
+
+    @property
+    def _watches(self) -> bool:
+        """Whether it must know the divergence of each step, which costs a message between the ranks."""
+        return self.weight.observes or (self.args.max_drift is not None and self.args.rehearsal_loss == "kl")
 
     def observe(self, sums: list[torch.Tensor]) -> None:
         for total, tokens in sums:
-            self.kl_of_log.add(total, tokens)
-            if self.weight.observes:
-                self.kl_of_step.add(total, tokens)
+            self.loss_of_log.add(total, tokens)
+            if self._watches:
+                self.loss_of_step.add(total, tokens)
 
     def after_step(self, step: int, gather: Gather) -> None:
-        if self.weight.observes:
-            self.weight.observe(self.kl_of_step.take(gather, self.args.device))
+        if not self._watches:
+            return
+        found = self.loss_of_step.take(gather, self.args.device)
+        self.weight.observe(found)
+        stop_at_drift(self._control, self.smoothed.add(found), self.args.max_drift, "on rehearsed texts")
 
     def metrics(self, gather: Gather) -> dict[str, float]:
         return {
-            "rehearsal_kl": self.kl_of_log.take(gather, self.args.device),
+            f"rehearsal_{self.args.rehearsal_loss}": self.loss_of_log.take(gather, self.args.device),
             "rehearsal_weight": self._last_weight,
         }
 
     def state(self) -> dict[str, Any]:
-        return {"taken": self.taken, "weight": self.weight.state(), "texts": self.digest}
+        return {
+            "taken": self.taken, "weight": self.weight.state(), "texts": self.digest, "smoothed": self.smoothed.state()
+        }  # fmt: skip
+
+
+def stop_at_drift(control: TrainerControl, drift: float, limit: float | None, where: str) -> None:
+    """Let a training save a checkpoint and stop, after this step, where `drift` is above the `limit`."""
+    if limit is None or drift <= limit:
+        return
+    logger.warning("The drift %s is %.4g nats per token, above `max_drift=%g`: saved and stopped.", where, drift, limit)
+    control.should_save = control.should_training_stop = True
 
 
 def _num_predicted(texts: list[list[int]]) -> int:
@@ -195,11 +218,11 @@ def make_weight(args: MeanTeacherConfig) -> RampedWeight | BudgetedWeight:
     return BudgetedWeight(args.rehearsal_weight, args.drift_budget)
 
 
-def _rows_of_micro_batch(args: MeanTeacherConfig, texts: Texts) -> int:
+def _rows_of_micro_batch(args: MeanTeacherConfig, mean_length: float) -> int:
     """How many texts beside a whole micro-batch have the share that is asked for: of its rows, or of its tokens where it is packed."""
     ratio, own = args.rehearsal_fraction / (1 - args.rehearsal_fraction), float(args.per_device_train_batch_size)
     if args.packing and args.max_length is not None:
-        own *= args.max_length / (sum(map(len, texts.ids)) / len(texts.ids))
+        own *= args.max_length / mean_length
     return max(1, math.floor(ratio * own + 0.5))
 
 
@@ -212,35 +235,36 @@ def _with_rows(inputs: Inputs, texts: list[list[int]], pad: int) -> Inputs:
     for name, value in inputs.items():
         if not (torch.is_tensor(value) and value.shape == (rows, length)):
             continue
-        more = torch.full((len(texts), longest), of_text.get(name, 0), dtype=value.dtype)
-        for row, ids in zip(more, texts, strict=True):
-            if name == "input_ids":
-                row[: len(ids)] = torch.tensor(ids)
-            elif name == "attention_mask":
-                row[: len(ids)] = 1
-        own = torch.nn.functional.pad(value, (0, longest - length), value=of_text.get(name, 0))
-        batch[name] = torch.cat([own, more.to(value.device)])
+        fill = of_text.get(name, 0)
+        begins = [{"input_ids": ids, "attention_mask": [1] * len(ids)}.get(name, []) for ids in texts]
+        more = torch.tensor([begin + [fill] * (longest - len(begin)) for begin in begins])
+        own = torch.nn.functional.pad(value, (0, longest - length), value=fill)
+        batch[name] = torch.cat([own, _to(more, value)])
     return batch
 
 
 def _with_documents(inputs: Inputs, texts: list[list[int]]) -> Inputs:
     """A packed micro-batch with the texts as further documents."""
-    device, batch = inputs["input_ids"].device, dict(inputs)
+    batch = dict(inputs)
     ids = torch.tensor([token for text in texts for token in text])
     more = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
     more["position_ids"] = torch.cat([torch.arange(len(text)) for text in texts])
     for name, value in more.items():
         if name in inputs:
-            batch[name] = torch.cat([inputs[name], value[None].to(device, inputs[name].dtype)], 1)
+            batch[name] = torch.cat([inputs[name], _to(value[None], inputs[name])], 1)
     lengths = torch.tensor([len(text) for text in texts])
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if name in inputs:
-            bounds = inputs[name][-1] + lengths.cumsum(0).to(device, inputs[name].dtype)
+            bounds = inputs[name][-1] + _to(lengths.cumsum(0), inputs[name])
             batch[name] = torch.cat([inputs[name], bounds])
     for name in ("max_length_q", "max_length_k"):
         if name in inputs:
-            batch[name] = max(inputs[name], int(lengths.max()))
+            batch[name] = max(inputs[name], *map(len, texts))
     return batch
+
+
+def _to(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return tensor.to(like.dtype).to(like.device, non_blocking=True)  # otherwise the host would wait
 
 
 def digest_of(texts: Texts) -> str:

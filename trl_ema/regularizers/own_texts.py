@@ -1,0 +1,91 @@
+"""The texts of a run that the model before training has written itself: found, or written when training begins."""
+
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..adapters.starting_point import StartingPoint
+from ..config import MeanTeacherConfig
+from ..texts import (
+    Sampling,
+    Texts,
+    check_sampling,
+    load_texts,
+    model_fingerprint,
+    save_texts,
+    texts_path,
+    write_texts,
+)
+
+
+logger = logging.getLogger(__name__)
+
+# The texts, beside a run.
+FILE = "rehearsal.safetensors"
+
+
+class OwnTexts:
+    """
+    Self-written texts of the model before training, for whichever regularizer asks; they are written once.
+
+    Args:
+        model (`PeftModel`): Its adapter is about to be trained.
+        args ([`MeanTeacherConfig`]): `rehearsal_texts`, `rehearsal_num_texts`, `rehearsal_num_tokens`, `rehearsal_start` and
+            `rehearsal_chat`.
+        tokenizer (`PreTrainedTokenizerBase`): Of the model.
+        start ([`StartingPoint`]): The model before training.
+
+    Raises:
+        FileNotFoundError, ValueError: The texts that the user gives, or that are at hand, are not there, damaged, or another model's.
+    """
+
+    def __init__(self, model: Any, args: MeanTeacherConfig, tokenizer: Any, start: StartingPoint):
+        self.model, self.args, self.tokenizer, self.start = model, args, tokenizer, start
+        self.sampling = Sampling(
+            num_texts=args.rehearsal_num_texts,
+            num_tokens=args.rehearsal_num_tokens,
+            start_token=args.rehearsal_start,
+            chat=args.rehearsal_chat,
+        )
+        self.fingerprint = model_fingerprint(model, tokenizer, start.activate)
+        self.at_hand = self._find()
+        if self.at_hand is None:
+            check_sampling(model, tokenizer, self.sampling)
+
+    def _find(self) -> Texts | None:
+        given, beside = self.args.rehearsal_texts, os.path.join(str(self.args.output_dir), FILE)
+        if given is not None:
+            return load_texts(given, model_fingerprint=self.fingerprint)
+        if os.path.isfile(beside):
+            texts = load_texts(beside, model_fingerprint=self.fingerprint)
+            if texts.about["sampling"] == asdict(self.sampling):
+                return texts
+            logger.info("%s holds texts of another sampling, %s: they are not used.", beside, texts.about["sampling"])
+        return load_texts(self._cached, model_fingerprint=self.fingerprint) if self._cached.is_file() else None
+
+    @property
+    def _cached(self) -> Path:
+        return texts_path(self.fingerprint, self.sampling)
+
+    def get(self, trainer: Any) -> Texts:
+        """The texts, which the model writes now where none are at hand; they are kept beside the run. Called on all ranks."""
+        if self.at_hand is None:
+            self.at_hand = self._write(trainer)
+        beside = os.path.join(str(self.args.output_dir), FILE)
+        if trainer.is_world_process_zero() and self._differs_from(beside):
+            save_texts(self.at_hand, beside)
+        return self.at_hand
+
+    def _differs_from(self, beside: str) -> bool:
+        return not os.path.isfile(beside) or load_texts(beside) != self.at_hand
+
+    def _write(self, trainer: Any) -> Texts:
+        accelerator, path = trainer.accelerator, self._cached
+        logger.info("The model writes %d texts, once, into %s", self.sampling.num_texts, path)
+        with trainer.precision():
+            return write_texts(
+                self.model, self.tokenizer, self.sampling, path, before=self.start.activate, fingerprint=self.fingerprint,
+                rank=accelerator.process_index, world_size=accelerator.num_processes, barrier=accelerator.wait_for_everyone,
+            )  # fmt: skip
