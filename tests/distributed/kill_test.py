@@ -2,10 +2,11 @@
 SIGKILL at random moments, again and again: does each run still end with the weights of one that nobody disturbed?
 
     python tests/distributed/kill_test.py --kills 12 --modes one ddp zero3      about 20 minutes on 2 cores
+    python tests/distributed/kill_test.py --kills 20 --rehearsal                with texts, whose weight keeps a budget
 
 Every run is the real recipe on a tiny model, launched by accelerate. All its processes are killed together at a random
-moment (importing, training, in the middle of a save, resuming), and it is started again with `--resume_from_checkpoint
-true`, until it ends. Prints a JSON line for each run.
+moment (importing, writing texts, training, in the middle of a save, resuming), and it is started again with
+`--resume_from_checkpoint true`, until it ends. Prints a JSON line for each run.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -27,17 +29,41 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from conftest import make_tiny_folder  # noqa: E402
 from launching import CONFIGS, STAGING, command, launch, weights  # noqa: E402
 
+from trl_ema.evaluation.models import load_base  # noqa: E402
+from trl_ema.texts import Sampling, write_texts  # noqa: E402
+
 
 RUN = dict(
     max_steps=24, save_steps=1, save_total_limit=2, measure=False, generations=0, eval_strategy="no",
     load_best_model_at_end=False,
 )  # fmt: skip
+# Texts in four batches, more than one pass through them, and a weight that moves at each step.
+TEXTS = dict(num_texts=130, num_tokens=40)
+REHEARSAL = dict(rehearsal_weight=1.0, rehearsal_fraction=0.6, drift_budget=0.01)
+REHEARSAL |= {f"rehearsal_{name}": value for name, value in TEXTS.items()}
 
 
-def disturbed(mode: str, folder: Path, output: str, seconds: float, kills: int, dice: random.Random) -> dict:
+def options_of(mode: str, folder: Path, rehearsal: bool) -> dict:
+    """Of every run of this mode. A sharded model cannot write texts: they are written before."""
+    if not rehearsal:
+        return RUN
+    if "zero3" not in mode and "fsdp2" not in mode:
+        return RUN | REHEARSAL
+    texts = folder / "texts.safetensors"
+    model, tokenizer = load_base(str(folder / "model"), dtype=torch.float32)
+    write_texts(model, tokenizer, Sampling(**TEXTS), texts, progress=False)  # as `trl-ema rehearse`
+    return RUN | REHEARSAL | {"rehearsal_texts": str(texts)}
+
+
+def disturbed(
+    mode: str, folder: Path, output: str, seconds: float, kills: int, dice: random.Random, options: dict
+) -> dict:
     """One run that is killed `kills` times, unless it ends before; where each kill fell."""
-    line, environment = command(mode, folder, output, resume_from_checkpoint="true", **RUN)
+    line, environment = command(mode, folder, output, resume_from_checkpoint="true", **options)
     environment["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
+    cache = folder / f"{output}_cache"  # its own: each run writes its texts
+    environment["TRL_EMA_CACHE"] = str(cache)
+    writes = bool(options.get("rehearsal_weight")) and "rehearsal_texts" not in options
     moments, starts = [], 0
     while True:
         starts += 1
@@ -48,9 +74,18 @@ def disturbed(mode: str, folder: Path, output: str, seconds: float, kills: int, 
         process = subprocess.Popen(
             line, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        if len(moments) < kills and _wait_for_moment(process, folder / output, seconds, dice):
+        if len(moments) == kills:
+            reached = False
+        elif writes and not moments:  # the first kill, while texts are written
+            reached = _wait_for_texts(process, cache, dice.randint(0, 4))
+        else:
+            reached = _wait_for_moment(process, folder / output, seconds, dice)
+        if reached:
             one_rank = mode != "one" and dice.random() < 0.5
-            moments.append(_moment(folder / output, first, leftover) + (", one rank first" if one_rank else ""))
+            moment = _moment(folder / output, first, leftover)
+            if list(cache.glob("texts/*.parts")):
+                moment = f"while texts are written, {len(_parts(cache))} batches done"
+            moments.append(moment + (", one rank first" if one_rank else ""))
             kill(process, dice if one_rank else None)
             continue
         _, errors = process.communicate()
@@ -74,6 +109,19 @@ def _wait_for_moment(process: subprocess.Popen, output: Path, seconds: float, di
                 return True
         time.sleep(0.002)
     return False
+
+
+def _wait_for_texts(process: subprocess.Popen, cache: Path, number: int) -> bool:
+    """Wait until so many batches of texts are written. False when the run has ended."""
+    while process.poll() is None:
+        if list(cache.glob("texts/*")) and (len(_parts(cache)) >= number or list(cache.glob("texts/*.safetensors"))):
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def _parts(cache: Path) -> list[Path]:
+    return list(cache.glob("texts/*.parts/*.safetensors"))
 
 
 def kill(process: subprocess.Popen, dice: random.Random | None) -> None:
@@ -132,27 +180,36 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=12, help="for each mode")
     parser.add_argument("--modes", nargs="+", default=["one", "ddp", "zero3"], choices=list(CONFIGS))
     parser.add_argument("--kills_per_run", type=int, default=4)
+    parser.add_argument("--rehearsal", action="store_true", help="beside the teacher, with a `drift_budget`")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    dice, different, total = random.Random(args.seed), 0, 0
+    results = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_tiny_folder(Path(scratch))
         for mode in args.modes:
-            start = time.perf_counter()
-            whole = launch(mode, folder, f"{mode}_whole", **RUN)
-            seconds = time.perf_counter() - start
-            kills = runs = 0
-            while kills < args.kills:
-                runs += 1
-                output = f"{mode}_{runs}"
-                run = disturbed(mode, folder, output, seconds, min(args.kills_per_run, args.kills - kills), dice)
-                run["tensors_that_differ"] = differences(folder / output, whole)
-                kills += len(run["kills"])
-                total += len(run["kills"])
-                different += bool(run["tensors_that_differ"])
+            for run in kills_of(mode, folder, args.kills, args.kills_per_run, args.seed, args.rehearsal):
                 print(json.dumps(run), flush=True)
+                results.append(run)
+    total = sum(len(run["kills"]) for run in results)
+    different = sum(bool(run["tensors_that_differ"]) for run in results)
     print(f"{total} kills; {different} runs ended with other weights than an undisturbed one.")
     sys.exit(bool(different))
+
+
+def kills_of(mode: str, folder: Path, kills: int, kills_per_run: int, seed: int, rehearsal: bool) -> Iterator[dict]:
+    """Runs until they were killed so many times, each beside one that was not."""
+    dice, options = random.Random(f"{seed} {mode}"), options_of(mode, folder, rehearsal)
+    start = time.perf_counter()
+    whole = launch(mode, folder, f"{mode}_whole", **options)
+    seconds = time.perf_counter() - start
+    done = runs = 0
+    while done < kills:
+        runs += 1
+        output = f"{mode}_{runs}"
+        run = disturbed(mode, folder, output, seconds, min(kills_per_run, kills - done), dice, options)
+        run["tensors_that_differ"] = differences(folder / output, whole)
+        done += len(run["kills"])
+        yield run
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ One rank of `torchrun`: `EMARegularizedSFTTrainer` against a plain dense trainer
     torchrun --nproc_per_node 2 trainer_worker.py FOLDER zero3      after it: its dense runs are kept in FOLDER
 """
 
+import math
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,8 +30,9 @@ from trl_ema import EMARegularizedSFTTrainer
 from trl_ema.evaluation.drift import measure_drift
 from trl_ema.measurement import starting_point, trainer_batches
 from trl_ema.regularizers.penalties import squared_scores
+from trl_ema.regularizers.rehearsal import FILE
 from trl_ema.sharding import any_sharded, gather_whole, local_shard, reshard, whole_shape
-from trl_ema.texts import Sampling, drawn_labels, write_texts
+from trl_ema.texts import Sampling, drawn_labels, load_texts, write_texts
 
 
 DECAY, KL_WEIGHT = 0.7, 0.8
@@ -38,6 +41,13 @@ CASES = {
     "tokens counted on each rank": dict(average_tokens_across_devices=False, gradient_accumulation_steps=2),
     "a rank without a label": dict(
         data="masked", dataset_kwargs={"skip_prepare_dataset": True}, train_sampling_strategy="sequential"
+    ),
+    # More texts than are written, so that some come again, and a weight that each step moves.
+    "rehearsal with a budget": dict(
+        rehearsal_weight=2.0, drift_budget=0.01, gradient_accumulation_steps=2, data=11, num_train_epochs=2, max_steps=-1
+    ),
+    "rehearsal counted on each rank": dict(
+        rehearsal_weight=2.0, average_tokens_across_devices=False, gradient_accumulation_steps=2
     ),
     "a penalty on the weights": dict(l2_weight=3.0, gradient_accumulation_steps=2, data=11, num_train_epochs=2, max_steps=-1),
     "checkpointing": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}),
@@ -50,7 +60,8 @@ CASES = {
 }  # fmt: skip
 
 # The harder ones, also under DeepSpeed and FSDP2.
-ZERO_CASES = [*list(CASES)[:4], "reentrant checkpointing"]
+ZERO_CASES = [*list(CASES)[:6], "reentrant checkpointing"]
+TEXTS = dict(num_texts=10, num_tokens=12)
 
 
 class Dense(SFTTrainer):
@@ -66,6 +77,13 @@ class Dense(SFTTrainer):
                 twin.copy_(own)
         self.l2_weight, self.start = 0.0, [own.detach().clone() for _, own in self.pairs]
         self.add_callback(_Average(self))
+        self.rehearsal = _DenseRehearsal(self) if self.args.rehearsal_weight else None
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.rehearsal is not None:
+            self.rehearsal.draw(len(batches))
+        return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {key: value for key, value in inputs.items() if key != "num_items_in_batch"}
@@ -79,10 +97,53 @@ class Dense(SFTTrainer):
         items = mask.sum() if num_items_in_batch is None else num_items_in_batch
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         loss = (ce + KL_WEIGHT * kl) / items * ranks
+        if self.rehearsal is not None:
+            loss = loss + self.rehearsal.loss(model) * ranks
         if not self.l2_weight:  # DDP bears no weights outside the forward in every case
             return loss
         moved = sum((own - start).pow(2).sum() for (_, own), start in zip(self.pairs, self.start, strict=True))
         return loss + self.l2_weight / 2 * moved / self.current_gradient_accumulation_steps
+
+
+class _DenseRehearsal:
+    """One text beside each micro-batch of each rank, passed alone; its weight keeps the budget, if there is one."""
+
+    def __init__(self, trainer):
+        self.args, self.accelerator = trainer.args, trainer.accelerator
+        self.texts = load_texts(self.args.rehearsal_texts).ids
+        with torch.random.fork_rng():
+            self.before = tiny_model()
+        self.weight, self.taken, self.mean, self.steps = self.args.rehearsal_weight, 0, 0.0, 0
+        self.weights, self.sums = [], torch.zeros(2)
+
+    def draw(self, number):
+        ranks, texts = self.accelerator.num_processes, len(self.texts)
+        orders = [np.random.default_rng([self.args.seed, i]).permutation(texts) for i in range(5)]
+        places = range(self.taken, self.taken + number * ranks)
+        drawn = [self.texts[orders[place // texts][place % texts]] for place in places]
+        self.taken += number * ranks
+        self.own = drawn[self.accelerator.process_index :: ranks]
+        counted = drawn if self.args.average_tokens_across_devices else self.own
+        self.predicted = sum(len(ids) - 1 for ids in counted)
+        self.weights.append(self.weight)
+
+    def loss(self, model):
+        inputs = {"input_ids": torch.tensor([self.own.pop(0)]), "use_cache": False}
+        student = model(**inputs).logits[0, :-1].log_softmax(-1)
+        with torch.no_grad():
+            before = self.before(**inputs).logits[0, :-1].log_softmax(-1)
+        kl = F.kl_div(student, before, log_target=True, reduction="sum")
+        self.sums += torch.stack([kl.detach(), torch.tensor(float(len(student)))])
+        return self.weight * kl / self.predicted
+
+    def after_step(self):
+        kl, tokens = self.accelerator.gather(self.sums[None]).sum(0).tolist()
+        self.sums.zero_()
+        self.steps += 1
+        self.mean = 0.9 * self.mean + 0.1 * kl / tokens
+        if self.args.drift_budget is not None:
+            smoothed = self.mean / (1 - 0.9**self.steps)
+            self.weight *= math.exp(max(min(0.05 * (smoothed / self.args.drift_budget - 1), 0.2), -0.2))
 
 
 class _Average(TrainerCallback):
@@ -91,6 +152,8 @@ class _Average(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, *args, **kwargs):
+        if self.trainer.rehearsal is not None:
+            self.trainer.rehearsal.after_step()
         for twin, own in self.trainer.pairs:
             twin.lerp_(own, 1 - DECAY)
 
@@ -112,6 +175,9 @@ def masked_rows(tokenizer):
 
 def run(trainer_class, folder, case, **more):
     options = dict(per_device_train_batch_size=2, ema_decay=DECAY, ema_warmup=False, kl_weight=KL_WEIGHT) | case | more
+    if "rehearsal_weight" in options:
+        options |= {f"rehearsal_{name}": value for name, value in TEXTS.items()}
+        options.setdefault("rehearsal_texts", str(Path(folder, FILE)))
     data, tokenizer = options.pop("data", 16), make_tokenizer()
     model = options.pop("model", None)
     adapter = (options.pop("peft_config", None) or lora()) if model is None else None
@@ -140,6 +206,7 @@ def dense_run(folder, case):
         "loss": logged(dense, "loss"),
         "student": dict(zip(names, students.values(), strict=True)),
         "teacher": dict(zip(names, twins, strict=True)),
+        "rehearsal_weight": [] if dense.rehearsal is None else dense.rehearsal.weights,
     }
 
 
@@ -147,6 +214,7 @@ def check(name, ours, expected):
     assert len(expected["loss"]) >= 4 and logged(ours, "kl_loss")[-1] > 1e-3, name
     losses = torch.tensor(logged(ours, "loss")), torch.tensor(expected["loss"])
     torch.testing.assert_close(*losses, rtol=2e-3, atol=2e-4, msg=_named(name))
+    assert logged(ours, "rehearsal_weight") == pytest.approx(expected["rehearsal_weight"], rel=2e-3), name
     for who, adapter in (("student", "default"), ("teacher", "teacher")):
         found = {n: p for n, p in ours.model.named_parameters() if f".{adapter}." in n}
         assert len(found) == len(expected[who])
@@ -227,9 +295,36 @@ def check_fisher(folder, mode):
         assert torch.equal(both[0], both[1])
 
 
+def texts_are_written(folder, mode):
+    """By both ranks, the same as by one process; not by a sharded model, which says what to do."""
+    output = Path(folder, mode)
+    os.environ["TRL_EMA_CACHE"] = str(output / "cache")
+    case = {"rehearsal_weight": 2.0, "rehearsal_texts": None, "max_steps": 1, "ddp_backend": "gloo"}
+    case["use_cpu"] = mode == "ddp"
+    if mode in ("zero3", "fsdp2"):
+        with pytest.raises(
+            ValueError, match="A sharded model .* cannot write texts: .* `trl-ema rehearse --num_texts 10"
+        ):
+            run(EMARegularizedSFTTrainer, output, case)
+        return
+    run(EMARegularizedSFTTrainer, output, case)
+    found = load_texts(output / FILE)
+    with torch.random.fork_rng():
+        model = tiny_model()
+    alone = write_texts(
+        model, make_tokenizer(), Sampling(**TEXTS), output / f"{torch.distributed.get_rank()}.safetensors"
+    )
+    assert (found.ids, found.kinds) == (alone.ids, alone.kinds) and set(found.kinds) == {"raw", "chat"}
+    assert found.about["fingerprint"] == alone.about["fingerprint"]
+    if mode == "ddp" and torch.distributed.get_rank() == 0:
+        (output / FILE).rename(Path(folder, FILE))  # for all cases
+    torch.distributed.barrier()
+
+
 def main(folder: str, mode: str) -> None:
     saved = Path(folder, "expected.pt")  # by the run under DDP, for the others
     made = {} if mode == "ddp" else torch.load(saved)
+    texts_are_written(folder, mode)
     for name in CASES if mode == "ddp" else ZERO_CASES:
         case = CASES[name]
         unset_hf_deepspeed_config()  # of the case before: with it the same seed makes another model
