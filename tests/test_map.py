@@ -77,7 +77,9 @@ METHODS = {
 }
 
 
-def write_measured(folder, methods=METHODS, seeds=(0,), rows=40, scales=(0.25, 0.5, 0.75), noise=0.3, spread=0.0, **plan):
+def write_measured(
+    folder, methods=METHODS, seeds=(0,), rows=40, scales=(0.25, 0.5, 0.75), noise=0.3, spread=0.0, **plan
+):
     """The evaluations of a comparison as they would be: drift as scale², gain as 2·scale − scale², and noise of rows and seeds."""
     g = np.random.default_rng(0)
     tokens = g.integers(8, 24, rows)
