@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -378,6 +379,14 @@ def test_a_model_that_could_not_write_is_refused_before_the_training(rehearsing)
         rehearsing(rehearsal_start="<doc>")
     with pytest.raises(ValueError, match="`num_tokens=200` .* is more than the 128 positions"):
         rehearsing(rehearsal_num_tokens=200, max_length=None)
+
+
+def test_a_start_that_zero3_could_not_put_back_is_refused(rehearsing):
+    model = get_peft_model(tiny_model(), lora(init_lora_weights=False))
+    rehearsal = of(rehearsing(model=model, peft_config=None))
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    with pytest.raises(ValueError, match="Under ZeRO-3 the model before training is a base alone"):
+        rehearsal.begin(SimpleNamespace(accelerator=SimpleNamespace(state=state)))
 
 
 def test_a_disk_that_is_full_for_texts_loses_nothing(rehearsing, tmp_path, monkeypatch):
