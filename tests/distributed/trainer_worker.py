@@ -30,7 +30,7 @@ from trl import SFTTrainer
 from trl_ema import EMARegularizedSFTTrainer
 from trl_ema.evaluation.drift import measure_drift
 from trl_ema.measurement import starting_point, trainer_batches
-from trl_ema.regularizers.rehearsal import FILE
+from trl_ema.regularizers.own_texts import FILE
 from trl_ema.sharding import any_sharded, gather_whole, local_shard, reshard, whole_shape
 from trl_ema.texts import Sampling, load_texts, write_texts
 

@@ -41,7 +41,9 @@ def given_texts(rows: Dataset | IterableDataset | str, args: MeanTeacherConfig, 
         dataset = Dataset.from_list(list(dataset.take(number)))
     elif len(dataset) > number:
         dataset = dataset.shuffle(seed=0).select(range(number))
-    if args.dataset_text_field != "text" and args.dataset_text_field in dataset.column_names:  # as it is called by default
+    if (
+        args.dataset_text_field != "text" and args.dataset_text_field in dataset.column_names
+    ):  # as it is called by default
         dataset = dataset.select_columns(args.dataset_text_field).rename_column(args.dataset_text_field, "text")
     whole = [ids for ids in tokenize_rows(dataset, tokenizer)["input_ids"] if len(ids) > 1]
     if not whole:
