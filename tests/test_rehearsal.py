@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -19,7 +20,7 @@ from trl_ema.data import as_chat, tokenize_rows
 from trl_ema.files import OutputError
 from trl_ema.regularizers.own_texts import FILE
 from trl_ema.regularizers.rehearsal import Rehearsal
-from trl_ema.schedules import BudgetedWeight
+from trl_ema.schedules import BudgetedWeight, SmoothedMean
 from trl_ema.texts import Sampling, load_texts, texts_path, write_texts
 
 
@@ -380,6 +381,14 @@ def test_a_model_that_could_not_write_is_refused_before_the_training(rehearsing)
         rehearsing(rehearsal_num_tokens=200, max_length=None)
 
 
+def test_a_start_that_zero3_could_not_put_back_is_refused(rehearsing):
+    model = get_peft_model(tiny_model(), lora(init_lora_weights=False))
+    rehearsal = of(rehearsing(model=model, peft_config=None))
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    with pytest.raises(ValueError, match="Under ZeRO-3 the model before training is a base alone"):
+        rehearsal.begin(SimpleNamespace(accelerator=SimpleNamespace(state=state)))
+
+
 def test_a_disk_that_is_full_for_texts_loses_nothing(rehearsing, tmp_path, monkeypatch):
     write_bytes = Path.write_bytes
 
@@ -433,3 +442,27 @@ def test_a_run_with_a_budget_logs_a_weight_that_moves(rehearsing):
     trainer.train()
     weights = logged(trainer, "rehearsal_weight")
     assert weights[-1] > weights[0]  # the student is above so small a budget
+
+
+# A limit
+
+
+def test_training_saves_and_stops_where_the_smoothed_divergence_is_above_its_limit(rehearsing, tmp_path, caplog):
+    free = rehearsing(0.1, max_steps=12)
+    free.train()
+    mean = SmoothedMean()
+    smoothed = [mean.add(value) for value in logged(free, "rehearsal_kl")]
+    limit = (smoothed[5] + smoothed[6]) / 2
+    options = dict(max_steps=12, max_drift=limit, save_strategy="steps", save_steps=4)
+    held = rehearsing(0.1, output_dir=str(tmp_path / "held"), **options)
+    held.train()
+    assert held.state.global_step == 7 and os.path.isdir(tmp_path / "held" / "checkpoint-7")
+    assert "The drift on rehearsed texts is" in caplog.text
+    resumed = rehearsing(0.1, output_dir=str(tmp_path / "resumed"), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "held" / "checkpoint-4"))
+    assert resumed.state.global_step == 7
+
+
+def test_replayed_texts_watch_no_drift(rehearsing):
+    with pytest.raises(ValueError, match="`max_drift=0.1`, but nothing measures the drift during training"):
+        rehearsing(rehearsal_loss="ce", max_drift=0.1).train()

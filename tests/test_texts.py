@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import lora, make_tokenizer, qwen2_tokenizer, tiny_model
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
@@ -709,10 +709,60 @@ def test_the_command_refuses_bad_input_in_a_line(tiny_folder, tmp_path, monkeypa
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_command_refuses_an_adapter(tmp_path):
+def test_the_command_writes_what_a_training_that_goes_on_from_an_adapter_finds(tiny_folder, tmp_path):
+    base, tokenizer = load_base(str(tiny_folder / "model"), dtype=torch.float32)
+    trained = get_peft_model(base, lora(init_lora_weights=False))
+    trained.save_pretrained(tmp_path / "adapter")
+    options = [
+        "--num_texts",
+        4,
+        "--num_tokens",
+        40,
+        "--dtype",
+        "float32",
+        "--output_file",
+        tmp_path / "texts.safetensors",
+    ]
+    trl_ema("rehearse", "--model_name_or_path", tmp_path / "adapter", *options)
+    texts = load_texts(tmp_path / "texts.safetensors")
+    base, _ = load_base(str(tiny_folder / "model"), dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    start = StartingPoint(model)
+    for dtype in (torch.float32, torch.bfloat16):  # to which TRL rounds an adapter over 4-bit weights
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype) if parameter.requires_grad else parameter.data
+        assert model_fingerprint(model, tokenizer, start.activate) == texts.about["fingerprint"]
+        start = StartingPoint(model)
+    assert not start.is_base and texts.about["fingerprint"] != model_fingerprint(model, tokenizer)
+
+
+def test_vllm_is_not_asked_for_an_adapter(tmp_path):
     get_peft_model(tiny_model(), lora()).save_pretrained(tmp_path)
-    done = trl_ema("rehearse", "--model_name_or_path", tmp_path, check=False)
-    assert done.returncode == 1 and "is an adapter. A training that goes on from it writes its own texts" in done.stderr
+    done = trl_ema("rehearse", "--model_name_or_path", tmp_path, "--backend", "vllm", check=False)
+    assert done.returncode == 1 and "writes with whole models, and" in done.stderr
+
+
+def test_another_day_in_the_template_makes_no_other_texts(tmp_path, monkeypatch):
+    def begin(day):
+        now = SimpleNamespace(strftime=lambda _: day)
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: now))
+
+    tokenizer = with_template(
+        "{% for m in messages %}<user> {{ strftime_now('%A') }} {{ m['content'] }} </s> {% endfor %}<assistant> "
+    )
+    begin("fever")
+    with pytest.raises(KeyboardInterrupt):
+        write(interrupted_after(tiny_model(), 75), tmp_path, tokenizer=tokenizer)
+    assert len(list(tmp_path.glob("*.parts/*"))) == 3  # all raw batches
+    begin("cough")
+    model, calls = tiny_model(), []
+    generate = model.generate
+    model.generate = lambda *a, **k: calls.append(1) or generate(*a, **k)
+    texts = write(model, tmp_path, tokenizer=tokenizer)
+    cough = tokenizer.convert_tokens_to_ids("cough")
+    assert len(calls) == 2 * 3 and {row[1] for row in texts.ids[1::2]} == {cough}
+    begin("fever")
+    assert write(interrupted_after(tiny_model(), 0), tmp_path, tokenizer=tokenizer) == texts
 
 
 class StandIn:

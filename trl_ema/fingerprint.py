@@ -34,7 +34,8 @@ def model_fingerprint(model: Any, tokenizer: PreTrainedTokenizerBase, before: Co
     Tells a model and its tokenizer from others: `"MODEL-TOKENIZER"`, two hexadecimal numbers.
 
     Of the model all weights count, as float32: one is the same in bfloat16 and float32 if its weights were bfloat16 before.
-    Quantized weights count as they are. An adapter that is active counts too. Of the tokenizer its vocabulary and chat template.
+    Quantized weights count as they are. An adapter that is active counts too, rounded to bfloat16. Of the tokenizer its vocabulary
+    and chat template.
     Of a sharded model (ZeRO-3, FSDP2) it is that of the whole one, and every rank must call it.
 
     Args:
@@ -86,20 +87,22 @@ def _add_adapter(digest: Any, model: Any, base: set[int]) -> None:
         return
     for name, parameter in sorted(base_of(model).named_parameters()):
         if id(parameter) not in base and {*name.split(".")} & {*model.active_adapters}:
-            _add_tensor(digest, name, parameter)
+            _add_tensor(digest, name, parameter, torch.bfloat16)  # as trainers may have rounded it
     fields = [function_fields(model.peft_config[name].to_dict()) for name in model.active_adapters]
     digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
 
 
 @torch.no_grad()
-def _add_tensor(digest: Any, name: str, tensor: Any) -> None:
+def _add_tensor(digest: Any, name: str, tensor: Any, rounded: torch.dtype = torch.float32) -> None:
     """A tensor's name, shape and values; of 4-bit weights their scales too."""
     state = getattr(tensor, "quant_state", None)
     with whole_weights(tensor) if is_sharded(tensor) else nullcontext([tensor]) as (whole,):
         digest.update(f"{name} {tuple(whole.shape)} {getattr(state, 'quant_type', None)}".encode())
         for block in whole.detach().reshape(-1).split(_BLOCK):
             values = block.cpu()
-            digest.update((values.float() if values.is_floating_point() else values.view(torch.uint8)).numpy())
+            digest.update(
+                (values.to(rounded).float() if values.is_floating_point() else values.view(torch.uint8)).numpy()
+            )
     if state is not None:
         scales = [state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
         for i, scale in enumerate(scales):

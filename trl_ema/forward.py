@@ -184,7 +184,7 @@ def _choose_tokens(divergence: Divergence, inputs: dict) -> _Tokens:
     asked = [mask.sum(), others.sum(), chosen.sum(), *([weight] if torch.is_tensor(weight) else [])]
     number, num_others, num_seen, *weights = torch.stack([one.to(mask.device, torch.float64) for one in asked]).tolist()
     student = torch.cat([_positions(mask, int(number)), _positions(others, int(num_others))])
-    return _Tokens(student, int(number), *(weights or [float(weight)]), (chosen, int(num_seen)))
+    return _Tokens(student, int(number), weights[0] if weights else float(weight), (chosen, int(num_seen)))
 
 
 def _numbers(sequences: Iterable[int], device: torch.device) -> torch.Tensor:
@@ -308,7 +308,8 @@ def _teach(model: Any, divergences: list[Divergence], args: tuple, inputs: dict)
             if (
                 head.weight.requires_grad
             ):  # the student's, with other values for as long as the teacher is on: a copy stays
-                own_head = tuple(None if tensor is None else tensor.detach().clone() for tensor in own_head)
+                weight, bias = (None if tensor is None else tensor.detach().clone() for tensor in own_head)
+                own_head = weight, bias
         for one in group:
             positions = one.tokens.student[: one.tokens.number]
             one.hidden = _select(hidden, positions if places is None else places.index_select(0, positions))

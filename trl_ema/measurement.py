@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from .adapters.starting_point import StartingPoint
 from .evaluation.drift import adapter_configs, check_measurable, measure_drift
 from .evaluation.generation import generate_answers, prompts_and_references
+from .regularizers.rehearsal import stop_at_drift
 from .trainer import EMARegularizedSFTTrainer
 
 
@@ -143,12 +144,53 @@ def table(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-class DriftCallback(TrainerCallback):
+class TrainedDrift:
     """
-    Logs KL(base ‖ student), in nats per token, during training: `drift_NAME` for each evaluation set of the trainer.
+    KL(base ‖ student), in nats per token, on rows of a trainer's evaluation sets, by name.
+
+    From now on it is among the metrics of each evaluation of such a set, `eval_NAME_drift` (`eval_drift` of a single one), so that
+    `metric_for_best_model` and early stopping can ask for it.
 
     The base is the model as it was when the trainer was made, with the adapter that it goes on from, if it does. Without an
     adapter a copy of all that is trained is kept on the CPU.
+
+    Args:
+        trainer ([`EMARegularizedSFTTrainer`]): With an `eval_dataset`, one or several by name.
+        rows (`int`): Rows of each set.
+    """
+
+    def __init__(self, trainer: EMARegularizedSFTTrainer, rows: int = 16):
+        if trainer.eval_dataset is None:
+            raise ValueError("Drift is measured on the evaluation data, and there is none. Pass an `eval_dataset`.")
+        for config in adapter_configs(trainer.model):
+            check_measurable(config)
+        self.trainer, self.rows = trainer, rows
+        self.start = starting_point(trainer)
+        self._batches: dict[str, list[dict]] = {}
+        trainer.measure_at_evaluation = self.at_evaluation
+
+    def __call__(self, name: str) -> float:
+        """On one set, now."""
+        if name not in self._batches:
+            dataset = _evaluation_sets(self.trainer)[name]
+            self._batches[name] = trainer_batches(self.trainer, dataset.select(range(min(self.rows, len(dataset)))))
+        with self.trainer.precision():
+            return measure_drift(
+                self.trainer.model, self._batches[name], wrapper=self.trainer.wrapper, reference=self.start.activate
+            )["kl_base_model"]
+
+    def at_evaluation(self, prefix: str) -> dict[str, float]:
+        """The metric of an evaluation whose others begin with `prefix`; none of other data than the trainer's sets."""
+        single = not isinstance(self.trainer.eval_dataset, dict)
+        names = {"eval" if single else f"eval_{name}": name for name in _evaluation_sets(self.trainer)}
+        return {f"{prefix}_drift": self(names[prefix])} if prefix in names else {}
+
+
+class DriftCallback(TrainerCallback):
+    """
+    Logs KL(base ‖ student), in nats per token, during training: `drift_NAME` for each evaluation set of the trainer, and in each
+    evaluation, see [`TrainedDrift`]. With `max_drift` the training is saved and stopped where that of the set `general`, or
+    without one the largest, is above it.
 
     Its cost is two forward passes over `rows` rows of each set every `steps` optimizer steps; `drift_time_share`, logged
     beside, is what it took of the time so far.
@@ -161,37 +203,27 @@ class DriftCallback(TrainerCallback):
     Source: Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259: drift on the new task predicts forgetting.
     """
 
+    watches_drift = True
+
     def __init__(self, trainer: EMARegularizedSFTTrainer, steps: int, rows: int = 16):
-        if trainer.eval_dataset is None:
-            raise ValueError("Drift is measured on the evaluation data, and there is none. Pass an `eval_dataset`.")
-        if steps < 1:
+        if steps < 1 and trainer.eval_dataset is not None:
             raise ValueError(
                 f"`steps` must be at least 1, got {steps}. It counts optimizer steps between measurements."
             )
-        for config in adapter_configs(trainer.model):
-            check_measurable(config)
-        self.trainer, self.steps, self.rows = trainer, steps, rows
-        self.start = starting_point(trainer)
-        self._batches: dict[str, list[dict]] = {}
+        self.trainer, self.steps, self.drift = trainer, steps, TrainedDrift(trainer, rows)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._start, self._seconds = time.perf_counter(), 0.0
-        for name, dataset in _evaluation_sets(self.trainer).items():
-            self._batches[name] = trainer_batches(self.trainer, dataset.select(range(min(self.rows, len(dataset)))))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.steps:
             return
         start = time.perf_counter()
-        metrics = {}
-        for name, batches in self._batches.items():
-            with self.trainer.precision():
-                found = measure_drift(
-                    self.trainer.model, batches, wrapper=self.trainer.wrapper, reference=self.start.activate
-                )
-            metrics[f"drift_{name}"] = found["kl_base_model"]
+        found = {name: self.drift(name) for name in _evaluation_sets(self.trainer)}
         self._seconds += time.perf_counter() - start
         share = self._seconds / (time.perf_counter() - self._start)
-        self.trainer.add_metrics(**metrics, drift_time_share=share)
+        self.trainer.add_metrics(**{f"drift_{name}": value for name, value in found.items()}, drift_time_share=share)
+        where, drift = max(found.items(), key=lambda one: (one[0] == "general", one[1]))
+        stop_at_drift(control, drift, self.trainer.args.max_drift, f"on {where} rows")

@@ -95,6 +95,12 @@ def parse(arguments: list[str]) -> tuple[TrainingScriptArguments, MeanTeacherCon
     if not named & {"--config", "--model_name_or_path"}:
         arguments = ["--config", DEMO_CONFIG, *arguments]
     args, training_args, model_args = make_parser().parse_args_and_config(_with_config_file(arguments))
+    rehearses = training_args.rehearsal_weight and training_args.rehearsal_loss == "kl"
+    if training_args.max_drift is not None and not args.drift_steps and not rehearses:
+        raise ValueError(
+            f"`max_drift={training_args.max_drift}`, but nothing measures the drift during training. Give `--drift_steps` too, or "
+            "`--rehearsal_weight`."
+        )
     return args, training_args, model_args
 
 

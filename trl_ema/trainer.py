@@ -1,7 +1,7 @@
 """`EMARegularizedSFTTrainer`: TRL's `SFTTrainer` with a mean teacher, or whatever else regularizes, wired in."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -111,11 +111,12 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         if is_peft_model(self.model):
             is_base = None if peft_config is None else base_changed_by(peft_config) is None
             self.starting_point = StartingPoint(self.model, is_base)
+        self.measure_at_evaluation: Callable[[str], dict[str, float]] = lambda metric_key_prefix: {}
         self.model_card_details: dict[str, dict] = {}  # more tables for the model card, by title
         self.ce_mean, self._penalty_is_due = TokenMean(), False
         self.regularizers = self._claim.regularizers
         self._regularize(rehearsal_dataset)
-        if args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint:
+        if args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint or args.max_drift is not None:
             check_free_space(self, checkpoint=True)
         self._init_checkpoints()
         keep_float32_outputs(self.accelerator)
@@ -229,6 +230,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         self.check_is_owner()
         kwargs["metric_key_prefix"] = metric_key_prefix
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        (output.metrics or {}).update(self.measure_at_evaluation(metric_key_prefix))
         if self.teacher is None or not self.args.eval_teacher:
             return output
         student_metrics = self._metrics["eval"]

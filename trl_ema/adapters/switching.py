@@ -3,13 +3,14 @@
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from transformers import PreTrainedModel
 
 from .names import TEACHER_NAME, tuner_layers
 
@@ -142,7 +143,8 @@ def _adapter_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 def _stochastic_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Modules that behave differently in train mode: dropout, jitter, and NEFTune's noise on the embeddings."""
-    found = {id(model.get_input_embeddings()): model.get_input_embeddings()}
+    embeddings = cast(PreTrainedModel, model).get_input_embeddings()
+    found = {id(embeddings): embeddings}
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             continue

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..checks import check_drift_is_watched
 from ..regularizers.micro_batch import TokenMean
 from ..sharding import local_shard
 from .resuming import STATE_KEY, states_of
@@ -27,6 +28,7 @@ class RegularizerCallback(TrainerCallback):
     ) -> None:
         kept: Any = state.stateful_callbacks  # a dict by now
         trainer, saved = self.trainer, kept.get(STATE_KEY, {})
+        check_drift_is_watched(trainer)
         if trainer.resumed_from is not None:
             # Here in every mode: DeepSpeed and FSDP load a checkpoint after they have wrapped the model.
             trainer.last_good_checkpoint = trainer.resumed_from

@@ -109,6 +109,14 @@ class Rehearsal(Regularizer):
         return rows
 
     def begin(self, trainer: Any, state: dict | None = None) -> None:
+        plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+        needs_start = self.own is not None or self.args.rehearsal_loss == "kl"
+        if plugin is not None and plugin.zero_stage == 3 and needs_start and not getattr(self.start, "is_base", False):
+            # See `measurement.starting_point`.
+            raise ValueError(
+                "Under ZeRO-3 the model before training is a base alone, and this training starts from something else (an adapter that "
+                "it goes on from, PiSSA, ...). Launch with DDP, ZeRO-2 or FSDP2 to rehearse."
+            )
         self.pad = self.tokenizer.pad_token_id
         if self.own is not None:
             self.use(self.own.get(trainer))
@@ -184,9 +192,14 @@ class Rehearsal(Regularizer):
         return batch, [Divergence(teacher, weight * factor, "all", list(range(own, own + len(texts))))]
 
     @property
+    def watches_drift(self) -> bool:
+        """Whether training stops at a divergence of its own."""
+        return self.args.max_drift is not None and self.args.rehearsal_loss == "kl"
+
+    @property
     def _watches(self) -> bool:
         """Whether it must know the divergence of each step, which costs a message between the ranks."""
-        return self.weight.observes or (self.args.max_drift is not None and self.args.rehearsal_loss == "kl")
+        return self.weight.observes or self.watches_drift
 
     def observe(self, sums: list[torch.Tensor]) -> None:
         for total, tokens in sums:
@@ -199,7 +212,8 @@ class Rehearsal(Regularizer):
             return
         found = self.loss_of_step.take(gather, self.args.device)
         self.weight.observe(found)
-        stop_at_drift(self._control, self.smoothed.add(found), self.args.max_drift, "on rehearsed texts")
+        if self.watches_drift:
+            stop_at_drift(self._control, self.smoothed.add(found), self.args.max_drift, "on rehearsed texts")
 
     def metrics(self, gather: Gather) -> dict[str, float]:
         return {
