@@ -3,14 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, adapter_weights, lora, make_tokenizer, rows, tiny_model
+from conftest import DEVICE, adapter_weights, logged, lora, make_tokenizer, rows, tiny_model
+from datasets import concatenate_datasets
 from peft import get_peft_model
 from test_families import FAMILIES
 from test_qlora import nf4_model  # noqa: F401
 from test_rehearsal import TEXTS, of, rehearsing  # noqa: F401
-from test_trainer import same_run
+from test_texts import interrupted_after
+from transformers import TrainerCallback
 from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from trl_ema.regularizers.own_texts import FILE
+from trl_ema.regularizers.rehearsal import _with_documents, _with_rows
 from trl_ema.texts import Sampling, write_texts
 
 
@@ -41,14 +46,15 @@ class Apart:
         trainer.compute_loss = self
 
     def __call__(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with torch.no_grad():  # first: the model before training may write into weights that a pass has used
+            apart = self.apart(model, dict(inputs), num_items_in_batch)
         loss = self.ours(model, dict(inputs), num_items_in_batch=num_items_in_batch)
-        apart = self.apart(dict(inputs), num_items_in_batch)
         torch.testing.assert_close(loss.double(), apart, **self.tolerance)
         self.sizes.append(len(inputs["input_ids"]))
         self.last = inputs, num_items_in_batch
         return loss
 
-    def apart(self, inputs, num_items):
+    def apart(self, model, inputs, num_items_in_batch):
         trainer, rehearsal = self.trainer, of(self.trainer)
         if not self.left:  # the texts of a step, all their predictions counted together
             self.left = self.number = trainer.current_gradient_accumulation_steps
@@ -59,13 +65,13 @@ class Apart:
             self.taken = places.stop
         own = self.texts[(self.number - self.left) * rehearsal.rows :][: rehearsal.rows]
         self.left -= 1
+        befores = [log_probs(trainer, ids, before=True) for ids in own]
         with trainer.precision():
-            ce = SFTTrainer.compute_loss(trainer, trainer.model, inputs, num_items_in_batch=num_items).double()
+            ce = SFTTrainer.compute_loss(trainer, trainer.model, inputs, num_items_in_batch=num_items_in_batch).double()
         kl = 0.0
-        for ids in own:
-            before, now = log_probs(trainer, ids, before=True), log_probs(trainer, ids)
-            kl = kl + (before.exp() * (before - now)).sum()
-        counted = own if num_items is None else self.texts
+        for ids, before in zip(own, befores, strict=True):
+            kl = kl + (before.exp() * (before - log_probs(trainer, ids))).sum()
+        counted = own if num_items_in_batch is None else self.texts
         self.divergences.append(kl.item() / sum(len(ids) - 1 for ids in own))
         return ce + self.weight * kl / sum(len(ids) - 1 for ids in counted)
 
@@ -87,16 +93,21 @@ def check_gradient(trainer, apart):
     (batch,), items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
     trainer.current_gradient_accumulation_steps, apart.left = 1, 0
     found = []
-    for loss in (
-        apart.ours(trainer.model, dict(batch), num_items_in_batch=items),
-        apart.apart(dict(batch), items),
-    ):
+    for loss in (apart.ours, apart.apart):
         trainer.model.zero_grad()
-        loss.backward()
+        loss(trainer.model, dict(batch), num_items_in_batch=items).backward()
         found.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained])
     scale = max(gradient.abs().max().item() for gradient in found[1])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-5 * scale)
+
+
+def assert_same(one, other, last=0):
+    """Both runs bit for bit, or the last steps of them."""
+    for key in ("loss", "grad_norm", "rehearsal_kl", "rehearsal_weight"):
+        assert logged(one, key)[-last:] == logged(other, key)[-last:] and logged(one, key), key
+    expected = adapter_weights(other)
+    assert all(torch.equal(weight, expected[name]) for name, weight in adapter_weights(one).items())
 
 
 # Models and adapters
@@ -112,7 +123,7 @@ CASES = {
         model=dict(tie_word_embeddings=True),
         peft_config=dict(target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True),
     ),
-    "an adapter that is gone on from": dict(peft_config=dict(init_lora_weights=False)),
+    "an adapter that is gone on from": dict(peft_config=dict(init_lora_weights=False), gone_on_from=True),
     "pissa": dict(peft_config=dict(init_lora_weights="pissa")),
     "checkpointing": dict(gradient_checkpointing=True),
     "reentrant checkpointing": dict(
@@ -129,18 +140,16 @@ CASES = {
     "experts, packed": dict(
         model=dict(model_type="mixtral") | FAMILIES["mixtral"], packing=True, per_device_train_batch_size=1
     ),
-    "a convolution along documents": dict(
-        model=dict(model_type="falcon_h1") | FAMILIES["falcon_h1"], padding_free=True, max_length=None,
-        peft_config=dict(target_modules=["q_proj", "v_proj", "down_proj"]),
-    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_loss_is_that_of_the_two_batches_apart(rehearsing, case):  # noqa: F811
     options = dict(learning_rate=0.03) | CASES[case]
-    model, adapter = options.pop("model", {}), options.pop("peft_config", {})
-    check(rehearsing(model=tiny_model(**model), peft_config=lora(**adapter), **options))
+    model, adapter = tiny_model(**options.pop("model", {})), lora(**options.pop("peft_config", {}))
+    if options.pop("gone_on_from", False):
+        model, adapter = get_peft_model(model, adapter), None
+    check(rehearsing(model=model, peft_config=adapter, **options))
 
 
 def test_a_4bit_model_is_held_to_itself_in_4_bits(rehearsing, nf4_model):  # noqa: F811
@@ -157,49 +166,63 @@ def test_under_autocast_the_loss_is_as_near_as_its_precision(rehearsing, nf4_mod
 # Nothing random in the model before training
 
 
+class Watch(TrainerCallback):
+    """Two passes of the model before training, while it trains."""
+
+    def __init__(self, ids):
+        self.ids, self.found = torch.tensor([ids], device=DEVICE), []
+
+    def on_step_begin(self, *args, model=None, **kwargs):
+        model.train()
+        with torch.no_grad(), self.trainer.starting_point.activate():
+            self.found.append(model(self.ids).logits)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         dict(peft_config=dict(lora_dropout=0.5)),
         dict(model=dict(attention_dropout=0.5)),
         dict(peft_config=dict(init_lora_weights="pissa", lora_dropout=0.5)),
-        dict(neftune_noise_alpha=5.0),
+        dict(neftune_noise_alpha=50.0),
     ],
     ids=["of LoRA", "of the base", "of an adapter that is kept", "noise on the embeddings"],
 )
 def test_dropout_is_the_students_alone(rehearsing, options):  # noqa: F811
     """Two draws of it would be a divergence of their own, and its gradient none that holds the student."""
-    options = dict(options)
+    options, watch = dict(options), Watch([1, 7, 9, 11, 20, 30])
     model, adapter = options.pop("model", {}), options.pop("peft_config", {})
-    trainer = rehearsing(model=tiny_model(**model), peft_config=lora(**adapter), **options)
+    trainer = rehearsing(model=tiny_model(**model), peft_config=lora(**adapter), callbacks=[watch], **options)
+    watch.trainer = trainer
     trainer.train()
-    ids = torch.tensor([of(trainer).texts.ids[0]], device=DEVICE)
-    found = []
-    for _ in range(2):
-        trainer.model.train()
-        with torch.no_grad(), trainer.starting_point.activate():
-            found.append(trainer.model(ids).logits)
-    assert torch.equal(*found)
-    calm = tiny_model(**model).eval()
-    torch.testing.assert_close(found[0], calm(ids).logits, rtol=1e-4, atol=1e-4)
+    calm = tiny_model(**model).eval()(watch.ids).logits
+    for logits in watch.found:
+        torch.testing.assert_close(logits, calm, rtol=1e-4, atol=1e-4)
+    assert len(watch.found) == 4
 
 
 # Compiled
 
 
-@pytest.mark.parametrize("bf16", [pytest.param(False, marks=pytest.mark.slow), True], ids=["float32", "bf16"])
-def test_a_compiled_model_gives_the_same_run(rehearsing, bf16):  # noqa: F811
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(bf16=True, pad_to_multiple_of=32),
+        pytest.param(dict(), marks=pytest.mark.slow),
+        pytest.param(dict(teacher="ema"), marks=pytest.mark.slow),
+    ],
+    ids=["one shape, bf16", "float32", "with a teacher"],
+)
+def test_a_compiled_model_gives_the_same_run(rehearsing, options):  # noqa: F811
+    """One layer, two steps: compiling takes long."""
     plain, compiled = (
-        rehearsing(bf16=bf16, **more) for more in ({}, dict(torch_compile=True, torch_compile_backend="aot_eager"))
+        rehearsing(model=tiny_model(num_hidden_layers=1), max_steps=2, **options, **more)
+        for more in ({}, dict(torch_compile=True, torch_compile_backend="aot_eager"))
     )
     plain.train(), compiled.train()
     torch.compiler.reset()
     assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
-    same_run(compiled, plain)
-    for key in ("rehearsal_kl", "rehearsal_weight"):
-        assert [e[key] for e in compiled.state.log_history if key in e] == [
-            e[key] for e in plain.state.log_history if key in e
-        ]
+    assert_same(compiled, plain)
 
 
 # Evaluation
@@ -219,10 +242,10 @@ def test_an_evaluation_is_the_students_as_sft_would_report_it(rehearsing, make_t
     expected = theirs.evaluate()
     found = ours.evaluate()
     logged_then = [entry for entry in ours.state.log_history if "eval_loss" in entry][-2]
-    timing = {name for name in expected if name.endswith(("runtime", "per_second", "num_tokens"))}
+    timing = {name for name in expected if name.endswith(("runtime", "per_second", "num_tokens", "preparation_time"))}
     for name in expected.keys() - timing - {"epoch"}:
         assert found[name] == expected[name] == logged_then[name], name
-    assert found.keys() - {"epoch"} == expected.keys() - {"epoch"}
+    assert found.keys() - timing - {"epoch"} == expected.keys() - timing - {"epoch"}
 
 
 # Data
@@ -235,7 +258,8 @@ DATA = {
         dict(data=11, num_train_epochs=2, max_steps=-1, gradient_accumulation_steps=2), [4, 4, 3] * 2,
     ),
     "a stream": (dict(data="stream", max_steps=5), [4, 4, 3, 4, 4]),
-    "a stream, accumulated": (dict(data="stream", max_steps=4, gradient_accumulation_steps=2), [4, 4, 3] * 2),
+    # Of a stream whose length is not known, `Trainer` leaves what an epoch has over to the next step.
+    "a stream, accumulated": (dict(data="stream", max_steps=3, gradient_accumulation_steps=2), [4, 4, 3, 4, 4, 3, 4, 4]),
     "tokens counted on each rank": (
         dict(data=8, average_tokens_across_devices=False, gradient_accumulation_steps=2, max_steps=3), [4] * 6,
     ),
@@ -258,8 +282,6 @@ def test_whatever_comes_as_a_micro_batch(rehearsing, name):  # noqa: F811
 def test_a_step_without_a_label_rehearses_and_is_finite(rehearsing):  # noqa: F811
     data = rows(8).map(lambda row: {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, -100]})
     labelled = rows(1).map(lambda row: {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]})
-    from datasets import concatenate_datasets
-
     data = concatenate_datasets([labelled, data]).select_columns(["input_ids", "labels"])
     check(
         rehearsing(
@@ -270,11 +292,104 @@ def test_a_step_without_a_label_rehearses_and_is_finite(rehearsing):  # noqa: F8
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
+def test_whatever_tells_tokens_apart_goes_on_in_the_texts(documents):
+    """Positions beside a mask, as a collator of one's own may give them; the numbers of documents, for convolutions along them."""
+    texts = [[7, 8, 9], [5, 6]]
+    if documents:
+        collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+        features = [{"input_ids": ids, "labels": ids} for ids in ([1, 2, 3, 4], [1, 2])]
+        found = _with_documents(collator(features), texts)
+        expected = collator([*features, *({"input_ids": ids, "labels": [-100] * len(ids)} for ids in texts)])
+    else:
+        collator = DataCollatorForLanguageModeling(pad_token_id=0, return_position_ids=True)
+        features = [{"input_ids": ids, "labels": ids} for ids in ([1], [1, 2])]
+        found = _with_rows(collator(features), texts, 0)
+        expected = collator([*features, *({"input_ids": ids, "labels": [-100] * len(ids)} for ids in texts)])
+    assert found.keys() == expected.keys() and len(found) == (8 if documents else 4)
+    for name, value in expected.items():
+        assert found[name] == value if isinstance(value, int) else torch.equal(found[name], value), name
+        assert isinstance(value, int) or found[name].dtype == value.dtype, name
+
+
+# Resumed
+
+
+@pytest.mark.parametrize("calls", [0, 17, 30], ids="after {} tokens".format)
+def test_a_run_that_was_stopped_while_texts_were_written_ends_as_one_that_was_not(
+    rehearsing,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    calls,
+):
+    monkeypatch.setattr("trl_ema.texts.BATCH_SIZE", 3)
+    whole = rehearsing(output_dir=str(tmp_path / "whole"))
+    whole.train()
+    monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path / "other"))
+    stopped = rehearsing()
+    interrupted_after(stopped.model.get_base_model(), calls)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    parts = len(list(tmp_path.glob("other/texts/*.parts/*.safetensors")))
+    assert parts == {0: 0, 17: 1, 30: 2}[calls] and not (tmp_path / "out" / FILE).exists()
+    again = rehearsing()
+    batches, generate = [], again.model.get_base_model().generate
+    again.model.get_base_model().generate = lambda *a, **k: batches.append(1) or generate(*a, **k)
+    again.train()
+    assert of(again).texts == of(whole).texts
+    assert len(batches) == {0: 6, 1: 5, 2: 4}[parts]  # a pass for each batch of raw texts, two for each of chats
+    assert_same(again, whole)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(gradient_accumulation_steps=2), dict(packing=True, per_device_train_batch_size=1, max_length=64)],
+    ids=["rows", "accumulated", "packed"],
+)
+def test_a_run_goes_on_from_any_step_of_a_budgets_adaptation(rehearsing, tmp_path, options):  # noqa: F811
+    """Whichever pass over the texts it is in."""
+    options = dict(max_steps=7, drift_budget=0.01, save_strategy="steps", save_steps=1, teacher="ema") | options
+    whole = rehearsing(output_dir=str(tmp_path / "whole"), peft_config=lora(lora_dropout=0.2), **options)
+    whole.train()
+    assert len({*logged(whole, "rehearsal_weight")}) == 7 and of(whole).taken > 10
+    for step in (4, 6):
+        resumed = rehearsing(
+            output_dir=str(tmp_path / f"from {step}"), peft_config=lora(lora_dropout=0.2), seed=42, **options
+        )
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert_same(resumed, whole, last=7 - step)
+        assert of(resumed).state() == of(whole).state()
+
+
+@pytest.mark.parametrize(("before", "after"), [({}, dict(drift_budget=0.01)), (dict(drift_budget=0.01), {})], ids=str)
+def test_a_budget_that_comes_or_goes_is_told(rehearsing, tmp_path, caplog, before, after):  # noqa: F811
+    rehearsing(save_strategy="steps", save_steps=2, **before).train()
+    resumed = rehearsing(output_dir=str(tmp_path / "resumed"), **after)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert f"'drift_budget': {before.get('drift_budget')}" in caplog.text
+    assert f"this run goes on with {of(resumed).state()['options']}" in caplog.text
+    assert logged(resumed, "rehearsal_weight")[-2] == 2.0
+
+
+def test_ranks_that_find_texts_go_with_those_that_had_found_none(rehearsing, monkeypatch):  # noqa: F811
+    """They were finished in between, by another job: who went on alone would wait for the others for ever."""
+    rehearsing().train()
+    trainer, calls = rehearsing(), []
+    found = of(trainer).own.at_hand
+    write = "trl_ema.regularizers.own_texts.write_texts"
+    monkeypatch.setattr(write, lambda *_, **options: calls.append(options["world_size"]) or found)
+    trainer.train()
+    assert not calls
+    other = torch.tensor([True])
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda missing: torch.cat([missing[None], other]))
+    assert of(trainer).own.get(trainer) == found and calls == [1]
+
+
 # Options that exclude it
 
 
-def test_label_smoothing_is_refused_by_its_name(rehearsing):  # noqa: F811
-    with pytest.raises(ValueError, match=r"`label_smoothing_factor=0.1` is not supported with .*`rehearsal_weight`"):
+def test_label_smoothing_is_refused(rehearsing):  # noqa: F811
+    with pytest.raises(ValueError, match="`label_smoothing_factor=0.1` is not supported"):
         rehearsing(label_smoothing_factor=0.1)
 
 

@@ -223,7 +223,7 @@ def logit_transform(config: Any) -> LogitTransform:
 def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False, eaft: bool = False) -> None:
     """
     Patch `model.forward`: with `fused_lm_head=True` and a list of `divergences` it returns a [`RegularizedOutput`], else what
-    it returned before.
+    it returned before. `num_own` is the number of sequences, the first ones, that are the student's own data.
 
     Args:
         model (`PreTrainedModel`): The base model inside the `PeftModel`, already patched by `add_fused_lm_head`.
@@ -235,7 +235,7 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False, eaft: 
 
     # `generate` validates its arguments against this signature.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, divergences=None, **kwargs):
+    def forward(self, *args, fused_lm_head=False, divergences=None, num_own=None, **kwargs):
         if divergences is None:
             return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
         # With the first goes the cross-entropy of the labels, whose weight is 1.
@@ -279,7 +279,7 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False, eaft: 
             entropy=first.entropy,
             is_top1=first.top1_hits,
             label_mask=(targets != IGNORE_INDEX).sum(),
-            aux_loss=_load_balancing_loss(text_config, outputs, kwargs),
+            aux_loss=_load_balancing_loss(text_config, outputs, kwargs, num_own),
             ce_loss=first.ce_loss,
             divergences=torch.stack([sums for *_, sums in found])[len(own) :],
         )
@@ -358,16 +358,19 @@ def _teacher_inputs(inputs: dict) -> dict:
     return inputs | {"output_router_logits": False} if "output_router_logits" in inputs else inputs
 
 
-def _load_balancing_loss(config: Any, outputs: Any, inputs: dict) -> Any:
+def _load_balancing_loss(config: Any, outputs: Any, inputs: dict, num_own: int | None) -> Any:
+    """As TRL has it: of the tokens of the first `num_own` sequences, or of all."""
     if not inputs.get("output_router_logits"):
         return None
+    mask = inputs.get("attention_mask")
+    if num_own is not None:
+        own = (sequence_numbers(**inputs) < num_own).long()
+        mask = own if mask is None else mask * own
     # Every mixture-of-experts family in transformers uses Mixtral's.
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     experts = getattr(config, "num_experts", None) or config.num_local_experts
-    return load_balancing_loss_func(
-        outputs.router_logits, experts, config.num_experts_per_tok, inputs.get("attention_mask")
-    )
+    return load_balancing_loss_func(outputs.router_logits, experts, config.num_experts_per_tok, mask)
 
 
 # The largest logit with which a head is tried: far above every soft-cap.

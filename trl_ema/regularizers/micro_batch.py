@@ -61,8 +61,9 @@ class RegularizedForward:
         self.changes = (
             {} if batch is inputs else {name: batch[name] for name in batch if batch[name] is not inputs.get(name)}
         )
-        if self.changes:
-            own = list(range(num_sequences(**inputs)))
+        self.num_own = num_sequences(**inputs) if self.changes else None  # further rows are behind them
+        if self.num_own is not None:
+            own = list(range(self.num_own))
             for divergence in (divergence for _, found in of_own_rows for divergence in found):
                 divergence.sequences = own if divergence.sequences is None else divergence.sequences
         self.asked = [*of_own_rows, *of_further_rows]
@@ -71,7 +72,7 @@ class RegularizedForward:
     def __call__(self, **inputs: Any) -> Any:
         if not self.fused:
             return self.model(**(inputs | self.changes))
-        outputs = self.model(**(inputs | self.changes), divergences=self.divergences)
+        outputs = self.model(**(inputs | self.changes), divergences=self.divergences, num_own=self.num_own)
         self.observe_ce(outputs.ce_loss, outputs.label_mask)
         sums = list(outputs.divergences)
         for regularizer, found in self.asked:

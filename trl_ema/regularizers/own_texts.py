@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..adapters.starting_point import StartingPoint
 from ..config import MeanTeacherConfig
 from ..texts import (
@@ -71,7 +73,9 @@ class OwnTexts:
 
     def get(self, trainer: Any) -> Texts:
         """The texts, which the model writes now where none are at hand; they are kept beside the run. Called on all ranks."""
-        if self.at_hand is None:
+        # Another job may have finished the same ones after some of the ranks had looked: all go the same way.
+        missing = torch.tensor(self.at_hand is None, device=self.args.device)
+        if trainer.accelerator.gather(missing).any():
             self.at_hand = self._write(trainer)
         beside = os.path.join(str(self.args.output_dir), FILE)
         if trainer.is_world_process_zero() and self._differs_from(beside):

@@ -124,9 +124,23 @@ class Rehearsal(Regularizer):
         self._control = trainer.control
         if state is not None:
             self.check_state(state)
+            self._go_on(state)
+
+    def _go_on(self, state: dict) -> None:
+        self.taken = state["taken"]
+        self.smoothed.load(state.get("smoothed", self.smoothed.state()))
+        options = self._options()
+        if state.get("options", options) != options:
+            logger.warning(
+                "The checkpoint was made with %s, this run goes on with %s. Resume with the options it was started with to end as "
+                "it would have ended.", state["options"], options,
+            )  # fmt: skip
+        if state["weight"].keys() == self.weight.state().keys():  # else with or without a budget that was not there
             self.weight.load(state["weight"])
-            self.taken = state["taken"]
-            self.smoothed.load(state.get("smoothed", self.smoothed.state()))
+
+    def _options(self) -> dict[str, Any]:
+        names = ("rehearsal_weight", "rehearsal_fraction", "rehearsal_loss", "drift_budget")
+        return {name: getattr(self.args, name) for name in names}
 
     def check_state(self, state: dict[str, Any]) -> None:
         if self.texts is not None and state["texts"] != self.digest:
@@ -209,7 +223,8 @@ class Rehearsal(Regularizer):
 
     def state(self) -> dict[str, Any]:
         return {
-            "taken": self.taken, "weight": self.weight.state(), "texts": self.digest, "smoothed": self.smoothed.state()
+            "taken": self.taken, "weight": self.weight.state(), "texts": self.digest, "smoothed": self.smoothed.state(),
+            "options": self._options(),
         }  # fmt: skip
 
 
@@ -250,11 +265,20 @@ def _with_rows(inputs: Inputs, texts: list[list[int]], pad: int) -> Inputs:
         if not (torch.is_tensor(value) and value.shape == (rows, length)):
             continue
         fill = of_text.get(name, 0)
-        begins = [{"input_ids": ids, "attention_mask": [1] * len(ids)}.get(name, []) for ids in texts]
+        begins = [_of_text(name, ids) for ids in texts]
         more = torch.tensor([begin + [fill] * (longest - len(begin)) for begin in begins])
         own = torch.nn.functional.pad(value, (0, longest - length), value=fill)
         batch[name] = torch.cat([own, _to(more, value)])
     return batch
+
+
+def _of_text(name: str, ids: list[int]) -> list[int]:
+    """What a text has in a tensor of that name, before it is padded."""
+    if name == "input_ids":
+        return ids
+    if name == "attention_mask":
+        return [1] * len(ids)
+    return list(range(len(ids))) if name == "position_ids" else []
 
 
 def _with_documents(inputs: Inputs, texts: list[list[int]]) -> Inputs:
@@ -263,6 +287,9 @@ def _with_documents(inputs: Inputs, texts: list[list[int]]) -> Inputs:
     ids = torch.tensor([token for text in texts for token in text])
     more = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
     more["position_ids"] = torch.cat([torch.arange(len(text)) for text in texts])
+    if "seq_idx" in inputs:  # which document a token is of
+        numbers = torch.cat([torch.full((len(text),), 1 + i) for i, text in enumerate(texts)])
+        more["seq_idx"] = inputs["seq_idx"][0, -1] + _to(numbers, inputs["seq_idx"])
     for name, value in more.items():
         if name in inputs:
             batch[name] = torch.cat([inputs[name], _to(value[None], inputs[name])], 1)
