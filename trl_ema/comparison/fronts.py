@@ -226,53 +226,60 @@ def summarize_map(fronts: Fronts, planned: dict[str, int], controls: Sequence[st
         controls: Methods that each other is compared with.
 
     Returns:
-        `dict`: `reference`, `texts`, `methods` (by falling hypervolume) and `differences` of hypervolumes from the controls'; or
-        `absent`, why there is none.
+        `dict`: `reference`, `texts`, `controls` and `methods` (by falling hypervolume; `ahead` is by how much their hypervolume
+        exceeds each control's); or `absent`, why there is none.
     """
     obstacle = fronts.obstacle()
     if obstacle:
         return {"absent": obstacle}
     whole, seeds = fronts.whole, sorted(fronts.reference.rows)
     gain, drift = whole.means(fronts.reference, seeds)
-    methods = [_entry(fronts, name, gain, drift, planned) | {"is_control": name in controls} for name in fronts.methods]
     names = [name for name in controls if name in fronts.methods]
+    methods = [
+        _entry(fronts, name, gain, drift)
+        | {
+            "planned": planned[name],
+            "is_control": name in names,
+            "ahead": {control: fronts.figure(_ahead, name, control) for control in names if control != name},
+        }
+        for name in fronts.methods
+    ]
     return {
         "reference": {"label": fronts.reference.label, "gain": gain, "drift": drift, "seeds": seeds},
         "texts": fronts.texts,
+        "controls": names,
         "methods": sorted(methods, key=lambda entry: -np.nan_to_num(entry["hypervolume"]["mean"])),
-        "differences": [
-            {"method": name, "control": control}
-            | fronts.figure(lambda g, d, g_c, d_c: hypervolume(g, d) - hypervolume(g_c, d_c), name, control)
-            for name in fronts.methods
-            if name not in names
-            for control in names
-            if fronts.common_seeds(name, control)
-        ],
     }
 
 
-def _entry(fronts: Fronts, name: str, gain: float, drift: float, planned: dict[str, int]) -> dict[str, Any]:
+def _ahead(gains: np.ndarray, drifts: np.ndarray, gains_of_control: np.ndarray, drifts_of_control: np.ndarray) -> Any:
+    return hypervolume(gains, drifts) - hypervolume(gains_of_control, drifts_of_control)
+
+
+def _entry(fronts: Fronts, name: str, gain: float, drift: float) -> dict[str, Any]:
     method, whole = fronts.methods[name], fronts.whole
     ways: dict[str, list[Place]] = {}
     for place in sorted(method.places, key=lambda place: place.scale):
         ways.setdefault(place.label, []).append(place)
     reference = whole.by_text(fronts.reference)
 
-    def shares(place: Place) -> dict[str, Any]:
+    def shares(place: Place) -> dict[str, float]:
         found = whole.means(place, sorted(place.rows))
-        by_text = [float(share(one, of)) for one, of in zip(whole.by_text(place), reference, strict=True)]
-        return {"scale": place.scale, "gain": found[0] / gain, "drift": found[1] / drift, "by_text": by_text}
+        return {"scale": place.scale, "gain": found[0] / gain, "drift": found[1] / drift}
 
     curves: list[dict[str, Any]] = []
     for label, places in ways.items():
         points = [shares(place) for place in places]
         own = float(hypervolume([point["gain"] for point in points], [point["drift"] for point in points]))
-        curves.append({"label": label, "seeds": len(places[-1].rows), "points": points, "hypervolume": own})
+        itself = next(place for place in places if place.scale == 1)
+        by_text = [float(share(*pair)) for pair in zip(whole.by_text(itself), reference, strict=True)]
+        curves.append(
+            {"label": label, "seeds": len(itself.rows), "points": points, "by_text": by_text, "hypervolume": own}
+        )
     front = method.front(whole, method.seeds)
     return {
         "method": name,
         "settings": len({place.arm for place in method.places}),
-        "planned": planned[name],
         "finalists": len({place.arm for place in method.finalists}),
         "seeds": method.seeds,
         "best": max(curves, key=lambda curve: curve["hypervolume"])["label"],

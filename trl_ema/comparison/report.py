@@ -1,6 +1,7 @@
 """Markdown and one self-contained HTML page from a comparison's folder, or from its figures alone."""
 
 import logging
+import math
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ FIGURES = "comparison.json"
 _SAMPLES = "samples.html"
 # One seed: the interval is over questions alone.
 _ONE_SEED = "†"
+# More arms than a table shows at a glance.
+_FOLDED = 16
 
 
 def _as_yaml(plan: dict) -> str:
@@ -33,7 +36,7 @@ def _as_yaml(plan: dict) -> str:
             name: {key: value for key, value in options.items() if value is not None}
             for name, options in suite[group].items()
         }
-    keys = [key for key in ("training", "arms", "reference", "seeds") if plan.get(key) is not None]
+    keys = [key for key in ("training", "arms", "reference", "controls", "seeds") if plan.get(key) is not None]
     return yaml.safe_dump({key: plan[key] for key in keys} | {"evaluation": suite}, sort_keys=False)
 
 
@@ -63,8 +66,14 @@ def write_report(folder: str) -> str:
             path.write_bytes(pictures[name].png)
         else:
             path.unlink(missing_ok=True)  # of an earlier report
+    found = summary.get("map") or {}
+    drawn = [point["scale"] for m in found.get("methods", ()) for way in m["ways"] for point in way["points"]]
     values = {
         "summary": summary,
+        "texts": list(summary["points"][0]["drift"]) if summary["points"] else ["domain", "general"],
+        "fold": len(summary["points"]) > _FOLDED,
+        "scales": [f"{scale:g}" for scale in sorted(set(drawn))],
+        "map_text": _map_text(found) if drawn else "",
         "plan_yaml": _as_yaml(summary["plan"]),
         "pictures": {name: picture.svg for name, picture in pictures.items()},
         "captions": CAPTIONS,
@@ -105,6 +114,12 @@ def _templates() -> "Environment":
     environment.filters["figure"] = _figure
     environment.filters["points"] = lambda found: _figure(found and found | in_points(found), 1)
     environment.filters["share"] = lambda found: _figure(found, signed=False, percent=True) if found else "not shown"
+    environment.filters["level"] = lambda share: f"{100 * float(share):g}"
+    environment.filters["percent"] = lambda found: _figure(_in_percent(found), 1, signed=False)
+    environment.filters["reached"] = _reached
+    environment.filters["settings"] = _settings
+    environment.filters["at_scales"] = _at_scales
+    environment.filters["by_text"] = lambda way: [f"{100 * share:.1f}" for share in way["by_text"]]
     environment.filters["mcnemar"] = lambda tests: "; ".join(
         f"−{test['lost']} +{test['gained']}, p {_p_value(test['p_value'])}" for test in tests
     )
@@ -122,6 +137,51 @@ def _figure(found: dict | None, digits: int = 3, signed: bool = True, percent: b
     )
     mark = f" {_ONE_SEED}" if len(found.get("seeds", ())) == 1 else ""
     return f"{mean}{unit}" if is_absent(found["low"]) else f"{mean}{unit} ({low} to {high}{mark})"
+
+
+def _in_percent(found: dict) -> dict:
+    return found | {key: None if is_absent(found[key]) else 100 * found[key] for key in ("mean", "low", "high")}
+
+
+def _reached(found: dict) -> str:
+    """A drift at a gain, which some resamples or all may not reach."""
+    if is_absent(found["mean"]):
+        return "not reached"
+    if is_absent(found["high"]) and not is_absent(found["low"]):
+        found = found | {"high": math.inf}
+    return _figure(_in_percent(found), 1, signed=False).replace("inf", "∞")
+
+
+def _settings(method: dict) -> str:
+    """How many there are: measured, of the plan, and with the most seeds."""
+    text = f"{method['settings']}"
+    if method["planned"] > method["settings"]:
+        text += f" of {method['planned']}"
+    return text if method["finalists"] == method["settings"] else f"{text}; {method['finalists']} in the front"
+
+
+def _at_scales(way: dict, scales: list[str]) -> list[str]:
+    points = {f"{point['scale']:g}": point for point in way["points"]}
+    return [
+        f"{100 * points[scale]['gain']:.0f} / {100 * points[scale]['drift']:.1f}" if scale in points else "–"
+        for scale in scales
+    ]
+
+
+def _map_text(found: dict) -> str:
+    """What the figures of the map are."""
+    reference, texts = found["reference"], " and ".join(found["texts"])
+    return (
+        f"Gain: fall of the held-out loss. Drift: KL(base ‖ model) in nats per token on {texts} text"
+        f"{', their mean' if len(found['texts']) > 1 else ''}. Both in % of those of {reference['label']} "
+        f"({reference['gain']:.3f} and {reference['drift']:.3f} nats). A method's front is drawn from all of its settings, at every "
+        "scale of their adapters, and of averaged teachers too. Its settings are chosen on one half of the rows and measured on the "
+        "other, and the other way round; the reference is chosen on all rows, which favours it. Hypervolume: the mean, over all "
+        "drifts up to the reference's, of the largest gain that drifts no more, as a share of the reference's; a staircase. Ahead of a "
+        "control: by how much its hypervolume is exceeded, on the same rows and seeds. Gain at a "
+        "drift and drift at a gain lie on straight lines between the points of a front. Best setting: the one whose own curve has "
+        "the largest hypervolume. ∞: some resamples of the rows do not reach that gain."
+    )
 
 
 def _p_value(p: float) -> str:
