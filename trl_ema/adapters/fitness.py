@@ -90,13 +90,27 @@ def check_adapter(config: Any, anchor: float) -> None:
         )
     if anchor == 0:
         return
-    scalable = isinstance(config, LoraConfig) and not config.use_dora and config.trainable_token_indices is None
-    if not scalable or config.modules_to_save or base_changed_by(config):
+    if unscalable_by(config) is not None:
         raise ValueError(
             f"`teacher_anchor={anchor}` scales a LoRA update towards the base, which needs plain LoRA or rsLoRA: no DoRA, "
             "`modules_to_save`, `trainable_token_indices` or what changes the base (PiSSA, OLoRA, KaSA, `layer_replication`, ...). "
             "Use `teacher_anchor=0`."
         )
+
+
+def unscalable_by(config: Any) -> str | None:
+    """
+    What of this kind of adapter is no factor of its update, so that another scale is not another share of it; `None` for plain
+    LoRA and rsLoRA.
+    """
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        return str(kind)
+    for option in ("use_dora", "modules_to_save", "trainable_token_indices"):
+        value = getattr(config, option)
+        if value or (value is not None and option == "trainable_token_indices"):
+            return f"`{option}={value!r}`"
+    return base_changed_by(config)
 
 
 def _targets_embeddings(config) -> bool:
