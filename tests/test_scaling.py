@@ -71,7 +71,8 @@ def dense(base, run, mixture, scale):
             name = key.removeprefix("base_model.model.").partition(".lora_")[0]
             b = tensors[key.replace("_A", "_B")].double()
             rank, alpha = (
-                pattern(*x) for x in ((found.rank_pattern, name, found.r), (found.alpha_pattern, name, found.lora_alpha))
+                pattern(*x)
+                for x in ((found.rank_pattern, name, found.r), (found.alpha_pattern, name, found.lora_alpha))
             )
             factor = share * scale * alpha / (math.sqrt(rank) if found.use_rslora else rank)
             update = b @ a.double() * factor

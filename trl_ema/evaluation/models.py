@@ -183,9 +183,10 @@ def add_adapter(model: PeftModel, folder: str, name: str) -> None:
 
 
 def _load(model: PeftModel, folder: str, name: str, is_trainable: bool) -> None:
-    with _fits(folder, model.get_base_model()):
+    base: Any = model.get_base_model()
+    with _fits(folder, base):
         found = model.load_adapter(folder, name, is_trainable=is_trainable)
-        config = model.peft_config[name]
+        config: Any = model.peft_config[name]
         # PEFT also writes embeddings and heads under names of their own, which it does not read.
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
         surplus = [key for key in found.unexpected_keys if prefix and prefix in key]
