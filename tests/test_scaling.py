@@ -9,19 +9,22 @@ import pytest
 import torch
 import yaml
 from conftest import config, lora, qwen2_tokenizer, rows, tiny_model
-from peft import PeftConfig, PeftModel, get_peft_model
+from datasets import Dataset
+from peft import IA3Config, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_cli import trl_ema
 from torch.nn import functional as F
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import ModelConfig
 
 from trl_ema import EMARegularizedSFTTrainer
 from trl_ema.adapters.names import tuner_layers
+from trl_ema.comparison.pictures import draw_scales
+from trl_ema.data import as_chat
 from trl_ema.evaluation import scaling
-from trl_ema.evaluation.drift import drift_of_rows, passes_of_base, tokenized_batches
+from trl_ema.evaluation.drift import drift_of_rows, general_rows, passes_of_base, tokenized_batches
 from trl_ema.evaluation.models import load_base
-from trl_ema.evaluation.scaling import Dial, check_run, check_scales, gains
+from trl_ema.evaluation.scaling import Dial, check_run, check_scales, curve_of, gains
 from trl_ema.files import read_json, write_json, write_jsonl
 from trl_ema.script import TrainingScriptArguments, describe_run, load_data, options_of_run, parse
 from trl_ema.tune_scale import ScaleArguments
@@ -175,6 +178,17 @@ def test_passes_of_the_base_can_be_kept_and_a_divergence_left_out():
         drift_of_rows(model, its, passes_before=kept[:-1])
 
 
+def test_in_4_bits_the_written_mixture_computes_what_was_measured(base, run, tmp_path):
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model, tokenizer = load_base(str(base), dtype=torch.float32, quantization_config=quantization)
+    dial = Dial(model, str(run), tokenizer, batches(0), {"general": batches(1)}, str(tmp_path), "m")
+    point = dial.measure(0.5, 0.8)
+    assert point["drift"] > 1e-3 and dial.write(point, str(tmp_path), tokenizer) < 1e-6 * point["drift"] + 1e-7
+    assert read_json(tmp_path / "scale.json")["suggested"]["drift"] == point["drift"]
+
+
 # The curve
 
 
@@ -253,6 +267,17 @@ def test_an_adapter_that_computes_something_else_is_not_written(base, run, tmp_p
     assert "scaled" not in dial.model.peft_config
 
 
+def test_the_picture_shows_budget_and_suggestion_where_there_are_any(tmp_path):
+    dial = Parabola(tmp_path / "scale.json")
+    dial.trace([0.0, 1.0], [0.5, 1.0], 0.05)
+    curves = {name: curve_of(dial.points, mixture) for name, mixture in (("student", 0.0), ("teacher", 1.0))}
+    whole, bare = (draw_scales(curves, *x).svg for x in ((dial.suggested(0.05), 0.05), (None, None)))
+    for text in ("student", "teacher", "held-out loss, nats per token"):
+        assert text in whole and text in bare
+    for text in ("suggested", "budget"):
+        assert text in whole and text not in bare
+
+
 # The command
 
 
@@ -310,11 +335,6 @@ def test_the_command_draws_the_curves_and_writes_the_adapter_at_the_budget(train
 
 
 def general_chats():
-    from datasets import Dataset
-
-    from trl_ema.data import as_chat
-    from trl_ema.evaluation.drift import general_rows
-
     return as_chat(Dataset.from_list(general_rows()), qwen2_tokenizer())
 
 
@@ -373,8 +393,6 @@ def test_an_adapter_that_is_no_factor_of_its_update_is_refused(tmp_path, adapter
 
 
 def test_another_kind_of_adapter_is_refused(tmp_path):
-    from peft import IA3Config
-
     IA3Config(target_modules=["q_proj"], feedforward_modules=[]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot be scaled: IA3 is no factor"):
         check_run(str(tmp_path))

@@ -69,6 +69,7 @@ def draw_scales(curves: dict[str, list[dict]], suggested: dict | None, max_drift
     """
     import matplotlib
 
+    first = next(iter(curves.values()))  # one curve with its scales; on all they would lie over each other
     with matplotlib.rc_context(_STYLE):
         figure, axes = _new_figure(10.5, 3.8, 1, 3)
         against = (("drift", "gain"), ("scale", "loss"), ("scale", "drift"))
@@ -80,7 +81,7 @@ def draw_scales(curves: dict[str, list[dict]], suggested: dict | None, max_drift
             for color, (name, points) in zip(itertools.cycle(COLORS), curves.items(), strict=False):
                 at = [[point[key] for point in points] for key in (x, y)]
                 ax.plot(*at, color=color, marker="o", markersize=4, linewidth=1.4, label=name)
-                if x == "drift":
+                if x == "drift" and points is first:
                     _annotate_scales(ax, points, color)
             if suggested is not None:
                 ax.plot(
