@@ -3,7 +3,8 @@
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -112,6 +113,7 @@ def drift_of_rows(
     wrapper: torch.nn.Module | None = None,
     reference: _Context | None = None,
     kept: dict | None = None,
+    directions: Sequence[str] = ("forward", "reverse"),
 ) -> torch.Tensor:
     r"""
     Loss and drift of each row, summed over its labelled tokens, from the model before its training:
@@ -135,6 +137,8 @@ def drift_of_rows(
         kept (`dict`, *optional*): Empty at first. What the model computed for these batches before its training is kept in it, on
             the CPU, and taken from it by later calls: exact, and half of their work. Give it to calls with the same base and
             starting point alone.
+        directions: Which of the two divergences to measure, `forward` from the base and `reverse`; the other is NaN. With none
+            the base makes no pass.
 
     Returns:
         `torch.Tensor` of shape `(rows, 4)`, float64: the three sums in nats, and the number of labelled tokens. The rows
@@ -151,7 +155,7 @@ def drift_of_rows(
     device = base.get_input_embeddings().weight.device
 
     def of_batch(labels: torch.Tensor, **inputs: torch.Tensor) -> list[torch.Tensor]:
-        return _loss_and_drift(base, labels[:, 1:], inputs, adapter, before, kept)
+        return _loss_and_drift(base, labels[:, 1:], inputs, adapter, before, kept, directions)
 
     rows: list[torch.Tensor] = []
     with evaluating(model):
@@ -199,11 +203,19 @@ def _check_off_is_before(model: Any) -> None:
 
 
 def _loss_and_drift(
-    base: Any, labels: torch.Tensor, inputs: dict, adapter: _Context, reference: _Context, kept: dict | None
+    base: Any,
+    labels: torch.Tensor,
+    inputs: dict,
+    adapter: _Context,
+    reference: _Context,
+    kept: dict | None,
+    directions: Sequence[str],
 ) -> list[torch.Tensor]:
     """For each row of one batch the sums of the loss and of both divergences, and its labelled tokens."""
-    before, *head_before = _pass(base, inputs, labels, reference, kept)
     hidden, *head = _pass(base, inputs, labels, adapter)
+    before, head_before = [states[:0] for states in hidden], head  # nothing to compare with
+    if directions:
+        before, *head_before = _pass(base, inputs, labels, reference, kept)
     rows = []
     with whole_weights(*head, *head_before) as (weight, bias, weight_before, bias_before):
         options: dict[str, Any] = dict(weight=weight, bias=bias)
@@ -211,8 +223,8 @@ def _loss_and_drift(
         options["transform"] = logit_transform(base.config.get_text_config())
         for states, states_before, targets in zip(hidden, before, labels, strict=True):
             targets = targets[targets != IGNORE_INDEX]
-            one, other = [
-                fused_linear_cross_entropy_kl(
+            found = {
+                direction: fused_linear_cross_entropy_kl(
                     states,
                     states_before.to(states.device),
                     labels=targets,
@@ -220,10 +232,14 @@ def _loss_and_drift(
                     direction=direction,
                     **options,
                 )
-                for direction in ("forward", "reverse")
+                for direction in directions or ("forward",)
+            }
+            loss = next(iter(found.values())).ce_loss
+            divergences = [
+                found[name].kl_loss if name in directions else loss.new_tensor(math.nan)
+                for name in ("forward", "reverse")
             ]
-            tokens = torch.tensor(len(targets), device=states.device)
-            rows.append(torch.stack([one.ce_loss, one.kl_loss, other.kl_loss, tokens]).double().cpu())
+            rows.append(torch.stack([loss, *divergences, loss.new_tensor(len(targets))]).double().cpu())
     return rows
 
 
