@@ -75,7 +75,7 @@ class OwnTexts:
         """The texts, which the model writes now where none are at hand; they are kept beside the run. Called on all ranks."""
         # Another job may have finished the same ones after some of the ranks had looked: all go the same way.
         missing = torch.tensor(self.at_hand is None, device=self.args.device)
-        if trainer.accelerator.gather(missing).any():
+        if trainer.accelerator.gather(missing).any() or self.at_hand is None:
             self.at_hand = self._write(trainer)
         beside = os.path.join(str(self.args.output_dir), FILE)
         if trainer.is_world_process_zero() and self._differs_from(beside):
