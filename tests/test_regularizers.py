@@ -167,7 +167,9 @@ class Rows(Regularizer):
 @pytest.mark.parametrize("first", [True, False], ids=["rows first", "rows last"])
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize(
-    "options", [dict(teacher="none"), dict(), dict(kl_tokens="all"), dict(kl_tokens="prompt"), dict(kl_fraction=0.5)], ids=str
+    "options",
+    [dict(teacher="none"), dict(), dict(kl_tokens="all"), dict(kl_tokens="prompt"), dict(kl_fraction=0.5)],
+    ids=str,
 )
 def test_further_rows_are_in_the_batch_and_without_labels_change_nothing(make_trainer, options, packing, first):
     options = options | dict(packing=packing, max_length=64 if packing else 32)

@@ -10,13 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import adapter_weights, logged, rows, tiny_model
+from conftest import adapter_weights, rows, tiny_model
 from peft import OFTConfig, OSFConfig, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ema.evaluation.drift import measure_drift
 from trl_ema.evaluation.models import load_base, with_adapter
-from trl_ema.files import read_json
 
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +58,9 @@ def test_it_trains_is_measured_saved_and_resumed(make_trainer, tmp_path, monkeyp
         torch.testing.assert_close(logits(trainer.model), base, rtol=0, atol=1e-5)
     drift = measure_drift(trainer.model, trainer.get_eval_dataloader(), reference=trainer.starting_point.activate)
     assert drift["kl_base_model"] > 1e-4
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "whole")), after, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "whole")), after, rtol=0, atol=1e-5
+    )
     resumed = make("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     expected = adapter_weights(trainer)
@@ -104,7 +105,10 @@ def run(folder, *arguments, check=True):
     [
         ("osf", ["--effective_rank", "0.75"]),
         ("oft", ["--oft_block_size", "16"]),
-        ("corda", ["--lora_r", "4", "--rehearsal_weight", "1", "--rehearsal_num_texts", "8", "--rehearsal_num_tokens", "32"]),
+        (
+            "corda",
+            ["--lora_r", "4", "--rehearsal_weight", "1", "--rehearsal_num_texts", "8", "--rehearsal_num_tokens", "32"],
+        ),
     ],
 )
 def test_the_recipe_trains_measures_and_saves_what_loads_over_the_base(tiny_folder, kind, options):
@@ -174,14 +178,26 @@ def test_options_out_of_their_range_are_refused(subspace, options, match):
 @pytest.mark.parametrize(
     ("kind", "model_options", "training_options", "match"),
     [
-        ("osf", dict(load_in_4bit=True), {}, "'osf'` decomposes the base's weights, which are quantized.*`--subspace oft`"),
+        (
+            "osf",
+            dict(load_in_4bit=True),
+            {},
+            "'osf'` decomposes the base's weights, which are quantized.*`--subspace oft`",
+        ),
         ("corda", dict(load_in_8bit=True), {}, "'corda'` decomposes the base's weights"),
-        ("corda", {}, dict(teacher="ema"), "`teacher='ema'` does not go with CorDA.*`--teacher none`, with rehearsal or"),
+        (
+            "corda",
+            {},
+            dict(teacher="ema"),
+            "`teacher='ema'` does not go with CorDA.*`--teacher none`, with rehearsal or",
+        ),
         ("corda", {}, dict(world_size=2), "CorDA is prepared in one process, this launch has 2"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_model_is_loaded(subspace, kind, model_options, training_options, match):
-    model_args = SimpleNamespace(**(dict(load_in_4bit=False, load_in_8bit=False, lora_target_modules=None) | model_options))
+    model_args = SimpleNamespace(
+        **(dict(load_in_4bit=False, load_in_8bit=False, lora_target_modules=None) | model_options)
+    )
     training_args = SimpleNamespace(**(dict(teacher="none", world_size=1) | training_options))
     with pytest.raises(ValueError, match=match):
         subspace(subspace=kind).make("no/model", None, training_args, model_args)

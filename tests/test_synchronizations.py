@@ -113,7 +113,11 @@ def waits(make_trainer, monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(), dict(kl_tokens="all"), dict(kl_tokens="prompt"), dict(teacher="frozen"), dict(kl_fraction=0.5),
+        dict(),
+        dict(kl_tokens="all"),
+        dict(kl_tokens="prompt"),
+        dict(teacher="frozen"),
+        dict(kl_fraction=0.5),
         dict(teacher="none", entropy_weighting=True),
     ],
     ids=["ema", "all tokens", "prompt tokens", "frozen", "half of the sequences", "entropy weighting"],

@@ -164,7 +164,10 @@ def dense_step(trainer, batch, teacher_model, kl_weight=1.0, dft=False, eaft=Fal
 def predictions(model, batch):
     """Log-probabilities `(tokens, vocab)` and labels `(tokens,)` of all that is predicted; packed documents one by one."""
     if "attention_mask" in batch:
-        logits, lengths = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits, batch["attention_mask"].sum(-1)
+        logits, lengths = (
+            model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits,
+            batch["attention_mask"].sum(-1),
+        )
         rows_of = list(zip(logits, batch["labels"], strict=True))
     else:
         lengths = batch["cu_seq_lens_q"].diff()
@@ -185,7 +188,14 @@ def predictions(model, batch):
         (dict(entropy_weighting=True, kl_tokens="prompt"), dict(eaft=True, prompt=True)),
         (dict(entropy_weighting=True, teacher="none"), dict(eaft=True, kl_weight=0)),
     ],
-    ids=["ce", "dft (ASFT)", "prompt tokens (SelfAug)", "entropy, frozen", "entropy, prompt tokens", "entropy alone (EAFT)"],
+    ids=[
+        "ce",
+        "dft (ASFT)",
+        "prompt tokens (SelfAug)",
+        "entropy, frozen",
+        "entropy, prompt tokens",
+        "entropy alone (EAFT)",
+    ],
 )
 def test_frozen_teacher_loss_and_gradient_equal_dense_float64(make_trainer, options, dense, packed):
     """
@@ -267,8 +277,12 @@ def test_all_tokens_leaves_out_padding_and_the_next_document():
 @pytest.mark.parametrize(
     "options",
     [
-        dict(), dict(kl_tokens="all"), dict(kl_tokens="prompt"), dict(packing=True, per_device_train_batch_size=1),
-        dict(packing=True, per_device_train_batch_size=1, kl_tokens="prompt"), dict(teacher="frozen"),
+        dict(),
+        dict(kl_tokens="all"),
+        dict(kl_tokens="prompt"),
+        dict(packing=True, per_device_train_batch_size=1),
+        dict(packing=True, per_device_train_batch_size=1, kl_tokens="prompt"),
+        dict(teacher="frozen"),
     ],
     ids=["rows", "all tokens", "prompts", "packed documents", "packed prompts", "base as teacher"],
 )
@@ -648,7 +662,9 @@ def test_an_unfit_adapter_is_refused_before_the_data_are_tokenized(make_trainer,
 def test_prompt_tokens_in_data_without_prompts_are_refused(make_trainer, streaming, packing):
     data = rows(kind="text").to_iterable_dataset() if streaming else rows(kind="text")
     options = dict(data=data, packing=packing, max_length=32)
-    with pytest.raises(ValueError, match="`kl_tokens='prompt'` has no token in this training data.*use `kl_tokens='all'`"):
+    with pytest.raises(
+        ValueError, match="`kl_tokens='prompt'` has no token in this training data.*use `kl_tokens='all'`"
+    ):
         make_trainer(kl_tokens="prompt", **options)
     make_trainer(kl_tokens="all", **options)
 
@@ -683,7 +699,9 @@ def test_entropy_weighting_goes_with_every_teacher_and_rehearsal(make_trainer, p
         "whole model": dict(teacher="none", peft_config=None, learning_rate=1e-3),
     }.items():  # fmt: skip
         trainer = make_trainer(entropy_weighting=True, packing=packing, max_length=64, **options)
-        assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(of_sft, rel=1e-6)  # without weights
+        assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(
+            of_sft, rel=1e-6
+        )  # without weights
         trainer.train()
         weighted[name] = logged(trainer, "loss")[0]
         assert 0 < weighted[name] < logged(trainer, "ce_loss")[0]
@@ -724,7 +742,10 @@ def test_a_subclass_of_sft_config_is_read_without_its_own_fields(make_trainer, t
         (dict(eval_dataset=datasets.Dataset.from_list([{"z": "x"}])), r"eval data set has columns \['z'\]"),
         (dict(data=rows().add_column("image", ["x"] * 16)), "has images"),
         (dict(max_length=2), "No token of the training data carries a label.*Raise `max_length`"),
-        (dict(teacher="none", entropy_weighting=True, label_smoothing_factor=0.1), "or use `teacher='none'` without rehearsal"),
+        (
+            dict(teacher="none", entropy_weighting=True, label_smoothing_factor=0.1),
+            "or use `teacher='none'` without rehearsal",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_at_construction(make_trainer, changes, match):
