@@ -10,6 +10,7 @@ of its own: OSF `--effective_rank`, CorDA `--lora_r`, OFT `--oft_block_size`. `-
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,7 +142,9 @@ def save_as_lora(trainer: Any) -> None:
         first = os.path.join(scratch, "first")
         with trainer.starting_point.activate():
             trainer.model.save_pretrained(first)
-        trainer.model.save_pretrained(trainer.args.output_dir, path_initial_model_for_weight_conversion=first)
+        with warnings.catch_warnings():  # of the conversion's own second adapter
+            warnings.simplefilter("ignore", UserWarning)
+            trainer.model.save_pretrained(trainer.args.output_dir, path_initial_model_for_weight_conversion=first)
     follow_umask(trainer.args.output_dir)
 
 

@@ -253,6 +253,9 @@ def cited(text):
         (dict(teacher="ema", loss_type="dft"), {"mean teacher", "EMA study", "DFT"}),
         (dict(teacher="frozen"), {"frozen teacher"}),
         (dict(teacher="frozen", loss_type="dft"), {"frozen teacher", "DFT", "ASFT"}),
+        (dict(teacher="frozen", kl_tokens="prompt"), {"frozen teacher", "SelfAug"}),
+        (dict(teacher="ema", kl_tokens="prompt"), {"mean teacher", "EMA study", "SelfAug"}),
+        (dict(teacher="none", entropy_weighting=True), {"EAFT"}),
         (dict(teacher="none"), set()),
         (dict(teacher="none", loss_type="dft"), {"DFT"}),
         (dict(teacher="none", l1_weight=1e-3), {"EMA study"}),
@@ -307,6 +310,8 @@ def test_every_citation_is_whole_bibtex():
         (dict(teacher="ema"), "EMA-regularized SFT", "1703.01780"),
         (dict(teacher="frozen"), "SFT with a frozen teacher", "1606.09282"),
         (dict(teacher="frozen", loss_type="dft"), "ASFT", "2509.23753"),
+        (dict(teacher="frozen", kl_tokens="prompt"), "SelfAug", "2509.03934"),
+        (dict(teacher="none", entropy_weighting=True), "EAFT", "2601.02151"),
         (dict(teacher="none"), "SFT", None),
         (dict(teacher="none", l1_weight=1e-3), "SFT with an L1 penalty", None),
         (dict(teacher="none", l1_weight=1e-3, l2_weight=1e-3), "SFT with L2-SP", "1802.01483"),
@@ -321,7 +326,13 @@ def test_method_of_a_run_has_a_name_and_the_paper_that_introduced_it(tmp_path, o
 
 @pytest.mark.parametrize(
     "options",
-    [dict(weight_decay=0.1), dict(optim_args="weight_decay=0.1"), dict(loss_type="dft"), dict(neftune_noise_alpha=5.0)],
+    [
+        dict(weight_decay=0.1),
+        dict(optim_args="weight_decay=0.1"),
+        dict(loss_type="dft"),
+        dict(neftune_noise_alpha=5.0),
+        dict(entropy_weighting=True),
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_training_without_a_teacher_is_called_plain_only_where_it_is(make_trained, options):

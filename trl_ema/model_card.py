@@ -69,6 +69,18 @@ CITATIONS = {
   pages   = {3521--3526},
   year    = {2017}
 }""",
+    "SelfAug": r"""@inproceedings{huang2025selfaug,
+  title     = {{SelfAug}: Mitigating Catastrophic Forgetting in Retrieval-Augmented Generation via Distribution Self-Alignment},
+  author    = {Huang, Yuqing and Zhang, Rongyang and Wang, Qimeng and Lu, Chengqiang and Gao, Yan and Wu, Yi and Hu, Yao and Zhi, Xuyang and Liu, Guiquan and Li, Xin and Wang, Hao and Chen, Enhong},
+  booktitle = {Findings of the Association for Computational Linguistics: EMNLP},
+  year      = {2025}
+}""",
+    "EAFT": r"""@article{diao2026entropy,
+  title   = {Entropy-Adaptive Fine-Tuning: Resolving Confident Conflicts to Mitigate Forgetting},
+  author  = {Diao, Muxi and Yang, Lele and Gong, Wuxuan and Zhang, Yutong and Yan, Zhonghao and Han, Yufei and Liang, Kongming and Xu, Weiran and Ma, Zhanyu},
+  journal = {arXiv preprint arXiv:2601.02151},
+  year    = {2026}
+}""",
     "LoRA": r"""@inproceedings{hu2022lora,
   title     = {{LoRA}: Low-Rank Adaptation of Large Language Models},
   author    = {Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi and Wang, Shean and Wang, Lu and Chen, Weizhu},
@@ -111,6 +123,11 @@ _PENALTIES = {
     "ewc_weight": "elastic weight consolidation (arXiv:1612.00796) of weight {weight:g}, with the Fisher information of the model "
     "before training on texts that it wrote itself",
 }
+_WEIGHTED = (
+    "Each token's cross-entropy is weighted by the entropy of the student's prediction, from 0 where it is sure to 1 "
+    "(arXiv:2601.02151)."
+)
+_PROMPTS = "The divergence is on the tokens of prompts alone (arXiv:2509.03934)."
 _TRAINING = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "gradient_accumulation_steps", "max_length", "packing", "loss_type", "weight_decay", "optim_args",
              "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "seed")  # fmt: skip
@@ -157,10 +174,14 @@ def method_of(args: Any) -> tuple[str, dict[str, str]]:
     """
     if args.teacher == "ema":
         return "EMA-regularized SFT", {"title": "Mean teachers are better role models", "id": "1703.01780"}
+    if args.teacher == "frozen" and args.kl_tokens == "prompt":
+        return "SelfAug", {"title": "SelfAug: Mitigating Catastrophic Forgetting", "id": "2509.03934"}
     if args.teacher == "frozen" and args.loss_type == "dft":
         return "ASFT", {"title": "Anchored Supervised Fine-Tuning", "id": "2509.23753"}
     if args.teacher == "frozen":
         return "SFT with a frozen teacher", {"title": "Learning without Forgetting", "id": "1606.09282"}
+    if args.entropy_weighting:
+        return "EAFT", {"title": "Entropy-Adaptive Fine-Tuning", "id": "2601.02151"}
     if args.ewc_weight:
         return "SFT with EWC", {"title": "Overcoming catastrophic forgetting in neural networks", "id": "1612.00796"}
     if args.l2_weight:
@@ -318,6 +339,10 @@ def _method(trainer: Any) -> list[str]:
 
     args = trainer.args
     lines = ["## Method (trl_ema)", "", _PLAIN if args.is_plain_sft else _METHODS[args.teacher], ""]
+    if args.entropy_weighting:
+        lines += [_WEIGHTED, ""]
+    if args.teacher != "none" and args.kl_tokens == "prompt":
+        lines += [_PROMPTS, ""]
     if args.rehearsal_weight:
         lines += [_REHEARSAL.format(weight=args.rehearsal_weight), ""]
     for name, text in _PENALTIES.items():
@@ -359,6 +384,8 @@ def _cited_works(trainer: Any) -> list[str]:
         "EWC": args.ewc_weight > 0,
         "DFT": dft,
         "ASFT": dft and args.teacher == "frozen",
+        "SelfAug": args.teacher != "none" and args.kl_tokens == "prompt",
+        "EAFT": args.entropy_weighting,
         "LoRA": adapter.get("peft_type") == "LORA",
         "QLoRA": adapter.get("peft_type") == "LORA" and adapter.get("quantization") in ("nf4", "fp4"),
         "drift": drift,
