@@ -246,8 +246,8 @@ def _print_table(curves: dict[str, list[dict]], suggested: dict | None) -> None:
 def _print_suggestion(args: ScaleArguments, folder: str, point: dict | None) -> None:
     if args.max_drift is None:
         print(
-            "No point is suggested: gain rises as 2·scale − scale² and drift as scale², without a knee. Say how much drift is "
-            "acceptable with `--max_drift`; what is measured is not measured again."
+            "No point is suggested: gain against drift is a smooth curve without a knee. Say how much drift is acceptable with "
+            "`--max_drift`; what is measured is not measured again."
         )
     elif point is None:
         print(

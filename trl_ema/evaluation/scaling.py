@@ -210,7 +210,7 @@ class Dial:
         write_json(self.path, self.figures)
 
     def _refine(self, mixture: float, max_drift: float) -> None:
-        """Scales between the last within the budget and the first beyond it, by drift ~ scale²."""
+        """Scales between the last within the budget and the first beyond it, until one is close to it."""
         for _ in range(_TRIES):
             curve = curve_of(self.points, mixture)
             beyond = next((i for i, point in enumerate(curve) if point["drift"] > max_drift), 0)
@@ -220,18 +220,17 @@ class Dial:
             within = min(curve[:beyond], key=lambda point: point["loss"])
             if within is not below or below["drift"] >= _CLOSE * max_drift:
                 return  # a lower loss than at the budget, or close to it
-            low, high, aim = (
-                math.sqrt(drift) for drift in (below["drift"], above["drift"], (1 + _CLOSE) / 2 * max_drift)
-            )
-            scale = below["scale"] + (above["scale"] - below["scale"]) * (aim - low) / (high - low)
+            scale = _scale_at(curve, (1 + _CLOSE) / 2 * max_drift)
+            if not below["scale"] < scale < above["scale"]:
+                scale = (below["scale"] + above["scale"]) / 2
             self.measure(mixture, float(f"{scale:.4g}"))
 
     def suggested(self, max_drift: float) -> dict | None:
         """
         The point with the lowest held-out loss of those whose drift is at most `max_drift`; `None` if that is the base.
 
-        Without a budget there is none to suggest: with gain ~ 2·scale − scale² and drift ~ scale² a curve has no knee, and what
-        a nat of drift is worth nobody else can say.
+        Without a budget there is none to suggest: gain against drift is a smooth curve without a knee, and what a nat of drift
+        is worth nobody else can say.
         """
         within = [point for point in self.points if point["drift"] <= max_drift]
         best = min(within, key=lambda point: (point["loss"], point["drift"]))
@@ -291,6 +290,19 @@ def curve_of(points: Iterable[dict], mixture: float) -> list[dict]:
     """The points of one mixture by their scale, from the base on."""
     curve = (point for point in points if point["mixture"] == mixture or point["scale"] == 0)
     return sorted(curve, key=lambda point: point["scale"])
+
+
+def _scale_at(curve: list[dict], drift: float) -> float:
+    """
+    Where the curve has this drift, by drift = c · scale^p through its two nearest points; p is 2 near the base, and less where
+    the update is large.
+    """
+    drifting = [point for point in curve if point["drift"] > 0]
+    near, *others = sorted(drifting, key=lambda point: abs(math.log(point["drift"] / drift)))
+    power = 2.0
+    if others:
+        power = math.log(near["drift"] / others[0]["drift"]) / math.log(near["scale"] / others[0]["scale"])
+    return near["scale"] * (drift / near["drift"]) ** (1 / power) if power > 0 else math.inf
 
 
 def gains(points: Sequence[dict]) -> list[float]:
