@@ -77,6 +77,7 @@ class OwnTexts:
         missing = torch.tensor(self.at_hand is None, device=self.args.device)
         if trainer.accelerator.gather(missing).any() or self.at_hand is None:
             self.at_hand = self._write(trainer)
+        assert self.at_hand is not None
         beside = os.path.join(str(self.args.output_dir), FILE)
         if trainer.is_world_process_zero() and self._differs_from(beside):
             save_texts(self.at_hand, beside)
