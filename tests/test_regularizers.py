@@ -289,7 +289,7 @@ def test_each_is_asked_at_its_moment(make_trainer, tmp_path):
     resumed, diary = make_trainer(max_steps=2, gradient_accumulation_steps=2), Diary()
     resumed.regularizers.append(diary)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
-    assert diary.entries == ["check", "load", "begin", *step[:-1]]
+    assert diary.entries == ["check", "check_state", "load", "begin", *step[:-1]]
 
 
 @pytest.mark.parametrize("given", ["adapter", "base", "whole model"])
