@@ -10,7 +10,7 @@ PYTHON := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 # What takes longest by far, or launches processes by accelerate. (Some of the rest start a Python of their own.)
-NOT_QUICK := distributed $(addsuffix .py,$(addprefix test_,adapters benchmark causal_lms checkpoints cli comparison evaluation kernels launching model_card offline portable qlora recipe results trainer))
+NOT_QUICK := distributed $(addsuffix .py,$(addprefix test_,adapters benchmark causal_lms checkpoints cli comparison evaluation kernels launching model_card offline portable qlora recipe rehearsal_cases results trainer))
 
 .PHONY: demo quick test lint package venv clean
 

@@ -129,7 +129,7 @@ class Rehearsal(Regularizer):
     def _go_on(self, state: dict) -> None:
         self.taken = state["taken"]
         self.smoothed.load(state.get("smoothed", self.smoothed.state()))
-        options = self._options()
+        options = _options(self.args)
         if state.get("options", options) != options:
             logger.warning(
                 "The checkpoint was made with %s, this run goes on with %s. Resume with the options it was started with to end as "
@@ -137,10 +137,6 @@ class Rehearsal(Regularizer):
             )  # fmt: skip
         if state["weight"].keys() == self.weight.state().keys():  # else with or without a budget that was not there
             self.weight.load(state["weight"])
-
-    def _options(self) -> dict[str, Any]:
-        names = ("rehearsal_weight", "rehearsal_fraction", "rehearsal_loss", "drift_budget")
-        return {name: getattr(self.args, name) for name in names}
 
     def check_state(self, state: dict[str, Any]) -> None:
         if self.texts is not None and state["texts"] != self.digest:
@@ -224,7 +220,7 @@ class Rehearsal(Regularizer):
     def state(self) -> dict[str, Any]:
         return {
             "taken": self.taken, "weight": self.weight.state(), "texts": self.digest, "smoothed": self.smoothed.state(),
-            "options": self._options(),
+            "options": _options(self.args),
         }  # fmt: skip
 
 
@@ -238,6 +234,12 @@ def stop_at_drift(control: TrainerControl, drift: float, limit: float | None, wh
 
 def _num_predicted(texts: list[list[int]]) -> int:
     return sum(len(ids) - 1 for ids in texts)
+
+
+def _options(args: MeanTeacherConfig) -> dict[str, Any]:
+    """What a resumed run should have as the first one had it."""
+    names = ("rehearsal_weight", "rehearsal_fraction", "rehearsal_loss", "drift_budget")
+    return {name: getattr(args, name) for name in names}
 
 
 def make_weight(args: MeanTeacherConfig) -> RampedWeight | BudgetedWeight:
