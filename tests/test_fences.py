@@ -116,7 +116,7 @@ NAMED = {
     "lm_eval.tasks._index": "cfg tags",
     "peft.LoraConfig": (
         "alpha_pattern bias ensure_weight_tying init_lora_weights kasa_config layer_replication lora_bias modules_to_save "
-        "target_modules trainable_token_indices use_dora use_rslora"
+        "target_modules target_parameters trainable_token_indices use_dora use_rslora"
     ),
     "peft.PeftConfig": "inference_mode is_adaption_prompt is_prompt_learning peft_type",
     "peft.PeftModel": "active_adapters active_peft_config get_base_model missing_keys peft_config state_dict",

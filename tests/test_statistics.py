@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -253,11 +254,11 @@ def test_hypervolume_by_hand():
 def test_gain_and_loss_along_a_front_are_those_of_its_lines(points):
     gains, losses = np.array(points).T / 10
     front = [(0.0, 0.0)] + [(losses[i], gains[i]) for i in pareto_front(gains, losses) if gains[i] > 0]
-    front = sorted(dict((y, (x, y)) for x, y in sorted(front, reverse=True)).values())
+    front = sorted({y: (x, y) for x, y in sorted(front, reverse=True)}.values())
     for level in (0.05, 0.3, 0.75):
         lines = [
             y + (level - x) * (y_next - y) / (x_next - x)
-            for (x, y), (x_next, y_next) in zip(front, front[1:], strict=False)
+            for (x, y), (x_next, y_next) in itertools.pairwise(front)
             if x <= level < x_next
         ]
         assert gain_at_loss(gains, losses, level) == pytest.approx(lines[0] if lines else front[-1][1])

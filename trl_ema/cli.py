@@ -1,4 +1,4 @@
-"""The command `trl-ema`: train, evaluate, compare, report, rehearse. Thin over the functions of the same names."""
+"""The command `trl-ema`: train, evaluate, compare, report, rehearse, tune-scale. Thin over the functions of the same names."""
 
 import argparse
 import logging
@@ -34,6 +34,8 @@ Fine-tune a language model on a new domain, and let it drift less from what it w
   trl-ema report FOLDER                  the report again, from a comparison's folder
   trl-ema rehearse --model_name_or_path Qwen/Qwen2-1.5B
                                          the texts of a model that trainings hold it to, written beforehand
+  trl-ema tune-scale out --max_drift 0.05
+                                         less of a trained update: drift and held-out loss over its scale, without training
 
 `trl-ema COMMAND --help` lists the options of a command.
 """
@@ -511,7 +513,16 @@ def print_texts(texts: "Texts", path: str, tokenizer: "PreTrainedTokenizerBase",
     print(f"\n{len(texts.ids)} texts ({kinds}; {tokens:,} tokens; {how}) are in {path}.")
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "compare": compare, "report": report, "rehearse": rehearse}
+def tune_scale(arguments: list[str]) -> None:
+    """`trl-ema tune-scale`: curves of gain and drift over scales of a run's adapter, and the adapter at a budget."""
+    from .tune_scale import main
+
+    main(arguments)
+
+
+COMMANDS = {
+    "train": train, "evaluate": evaluate, "compare": compare, "report": report, "rehearse": rehearse, "tune-scale": tune_scale,
+}  # fmt: skip
 
 
 def main() -> None:

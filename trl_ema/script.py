@@ -1,21 +1,25 @@
 """What a training script is made of: its arguments, data, tokenizer and quantization, and what is said of a run."""
 
+import ast
+import contextlib
 import logging
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 
 from . import __version__, data, offline
 from .checkpointing.folders import last_checkpoint
 from .config import MeanTeacherConfig
-from .files import shipped
+from .files import read_json, shipped
 from .options import plain_count, plain_number, take_booleans
 from .provenance import provenance
 from .versions import check_versions
@@ -243,7 +247,42 @@ def describe_run(trainer: Trainer, args: TrainingScriptArguments, model_args: Mo
         "steps": trainer.state.global_step,
         **provenance(),
         "arguments": trainer.args.to_sanitized_dict(),
+        "data_arguments": asdict(args),
+        "model_arguments": asdict(model_args),
     }
+
+
+def options_of_run(folder: str) -> tuple[TrainingScriptArguments, Any, ModelConfig] | None:
+    """
+    The options of the run in `folder`, from its `metrics.json` or the `config.yaml` of a comparison's: of the data, of
+    `SFTConfig` (as attributes), and of the model. `None` where neither tells them.
+
+    Raises:
+        ValueError: One of the files is damaged, or has options that cannot be.
+    """
+    metrics, config = Path(folder, "metrics.json"), Path(folder, "config.yaml")
+    told = read_json(metrics).get("provenance", {}) if metrics.is_file() else {}
+    if "data_arguments" in told:
+        args = _from_dict(TrainingScriptArguments, told["data_arguments"])
+        # By name, without the checks of a training, which this machine may not be made for.
+        settings = {f.name: f.default for f in fields(SFTConfig)}
+        settings |= {name: _as_it_was(value) for name, value in told["arguments"].items()}
+        return args, SimpleNamespace(**settings), _from_dict(ModelConfig, told["model_arguments"])
+    return parse(["--config", str(config)]) if config.is_file() else None
+
+
+def _from_dict(kind: Any, values: dict) -> Any:
+    """A dataclass from what it was written as; what another version had beside its fields is left out."""
+    known = {f.name for f in fields(kind)}
+    return kind(**{name: value for name, value in values.items() if name in known})
+
+
+def _as_it_was(value: Any) -> Any:
+    """What `to_sanitized_dict` made a text of, as `None` and dicts."""
+    if isinstance(value, str) and (value == "None" or value[:1] in ("{", "[", "(")):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return ast.literal_eval(value)
+    return value
 
 
 def resume_from(training_args: MeanTeacherConfig) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from ..sharding import is_sharded
+from .blending import scale_config
 from .files import file_keys
 from .names import TEACHER_NAME, names_of, trained_names, tuner_layers, twin_name
 
@@ -83,10 +84,8 @@ def _config_of_twin(student_config: Any, anchor: float) -> Any:
             setattr(config, f.name, 0.0)
     if hasattr(config, "sample_at_inference"):  # PVeRA
         config.sample_at_inference = False
-    is_lora = isinstance(config, LoraConfig)
-    if is_lora and anchor > 0:
-        config.lora_alpha = config.lora_alpha * (1 - anchor)
-        config.alpha_pattern = {name: alpha * (1 - anchor) for name, alpha in config.alpha_pattern.items()}
+    if isinstance(config, LoraConfig) and anchor > 0:
+        scale_config(config, 1 - anchor)
     return config
 
 

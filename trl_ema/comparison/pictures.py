@@ -1,6 +1,7 @@
 """The pictures of a report, drawn from its figures."""
 
 import io
+import itertools
 import math
 import re
 import textwrap
@@ -32,6 +33,11 @@ _COLORED = 8
 _GREY = "#9aa0a8"
 # Replaced by the page's own text colour, so that one picture serves light and dark.
 _INK = "#010203"
+_STYLE: Any = {
+    "font.size": 9, "font.family": "sans-serif", "svg.fonttype": "none", "text.color": _INK, "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.titlesize": 9, "legend.frameon": False, "svg.hashsalt": "trl_ema",
+}  # fmt: skip
 _LONG = re.compile(r"-?\d+\.\d{3,}")
 
 
@@ -47,13 +53,8 @@ def draw_pictures(summary: dict) -> dict[str, Picture]:
     """Those of [`CAPTIONS`] that there are figures for, from [`summarize_comparison`]'s."""
     import matplotlib
 
-    style: Any = {
-        "font.size": 9, "font.family": "sans-serif", "svg.fonttype": "none", "text.color": _INK, "axes.edgecolor": _INK,
-        "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.titlesize": 9, "legend.frameon": False, "svg.hashsalt": "trl_ema",
-    }  # fmt: skip
     colors = arm_colors(summary)
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(_STYLE):
         figures = {
             "front": _fronts(summary, colors),
             "tradeoff": _tradeoff(summary, colors),
@@ -82,6 +83,60 @@ def arm_colors(summary: dict) -> dict[str, str]:
     else:
         colors = {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
     return {arm: colors.get(method, _GREY) for arm, method in by_arm.items()}
+
+
+def draw_scales(curves: dict[str, list[dict]], suggested: dict | None, max_drift: float | None) -> Picture:
+    """
+    Gain against drift over the scales of each curve, and both against the scale.
+
+    Args:
+        curves: By name, points with `scale`, `gain`, `loss` and `drift` in the order of their scales.
+        suggested (`dict`, *optional*): One of the points.
+        max_drift (`float`, *optional*): The budget, nats per token.
+    """
+    import matplotlib
+
+    first = next(iter(curves.values()))  # one curve with its scales; on all they would lie over each other
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _new_figure(10.5, 3.8, 1, 3)
+        against = (("drift", "gain"), ("scale", "loss"), ("scale", "drift"))
+        labels = {
+            "drift": "drift from the base, nats per token", "gain": "gain, share of the largest", "scale": "scale of the update",
+            "loss": "held-out loss, nats per token",
+        }  # fmt: skip
+        for ax, (x, y) in zip(axes[0], against, strict=True):
+            for color, (name, points) in zip(itertools.cycle(COLORS), curves.items(), strict=False):
+                at = [[point[key] for point in points] for key in (x, y)]
+                ax.plot(*at, color=color, marker="o", markersize=4, linewidth=1.4, label=name)
+                if x == "drift" and points is first:
+                    _annotate_scales(ax, points, color)
+            if suggested is not None:
+                ax.plot(
+                    suggested[x],
+                    suggested[y],
+                    marker="*",
+                    markersize=14,
+                    color=_INK,
+                    linestyle="none",
+                    label="suggested",
+                )
+            if max_drift is not None and "drift" in (x, y):
+                line = ax.axvline if x == "drift" else ax.axhline
+                line(max_drift, color=_INK, alpha=0.5, linewidth=1, linestyle="--", label="budget")
+            ax.set_xlabel(labels[x])
+            ax.set_ylabel(labels[y])
+        handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=6, fontsize=8)
+        return _render("scales", figure)
+
+
+def _annotate_scales(ax: Any, points: list[dict], color: str) -> None:
+    for point in points:
+        if point["scale"]:
+            ax.annotate(
+                f"{point['scale']:.3g}", (point["drift"], point["gain"]), xytext=(3, -9), textcoords="offset points",
+                fontsize=6.5, color=color,
+            )  # fmt: skip
 
 
 def _new_figure(

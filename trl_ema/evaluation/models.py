@@ -17,7 +17,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 
 from ..adapters.files import function_fields
 from ..adapters.fitness import base_changed_by, check_repeatable
-from ..adapters.names import TEACHER_NAME
+from ..adapters.names import STUDENT_NAME, TEACHER_NAME
 from ..adapters.starting_point import StartingPoint
 from ..data import hub_errors
 from ..offline import demo_model, is_demo_model
@@ -172,15 +172,27 @@ def with_adapter(
         with _fits(reference, base):
             set_peft_model_state_dict(model, load_peft_weights(reference, device="cpu"))
         start.keep()
+    _load(model, folder, STUDENT_NAME, is_trainable=True)
+    return model.eval(), start
+
+
+def add_adapter(model: PeftModel, folder: str, name: str) -> None:
+    """Load one more adapter beside those of `model`, switched off. Raises `ValueError` if it does not fit."""
+    _load(model, folder, name, is_trainable=False)
+    model.eval()
+
+
+def _load(model: PeftModel, folder: str, name: str, is_trainable: bool) -> None:
+    base: Any = model.get_base_model()
     with _fits(folder, base):
-        found = model.load_adapter(folder, "default", is_trainable=True)
+        found = model.load_adapter(folder, name, is_trainable=is_trainable)
+        config: Any = model.peft_config[name]
         # PEFT also writes embeddings and heads under names of their own, which it does not read.
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
-        surplus = [name for name in found.unexpected_keys if prefix and prefix in name]
+        surplus = [key for key in found.unexpected_keys if prefix and prefix in key]
         strange = [*_not_loaded(model, config, found.missing_keys), *surplus]
         if strange:
             raise RuntimeError(f"\nnot in both: {strange[0]}")
-    return model.eval(), start
 
 
 def _not_loaded(model: PeftModel, config: PeftConfig, missing: list[str]) -> list[str]:
