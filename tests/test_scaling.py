@@ -22,7 +22,7 @@ from trl_ema.adapters.names import tuner_layers
 from trl_ema.comparison.pictures import draw_scales
 from trl_ema.data import as_chat
 from trl_ema.evaluation import scaling
-from trl_ema.evaluation.drift import drift_of_rows, general_rows, tokenized_batches
+from trl_ema.evaluation.drift import drift_of_rows, general_rows, passes_of_base, tokenized_batches
 from trl_ema.evaluation.models import load_base
 from trl_ema.evaluation.scaling import Dial, check_run, check_scales, curve_of, gains
 from trl_ema.files import read_json, write_json, write_jsonl
@@ -159,11 +159,13 @@ def test_loss_and_drift_of_a_point_are_those_of_dense_weights(base, run, tmp_pat
     assert dial.points[0]["drift"] == 0 < dial.points[1]["drift"]
 
 
-def test_a_divergence_can_be_left_out_and_with_both_the_pass_of_the_base():
+def test_passes_of_the_base_can_be_kept_and_a_divergence_left_out():
     model = get_peft_model(tiny_model(), lora(init_lora_weights=False))
     its = [{name: x.clamp(max=63) for name, x in batch.items()} for batch in batches(0)]
     whole = drift_of_rows(model, its)
-    one = drift_of_rows(model, its, directions=("reverse",))
+    kept = passes_of_base(model, its)
+    assert torch.equal(drift_of_rows(model, its, passes_before=kept), whole)
+    one = drift_of_rows(model, its, directions=("reverse",), passes_before=kept)
     assert torch.equal(one[:, [0, 2, 3]], whole[:, [0, 2, 3]]) and one[:, 1].isnan().all()
 
     def none():
@@ -172,6 +174,8 @@ def test_a_divergence_can_be_left_out_and_with_both_the_pass_of_the_base():
     alone = drift_of_rows(model, its, directions=(), reference=none)
     torch.testing.assert_close(alone[:, [0, 3]], whole[:, [0, 3]])
     assert alone[:, 1:3].isnan().all()
+    with pytest.raises(ValueError, match="shorter"):
+        drift_of_rows(model, its, passes_before=kept[:-1])
 
 
 def test_in_4_bits_the_written_mixture_computes_what_was_measured(base, run, tmp_path):

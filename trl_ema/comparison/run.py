@@ -29,7 +29,7 @@ from ..evaluation.models import fingerprint, is_adapter, load_base, vocabulary, 
 from ..evaluation.models import load_tokenizer as load_adapter_tokenizer
 from ..evaluation.runner import check_settings
 from ..evaluation.settings import Suite
-from ..evaluation.suite import HeldOutText, Reference, evaluate_model
+from ..evaluation.suite import HeldOutText, Kept, Reference, evaluate_model
 from ..evaluation.tasks import check_tasks, is_offline, task_manager
 from ..extras import require
 from ..files import write_json, write_text
@@ -273,7 +273,7 @@ class _Evaluator:
         HeldOutText(self.tokenizer, comparison.suite, **self.rows)  # refuses what cannot be measured
         self._model: Any = None
         # What the base computes for these rows, once for all arms.
-        self._kept: dict = {}
+        self._kept: Kept = {}
 
     @property
     def model(self) -> PreTrainedModel:
@@ -285,6 +285,7 @@ class _Evaluator:
         """Gives a GPU's memory back, to a run in another process."""
         if self._model is not None and self._model.device.type != "cpu":
             self._model = None
+            self._kept.clear()  # which holds the head
             torch.cuda.empty_cache()
 
     def _measure(

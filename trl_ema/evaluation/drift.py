@@ -1,11 +1,13 @@
 """Held-out loss, and how far a model has drifted from the base it adapts, from one loaded model."""
 
-import hashlib
+import functools
 import importlib.resources
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -28,6 +30,21 @@ from .models import evaluating
 
 
 _Context = Callable[[], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """
+    What a model computed for the labels of one batch.
+
+    Args:
+        hidden (`list[torch.Tensor]`): Of each row its hidden states for the labels, `(labels, H)`.
+        weight, bias (`torch.Tensor`): Of the head that belongs to them.
+    """
+
+    hidden: list[torch.Tensor]
+    weight: Any
+    bias: Any
 
 
 def general_rows() -> list[dict[str, str]]:
@@ -112,8 +129,8 @@ def drift_of_rows(
     description: str = "",
     wrapper: torch.nn.Module | None = None,
     reference: _Context | None = None,
-    kept: dict | None = None,
     directions: Sequence[str] = ("forward", "reverse"),
+    passes_before: Sequence[Pass] | None = None,
 ) -> torch.Tensor:
     r"""
     Loss and drift of each row, summed over its labelled tokens, from the model before its training:
@@ -134,11 +151,10 @@ def drift_of_rows(
         reference (callable, *optional*): Gives the context in which the model computes as it did before its training, such as
             `StartingPoint.activate`. By default its adapter is switched off, which is right for an adapter that began as a
             fresh LoRA.
-        kept (`dict`, *optional*): Empty at first. What the model computed for these batches before its training is kept in it, on
-            the CPU, and taken from it by later calls: exact, and half of their work. Give it to calls with the same base and
-            starting point alone.
         directions: Which of the two divergences to measure, `forward` from the base and `reverse`; the other is NaN. With none
             the base makes no pass.
+        passes_before (`list[Pass]`, *optional*): Those of the same `reference` over the same batches, from [`passes_of_base`],
+            where many models are measured from one base.
 
     Returns:
         `torch.Tensor` of shape `(rows, 4)`, float64: the three sums in nats, and the number of labelled tokens. The rows
@@ -146,23 +162,63 @@ def drift_of_rows(
 
     Source: Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259.
     """
+    before = _before(model, reference)
+    base, device = _base_and_device(model)
+
+    def of_batch(passed: Pass | None, labels: torch.Tensor, **inputs: torch.Tensor) -> list[torch.Tensor]:
+        labels = labels[:, 1:]
+        if passed is None and directions:
+            passed = _pass(base, labels, inputs, before)
+        return _loss_and_drift(base, labels, inputs, adapter, passed, directions)
+
+    rows: list[torch.Tensor] = []
+    passes: Iterable[Pass | None] = repeat(None) if passes_before is None else passes_before
+    with evaluating(model):
+        shown = tqdm(batches, desc=description or "Drift", leave=False)
+        for batch, passed in zip(shown, passes, strict=passes_before is not None):
+            batch, measure = _on(device, batch), functools.partial(of_batch, passed)
+            rows += measure(**batch) if wrapper is None else _ForwardRedirection()(wrapper, model, measure, **batch)
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def passes_of_base(
+    model: PeftModel | PreTrainedModel, batches: Iterable[dict], reference: _Context | None = None
+) -> list[Pass]:
+    """
+    What the model before its training computes for each batch, for [`drift_of_rows`] of many models beside it. Hidden states
+    are kept on the CPU: tokens with a label × their size.
+
+    Args:
+        model, batches, reference: As of [`drift_of_rows`].
+    """
+    before = _before(model, reference)
+    base, device = _base_and_device(model)
+    passes = []
+    with evaluating(model):
+        for batch in tqdm(batches, desc="Base", leave=False):
+            inputs = _on(device, batch)
+            found = _pass(base, inputs.pop("labels")[:, 1:], inputs, before)
+            passes.append(Pass([states.cpu() for states in found.hidden], found.weight, found.bias))
+    return passes
+
+
+def _before(model: Any, reference: _Context | None) -> _Context:
+    """The context in which the model computes as before its training. Raises `ValueError` where there is none."""
     for config in adapter_configs(model):
         check_measurable(config)
     if reference is None:
         _check_off_is_before(model)
-    before = reference or (lambda: without_adapter(model))
+    return reference or (lambda: without_adapter(model))
+
+
+def _base_and_device(model: Any) -> tuple[Any, torch.device]:
     base: Any = cast(PeftModel, model).get_base_model() if is_peft_model(model) else model
-    device = base.get_input_embeddings().weight.device
+    return base, base.get_input_embeddings().weight.device
 
-    def of_batch(labels: torch.Tensor, **inputs: torch.Tensor) -> list[torch.Tensor]:
-        return _loss_and_drift(base, labels[:, 1:], inputs, adapter, before, kept, directions)
 
-    rows: list[torch.Tensor] = []
-    with evaluating(model):
-        for batch in tqdm(batches, desc=description or "Drift", leave=False):
-            batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-            rows += of_batch(**batch) if wrapper is None else _ForwardRedirection()(wrapper, model, of_batch, **batch)
-    return torch.stack(rows)
+def _on(device: torch.device, batch: dict) -> dict:
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
 # Unlike PiSSA and others, whose adapter has at first what they take from the base.
@@ -207,30 +263,22 @@ def _loss_and_drift(
     labels: torch.Tensor,
     inputs: dict,
     adapter: _Context,
-    reference: _Context,
-    kept: dict | None,
+    before: Pass | None,
     directions: Sequence[str],
 ) -> list[torch.Tensor]:
     """For each row of one batch the sums of the loss and of both divergences, and its labelled tokens."""
-    hidden, *head = _pass(base, inputs, labels, adapter)
-    before, head_before = [states[:0] for states in hidden], head  # nothing to compare with
-    if directions:
-        before, *head_before = _pass(base, inputs, labels, reference, kept)
+    now = _pass(base, labels, inputs, adapter)
+    before = before or Pass([states[:0] for states in now.hidden], now.weight, now.bias)  # nothing to compare with
     rows = []
-    with whole_weights(*head, *head_before) as (weight, bias, weight_before, bias_before):
-        options: dict[str, Any] = dict(weight=weight, bias=bias)
+    with whole_weights(now.weight, now.bias, before.weight, before.bias) as (weight, bias, weight_before, bias_before):
+        options: dict[str, Any] = dict(weight=weight, bias=bias, kl_weight=0.0)
         options |= dict(teacher_weight=weight_before, teacher_bias=bias_before)
         options["transform"] = logit_transform(base.config.get_text_config())
-        for states, states_before, targets in zip(hidden, before, labels, strict=True):
-            targets = targets[targets != IGNORE_INDEX]
+        for states, states_before, targets in zip(now.hidden, before.hidden, labels, strict=True):
+            targets, states_before = targets[targets != IGNORE_INDEX], states_before.to(states.device)
             found = {
                 direction: fused_linear_cross_entropy_kl(
-                    states,
-                    states_before.to(states.device),
-                    labels=targets,
-                    kl_weight=0.0,
-                    direction=direction,
-                    **options,
+                    states, states_before, labels=targets, direction=direction, **options
                 )
                 for direction in directions or ("forward",)
             }
@@ -243,33 +291,15 @@ def _loss_and_drift(
     return rows
 
 
-def _pass(
-    base: Any, inputs: dict, labels: torch.Tensor, context: _Context, kept: dict | None = None
-) -> tuple[list[torch.Tensor], Any, Any]:
-    """Hidden states of each row where it has a label, and weight and bias of the head that belongs to them."""
-    key = None if kept is None else _digest(inputs | {"labels": labels})
+def _pass(base: Any, labels: torch.Tensor, inputs: dict, context: _Context) -> Pass:
+    """Hidden states for the labels, and weight and bias of the head that belongs to them."""
     with context():
-        if kept is not None and key in kept:
-            rows = kept[key]
-        else:
-            hidden = base.base_model(**inputs).last_hidden_state[:, :-1]
-            rows = [states[targets != IGNORE_INDEX] for states, targets in zip(hidden, labels, strict=True)]
-            if kept is not None:
-                kept[key] = [states.cpu() for states in rows]
+        hidden = base.base_model(**inputs).last_hidden_state[:, :-1]
         head = base.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)
         if weight.requires_grad and context is not nullcontext:
             # A head that is trained, and that the context may take back: a copy stays.
             with whole_weights(weight, bias) as whole:
                 weight, bias = (None if tensor is None else tensor.clone() for tensor in whole)
-    return rows, weight, bias
-
-
-def _digest(batch: dict) -> str:
-    """Tells one batch from another."""
-    digest = hashlib.sha256()
-    for name, value in sorted(batch.items()):
-        digest.update(f"{name} {getattr(value, 'shape', value)}".encode())
-        if torch.is_tensor(value):
-            digest.update(value.contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    states = [row[targets != IGNORE_INDEX] for row, targets in zip(hidden, labels, strict=True)]
+    return Pass(states, weight, bias)

