@@ -1,6 +1,7 @@
 """A map of methods: many settings of each, measured at several scales, from runs that were trained elsewhere."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from datasets import Dataset
 from matplotlib.text import Text
 from peft import get_peft_model
 
+from trl_ema.cli import compare
 from trl_ema.comparison.figures import summarize_comparison
 from trl_ema.comparison.fronts import Fronts, Place
 from trl_ema.comparison.pictures import COLORS, _fronts, arm_colors
@@ -132,7 +134,7 @@ def write_measured(
 
 
 def test_runs_that_were_trained_elsewhere_are_measured_and_nothing_is_trained(runs, monkeypatch):
-    monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr("trl_ema.comparison.run._train", lambda *args, **kwargs: pytest.fail("trained"))
     root = Path(runs.output_dir)
     assert not (root / "ema-3").exists() and not list(root.rglob("config.yaml"))
     measured = sorted(str(path.parent.relative_to(root)) for path in root.rglob("text.json"))
@@ -198,6 +200,27 @@ def test_a_scale_that_is_missing_is_measured_alone(runs, tmp_path, monkeypatch):
     run_comparison(runs, arms=["sft-1"], evaluate_only=True)
     assert measured == [f"{name} text × 0.5" for name in ("domain", "general", "other", "texts")]
     assert json.loads(path.read_text()) == json.loads(whole)
+
+
+def test_the_command_measures_alone_and_takes_a_method_for_its_arms(runs, tmp_path, monkeypatch, capsys):
+    """Here the runs of one method, with no measured figures yet."""
+    folder = tmp_path / "out"
+    for arm in ("sft-1", "sft-0.5", "ema-1"):
+        shutil.copytree(runs.folder(arm, 0), folder / arm / "seed_0", ignore=shutil.ignore_patterns("evaluation"))
+    monkeypatch.setattr("trl_ema.comparison.run._train", lambda *args, **kwargs: pytest.fail("trained"))
+    plan = str(Path(runs.output_dir).parent / "plan.yaml")
+    compare(["--config", plan, "--output_dir", str(folder), "--evaluate_only", "--arms", "sft"])
+    assert f"Report: {folder}/report.html" in capsys.readouterr().out
+    summary = read_json(folder / "comparison.json")
+    assert [point["label"] for point in summary["points"]] == ["sft-1", "sft-0.5"]
+    assert summary["missing"] == [
+        "ema-1, seed 0: student not evaluated",
+        "ema-1, seed 0: teacher not evaluated",
+        "ema-3, seed 0: not trained (ema-3/seed_0)",
+        "dora, seed 0: not trained (dora/seed_0)",
+    ]
+    with pytest.raises(ValueError, match=r"no arms \['lora'\]; expected some of \['sft-1', .* 'dora', 'sft', 'ema'\]"):
+        compare(["--config", plan, "--output_dir", str(folder), "--evaluate_only", "--arms", "lora"])
 
 
 def test_a_report_is_of_what_there_is(runs, tmp_path):
