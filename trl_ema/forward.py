@@ -296,7 +296,7 @@ def _teach(model: Any, divergences: list[Divergence], args: tuple, inputs: dict)
         places = None  # where each token is in what the teacher sees
         taught_inputs = inputs
         if seen:
-            chosen = _numbers((n for i in numbers for n in divergences[i].sequences or ()), seen[0][0].device)
+            chosen = _numbers((n for i in numbers for n in _sequences(divergences[i])), seen[0][0].device)
             tokens = functools.reduce(torch.logical_or, [mask for mask, _ in seen])
             taught_inputs = _of_sequences(chosen, tokens, sum(number for _, number in seen), inputs)
             places = tokens.flatten().cumsum(0) - 1
@@ -341,7 +341,11 @@ def _are_apart(one: Divergence, others: list[Divergence]) -> bool:
     """Whether no sequence of the one is among those of the others."""
     if one.sequences is None or any(other.sequences is None for other in others):
         return False
-    return set(one.sequences).isdisjoint(n for other in others for n in other.sequences or ())
+    return set(_sequences(one)).isdisjoint(n for other in others for n in _sequences(other))
+
+
+def _sequences(divergence: Divergence) -> list[int]:
+    return [] if divergence.sequences is None else [int(number) for number in divergence.sequences]
 
 
 def _teacher_inputs(inputs: dict) -> dict:
