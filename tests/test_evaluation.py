@@ -819,7 +819,7 @@ def test_figures_of_other_rows_are_not_reused(tmp_path, tokenizer):
         found.append(json.loads((tmp_path / "text.json").read_text()))
     assert found[0]["domain"]["loss"] != found[1]["domain"]["loss"]
     for text in found:
-        losses, tokens = zip(*text["domain"]["rows"], strict=True)
+        losses, tokens, _ = zip(*text["domain"]["rows"], strict=True)
         assert sum(losses) / sum(tokens) == pytest.approx(text["domain"]["loss"])
 
 

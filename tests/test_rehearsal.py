@@ -313,6 +313,29 @@ def test_a_resumed_run_takes_the_texts_that_come_next_bit_for_bit(rehearsing, tm
     assert of(resumed).taken == of(whole).taken
 
 
+def test_a_refused_resume_writes_no_texts_and_leaves_those_beside_the_run(rehearsing, tmp_path, monkeypatch):
+    rehearsing(save_strategy="steps", save_steps=2).train()
+    monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path / "another"))
+    kept = (tmp_path / "out" / FILE).read_bytes()
+    trainer = rehearsing(rehearsal_num_texts=12)
+    monkeypatch.setattr(
+        "trl_ema.regularizers.own_texts.write_texts", lambda *_, **__: pytest.fail("texts were written")
+    )
+    with pytest.raises(ValueError, match="other rehearsed texts than those of this run"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert (tmp_path / "out" / FILE).read_bytes() == kept
+
+
+def test_the_weight_holds_no_number_that_fsdp2_would_round(rehearsing):
+    trainer = rehearsing(max_steps=1)
+    trainer.train()
+    rehearsal = of(trainer)
+    batch = {name: torch.ones(2, 5, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
+    rehearsal.before_step([batch], 0, torch.device("cpu"), None)
+    (term,) = rehearsal.add_rows(batch, 0, torch.tensor(8))[1]
+    assert type(term.weight) is float and term.times.dtype == torch.int64 and int(term.times) == 8
+
+
 def test_other_texts_than_those_of_the_checkpoint_are_refused(rehearsing, tmp_path):
     rehearsing(save_strategy="steps", save_steps=2).train()
     other = tmp_path / "other.safetensors"

@@ -7,6 +7,7 @@ DeepSpeed, autocast) and TRL's `compute_loss` calls it without knowing.
 import contextlib
 import functools
 import itertools
+import math
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -39,18 +40,20 @@ class Divergence:
     Args:
         teacher ([`Teacher`], *optional*): Gives the context of its pass. Terms of one teacher, or of several that are the base
             (`is_base`), over sequences that differ, share a pass.
-        weight (`float` or `torch.Tensor`): λ. The loss is divided by the number of labelled tokens, as the cross-entropy is. As a
-            0-dim tensor on the device it is read, of a term with `sequences`, where the host waits in any case.
+        weight (`float`): λ. The loss is divided by the number of labelled tokens, as the cross-entropy is.
         tokens (`str`): Which predictions, see [`divergence_mask`].
         sequences (`list[int]`, *optional*): Numbers of [`sequence_numbers`], those that the teacher sees; all by default.
         options: `direction`, `mixture` and `temperature` of [`fused_linear_cross_entropy_kl`].
+        times (`torch.Tensor`, *optional*): λ is multiplied by it: a whole number on the device, which the host reads, of a term with
+            `sequences`, where it waits in any case. FSDP2 casts whatever is not whole to its own precision on the way in.
     """
 
     teacher: Teacher | None
-    weight: float | torch.Tensor
+    weight: float
     tokens: str = "loss"
     sequences: list[int] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    times: torch.Tensor | None = None
 
 
 # Beside it there is the cross-entropy alone.
@@ -183,17 +186,17 @@ def _choose_tokens(divergence: Divergence, inputs: dict) -> _Tokens:
     if divergence.sequences is None and divergence.tokens == "prompt":  # none of which has a label
         number, num_others = torch.stack([mask.sum(), labelled.sum()]).tolist()
         positions = torch.cat([_positions(mask, number), _positions(labelled, num_others)])
-        return _Tokens(positions, number, float(weight))
+        return _Tokens(positions, number, weight)
     if divergence.sequences is None:
         positions = mask.flatten().nonzero().squeeze(1)
-        return _Tokens(positions, len(positions), float(weight))
+        return _Tokens(positions, len(positions), weight)
     chosen = _tokens_of(_numbers(divergence.sequences, mask.device), inputs)
     mask &= whole(chosen[:, 1:])
     others = labelled & ~mask
-    asked = [mask.sum(), others.sum(), chosen.sum(), *([weight] if torch.is_tensor(weight) else [])]
-    number, num_others, num_seen, *weights = torch.stack([one.to(mask.device, torch.float64) for one in asked]).tolist()
-    student = torch.cat([_positions(mask, int(number)), _positions(others, int(num_others))])
-    return _Tokens(student, int(number), weights[0] if weights else float(weight), (chosen, int(num_seen)))
+    asked = [mask.sum(), others.sum(), chosen.sum(), *([] if divergence.times is None else [divergence.times])]
+    number, num_others, num_seen, *times = torch.stack([one.to(mask.device) for one in asked]).tolist()
+    student = torch.cat([_positions(mask, number), _positions(others, num_others)])
+    return _Tokens(student, number, math.prod([weight, *times]), (chosen, num_seen))
 
 
 def _numbers(sequences: Iterable[int], device: torch.device) -> torch.Tensor:

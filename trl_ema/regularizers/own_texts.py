@@ -72,19 +72,20 @@ class OwnTexts:
         return texts_path(self.fingerprint, self.sampling)
 
     def get(self, trainer: Any) -> Texts:
-        """The texts, which the model writes now where none are at hand; they are kept beside the run. Called on all ranks."""
+        """The texts, which the model writes now where none are at hand. Called on all ranks."""
         # Another job may have finished the same ones after some of the ranks had looked: all go the same way.
         missing = torch.tensor(self.at_hand is None, device=self.args.device)
         if trainer.accelerator.gather(missing).any() or self.at_hand is None:
             self.at_hand = self._write(trainer)
         assert self.at_hand is not None
-        beside = os.path.join(str(self.args.output_dir), FILE)
-        if trainer.is_world_process_zero() and self._differs_from(beside):
-            save_texts(self.at_hand, beside)
         return self.at_hand
 
-    def _differs_from(self, beside: str) -> bool:
-        return not os.path.isfile(beside) or load_texts(beside) != self.at_hand
+    def keep_beside(self, trainer: Any) -> None:
+        """The texts of [`get`] lie beside the run from now on, in the place of others."""
+        beside = os.path.join(str(self.args.output_dir), FILE)
+        if trainer.is_world_process_zero() and (not os.path.isfile(beside) or load_texts(beside) != self.at_hand):
+            assert self.at_hand is not None
+            save_texts(self.at_hand, beside)
 
     def _write(self, trainer: Any) -> Texts:
         accelerator, path = trainer.accelerator, self._cached

@@ -197,6 +197,7 @@ class EWC(WeightPenalty):
                 "Begin the run on one process or under DDP, with `save_steps=1`, stop after the first checkpoint, and resume it here."
             )
         texts = self.own.get(trainer)
+        self.own.keep_beside(trainer)
         labels = drawn_labels(texts)[: self.num_texts]
         ranks, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
         mine = list(zip(texts.ids, labels, strict=False))[rank::ranks]

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -120,10 +121,13 @@ class Rehearsal(Regularizer):
         self.pad = self.tokenizer.pad_token_id
         if self.own is not None:
             self.use(self.own.get(trainer))
+        if state is not None:
+            self.check_state(state)
+        if self.own is not None:
+            self.own.keep_beside(trainer)
         self._start_anew()
         self._control = trainer.control
         if state is not None:
-            self.check_state(state)
             self._go_on(state)
 
     def _go_on(self, state: dict) -> None:
@@ -139,7 +143,10 @@ class Rehearsal(Regularizer):
             self.weight.load(state["weight"])
 
     def check_state(self, state: dict[str, Any]) -> None:
-        if self.texts is not None and state["texts"] != self.digest:
+        # Texts that are still to be written are told by what decides them.
+        asked = None if self.own is None else asdict(self.own.sampling)
+        other = self.texts is None and state.get("sampling", asked) != asked
+        if other or (self.texts is not None and state["texts"] != self.digest):
             mend = f"Give its own with `rehearsal_texts`; they lie beside the run, as {FILE}."
             if self.own is None:
                 mend = (
@@ -179,13 +186,15 @@ class Rehearsal(Regularizer):
         # TRL divides by the labelled tokens.
         num_labels = divergence_mask("loss", **inputs).sum() if num_items is None else num_items
         predicted = _num_predicted(texts) if num_items is None else self._predicted
-        # Not read here, where the host would wait for it.
-        factor = torch.as_tensor(num_labels, dtype=torch.float64).clamp(min=1) / predicted
+        times = torch.as_tensor(num_labels, dtype=torch.int64).clamp(
+            min=1
+        )  # not read here, where the host would wait for it
         self._micro_batch += 1
         packed = "attention_mask" not in inputs
         batch = _with_documents(inputs, texts) if packed else _with_rows(inputs, texts, self.pad)
         teacher = self.start if self.args.rehearsal_loss == "kl" else None
-        return batch, [Divergence(teacher, weight * factor, "all", list(range(own, own + len(texts))))]
+        chosen = list(range(own, own + len(texts)))
+        return batch, [Divergence(teacher, weight / predicted, "all", chosen, times=times)]
 
     @property
     def watches_drift(self) -> bool:
@@ -220,7 +229,7 @@ class Rehearsal(Regularizer):
     def state(self) -> dict[str, Any]:
         return {
             "taken": self.taken, "weight": self.weight.state(), "texts": self.digest, "smoothed": self.smoothed.state(),
-            "options": _options(self.args),
+            "options": _options(self.args), "sampling": None if self.texts is None else self.texts.about.get("sampling"),
         }  # fmt: skip
 
 
