@@ -486,6 +486,16 @@ def test_training_saves_and_stops_where_the_smoothed_divergence_is_above_its_lim
     assert resumed.state.global_step == 7
 
 
+def test_what_stops_above_max_drift_is_saved_also_where_the_best_alone_is(rehearsing, tmp_path):
+    trainer = rehearsing(
+        max_steps=8, max_drift=1e-9, save_strategy="best", metric_for_best_model="loss", greater_is_better=True,
+        eval_strategy="steps", eval_steps=1, eval_dataset=rows(4),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step < 8
+    assert (tmp_path / "out" / f"checkpoint-{trainer.state.global_step}").is_dir()
+
+
 def test_replayed_texts_watch_no_drift(rehearsing):
     with pytest.raises(ValueError, match="`max_drift=0.1`, but nothing measures the drift during training"):
         rehearsing(rehearsal_loss="ce", max_drift=0.1).train()

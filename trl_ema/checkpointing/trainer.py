@@ -142,9 +142,10 @@ class CheckpointingTrainer(SavingTrainer):
             # An evaluation may take longer than whoever sent the signal waits: what is saved now is replaced after it.
             self._save_checkpoint(model, trial)
             self._saved_step = None
+        stops = bool(self.stopped_by) or (self.control.should_save and self.control.should_training_stop)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         # `save_strategy="best"` decides anew, after an evaluation, whether to save.
-        if self.stopped_by and self._saved_step != self.state.global_step:
+        if stops and self._saved_step != self.state.global_step:
             self._save_checkpoint(model, trial)
 
     def _finalize_training(self, *args, **kwargs):
