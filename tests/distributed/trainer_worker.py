@@ -37,14 +37,14 @@ from trl_ema.texts import Sampling, drawn_labels, load_texts, write_texts
 
 DECAY, KL_WEIGHT = 0.7, 0.8
 CASES = {
+    # More texts than are written, so that some come again, and a weight that each step moves.
+    "rehearsal with a budget": dict(
+        rehearsal_weight=2.0, drift_budget=0.01, gradient_accumulation_steps=2, data=11, num_train_epochs=2, max_steps=-1
+    ),
     "uneven last batches and accumulation": dict(data=11, gradient_accumulation_steps=2, num_train_epochs=2, max_steps=-1),
     "tokens counted on each rank": dict(average_tokens_across_devices=False, gradient_accumulation_steps=2),
     "a rank without a label": dict(
         data="masked", dataset_kwargs={"skip_prepare_dataset": True}, train_sampling_strategy="sequential"
-    ),
-    # More texts than are written, so that some come again, and a weight that each step moves.
-    "rehearsal with a budget": dict(
-        rehearsal_weight=2.0, drift_budget=0.01, gradient_accumulation_steps=2, data=11, num_train_epochs=2, max_steps=-1
     ),
     "rehearsal counted on each rank": dict(
         rehearsal_weight=2.0, average_tokens_across_devices=False, gradient_accumulation_steps=2
