@@ -1,6 +1,7 @@
 """Penalties on the trained weights, against plain float64 arithmetic; the Fisher information, against gradients text by text."""
 
 import itertools
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load, load_file, save_file
 from trl import SFTTrainer
 
 from trl_ema.adapters.names import trained_names
+from trl_ema.fingerprint import model_fingerprint
 from trl_ema.regularizers.own_texts import FILE
 from trl_ema.regularizers.penalties import EWC, L2SP, L1Penalty, squared_scores
 from trl_ema.regularizers.rehearsal import Rehearsal
@@ -292,7 +294,12 @@ def test_its_texts_are_those_of_the_rehearsal_written_once(held, tmp_path, monke
         "trl_ema.texts._write_parts",
         lambda *args, _real=real.__globals__["_write_parts"]: written.append(1) or _real(*args),
     )
+    read = []
+    monkeypatch.setattr(
+        "trl_ema.regularizers.own_texts.model_fingerprint", lambda *args: read.append(1) or model_fingerprint(*args)
+    )
     trainer = held(ewc_weight=1.0, rehearsal_weight=1.0)
+    assert len(read) == 1  # a pass over all weights
     trainer.train()
     rehearsal, ewc = sorted(trainer.regularizers, key=lambda one: isinstance(one, EWC))
     assert isinstance(rehearsal, Rehearsal) and rehearsal.texts.ids == ewc.own.at_hand.ids
@@ -322,6 +329,16 @@ def test_a_resumed_run_does_not_measure_it_again_and_ends_the_same_bit_for_bit(h
         )
         assert one.bytes_to_save() == size
         assert all(torch.equal(kept, other.tensors()[name]) for name, kept in one.tensors().items())
+
+
+def test_what_a_resumed_run_needs_is_in_checkpoints_and_not_beside_the_final_adapter(held, tmp_path):
+    trainer = held(save_strategy="steps", save_steps=2, **ALL)
+    trainer.train()
+    trainer.save_model()
+    files = {f"{regularizer.name}.safetensors" for regularizer in trainer.regularizers}
+    assert len(files) == 3 and files <= {*os.listdir(tmp_path / "out" / "checkpoint-2")}
+    final = {*os.listdir(tmp_path / "out")}
+    assert "adapter_model.safetensors" in final and not files & final
 
 
 def test_training_once_more_keeps_start_and_fisher_information(held):
