@@ -21,13 +21,13 @@ OWN_FIELDS = [f for f in fields(MeanTeacherConfig) if f.name in MeanTeacherConfi
 CHANGED = dict(
     teacher="ema", ema_decay=0.99, ema_warmup=True, ema_update_steps=2, teacher_anchor=0.5, kl_weight=0.25,
     kl_warmup_ratio=0.1, kl_direction="jsd", jsd_mixture=0.25, kl_temperature=2.0, kl_tokens="all", eval_teacher=True,
-    stop_on_nonfinite_loss=False, kl_fraction=0.5, rehearsal_weight=2.0, rehearsal_fraction=0.25, rehearsal_texts="texts",
+    stop_on_nonfinite_loss=False, kl_fraction=0.5, rehearsal_weight=2.0, rehearsal_fraction=0.25,
     rehearsal_num_texts=64, rehearsal_num_tokens=32, rehearsal_start="<s>",
     rehearsal_chat=False, drift_budget=0.05, max_drift=0.5,
     entropy_weighting=True, l1_weight=1e-5, l2_weight=0.01, ewc_weight=3.0, ewc_num_texts=32,
 )  # fmt: skip
 # Those exclude others of them.
-APART = {"ema_half_life", "rehearsal_dataset", "rehearsal_loss"}
+APART = {"ema_half_life", "rehearsal_texts", "rehearsal_dataset", "rehearsal_loss"}
 UNCHANGED = {f.name: f.default for f in OWN_FIELDS if f.name in APART}
 
 
@@ -242,6 +242,15 @@ def test_what_is_no_number_is_refused(make_config, name, value):
         (dict(kl_direction="reverse", jsd_mixture=0.1), ["jsd_mixture"]),
         (dict(rehearsal_num_texts=64, ewc_num_texts=32), ["rehearsal_num_texts", "ewc_num_texts"]),
         (dict(ewc_weight=1.0, rehearsal_num_texts=64, rehearsal_fraction=0.5), ["rehearsal_fraction"]),
+        *(
+            (
+                weight
+                | dict(rehearsal_texts="texts", rehearsal_num_texts=64, rehearsal_num_tokens=32)
+                | dict(rehearsal_start="<s>", rehearsal_chat=True),
+                ["rehearsal_num_texts", "rehearsal_num_tokens", "rehearsal_start", "rehearsal_chat"],
+            )
+            for weight in (dict(ewc_weight=1.0), dict(rehearsal_weight=1.0))
+        ),
     ],
 )
 def test_ignored_settings_are_named_in_one_warning_at_the_callers_line(tmp_path, changes, ignored):
@@ -259,7 +268,9 @@ def test_ignored_settings_are_named_in_one_warning_at_the_callers_line(tmp_path,
         dict(teacher="frozen", kl_weight=0.5),
         dict(teacher="none"),
         dict(kl_direction="jsd", jsd_mixture=0.1),
-        dict(ewc_weight=1.0, ewc_num_texts=32, rehearsal_num_texts=64, rehearsal_start="<s>", rehearsal_texts="texts"),
+        dict(ewc_weight=1.0, ewc_num_texts=32, rehearsal_num_texts=64, rehearsal_start="<s>"),
+        dict(ewc_weight=1.0, rehearsal_texts="texts"),
+        dict(rehearsal_weight=1.0, rehearsal_texts="texts"),
     ],
 )
 def test_used_settings_give_no_warning(make_config, changes):

@@ -1,5 +1,9 @@
 """Penalties on the trained weights, against plain float64 arithmetic; the Fisher information, against gradients text by text."""
 
+import itertools
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import adapter_weights, logged, lora, make_tokenizer, tiny_model
@@ -8,10 +12,11 @@ from safetensors.torch import load, load_file, save_file
 from trl import SFTTrainer
 
 from trl_ema.adapters.names import trained_names
+from trl_ema.fingerprint import model_fingerprint
 from trl_ema.regularizers.own_texts import FILE
 from trl_ema.regularizers.penalties import EWC, L2SP, L1Penalty, squared_scores
 from trl_ema.regularizers.rehearsal import Rehearsal
-from trl_ema.texts import Sampling, Texts, drawn_labels, load_texts, write_texts
+from trl_ema.texts import Sampling, Texts, _write_chats, drawn_labels, load_texts, write_texts
 
 
 TEXTS = dict(rehearsal_num_texts=10, rehearsal_num_tokens=24)
@@ -159,10 +164,72 @@ def test_scores_are_the_gradients_of_single_texts(kind, tmp_path):
     assert [module.training for module in model.modules()] == modes
 
 
+CHAT = {"header": [4, 9], "tail": [2, 5], "ends": [2], "sampling": {"num_tokens": 8}}  # prompts of two tokens at most
+
+
 def test_what_the_model_was_given_is_no_label():
-    about = {"header": [4, 9], "tail": [2, 5]}
-    texts = Texts([[1, 7, 2, 8], [4, 9, 4, 9, 2, 5, 11, 2]], ["raw", "chat"], about)
+    texts = Texts([[1, 7, 2, 8], [4, 9, 4, 9, 2, 5, 11, 2]], ["raw", "chat"], CHAT)
     assert drawn_labels(texts) == [[-100, 7, 2, 8], [-100, -100, 4, 9, -100, -100, 11, 2]]
+
+
+@pytest.mark.parametrize("changes", [{}, {"ends": [3]}], ids=["a token that ends turns", "plain text"])
+def test_the_end_of_a_prompt_is_a_label_where_the_model_drew_it(changes):
+    texts = Texts([[4, 9, 8, 2, 5, 11, 2], [4, 9, 2, 5, 11]], ["chat"] * 2, CHAT | changes)
+    assert drawn_labels(texts) == [[-100, -100, 8, 2, -100, 11, 2], [-100, -100, 2, -100, 11]]
+
+
+def test_an_end_that_the_template_writes_otherwise_leaves_prompts_without_labels():
+    texts = Texts([[4, 9, 8, 5, 2, 11, 2], [4, 9, 8, 8, 5, 2, 11]], ["chat"] * 2, CHAT | {"tail": [5, 2]})
+    assert drawn_labels(texts) == [[-100] * 5 + [11, 2], [-100] * 6 + [11]]
+
+
+class _Unconditional(torch.nn.Module):
+    """p(token) = softmax(θ), whatever came before: F of θᵢ is pᵢ·(1 − pᵢ) for each token that is drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.tensor([0.3, -0.4, 0.1], dtype=torch.float64))
+        self.embeddings = torch.nn.Embedding(1, 1)
+
+    def get_input_embeddings(self):
+        return self.embeddings
+
+    def forward(self, input_ids, use_cache):
+        return SimpleNamespace(logits=self.theta.expand(*input_ids.shape, -1))
+
+
+def _all_chats(about):
+    """Each that can be written, of tokens 0 (which ends a turn), 1 and 2, with its probability as the tokens drawn."""
+
+    def until_end(most):
+        words = [list(w) for n in range(most + 1) for w in itertools.product((1, 2), repeat=n)]
+        return [word if len(word) == most else [*word, 0] for word in words]
+
+    third, length = 2, about["sampling"]["num_tokens"]
+    for prompt in until_end(third):
+        begun = len(about["header"]) + len(about["tail"]) + len([token for token in prompt if token])
+        for answer in until_end(length - begun):
+            drawn = iter((prompt, answer))
+            (ids,) = _write_chats(lambda *_, drawn=drawn: [next(drawn)], [0], about)
+            yield ids, prompt + answer
+
+
+@pytest.mark.parametrize("tail", [[0, 4], [4, 0]], ids=["ends at once", "writes something before"])
+def test_over_all_chats_it_is_the_fisher_information_of_a_draw(tail):
+    model, about = (
+        _Unconditional(),
+        {"header": [3], "tail": tail, "ends": [0], "sampling": {"num_tokens": 8, "seed": 0}},
+    )
+    p = model.theta.softmax(0).detach()
+    total, tokens, mass = torch.zeros(3, dtype=torch.float64), 0.0, 0.0
+    for ids, drawn in _all_chats(about):
+        (labels,) = drawn_labels(Texts([ids], ["chat"], about))
+        likely = p[drawn].prod()
+        mass += likely
+        total += likely * squared_scores(model, [model.theta], [(ids, labels)])[0]
+        tokens += likely * sum(label != -100 for label in labels)
+    assert mass == pytest.approx(1)
+    torch.testing.assert_close(total / tokens, p * (1 - p), rtol=1e-12, atol=0)
 
 
 def test_half_of_it_times_a_square_is_the_divergence_per_token():
@@ -227,7 +294,12 @@ def test_its_texts_are_those_of_the_rehearsal_written_once(held, tmp_path, monke
         "trl_ema.texts._write_parts",
         lambda *args, _real=real.__globals__["_write_parts"]: written.append(1) or _real(*args),
     )
+    read = []
+    monkeypatch.setattr(
+        "trl_ema.regularizers.own_texts.model_fingerprint", lambda *args: read.append(1) or model_fingerprint(*args)
+    )
     trainer = held(ewc_weight=1.0, rehearsal_weight=1.0)
+    assert len(read) == 1  # a pass over all weights
     trainer.train()
     rehearsal, ewc = sorted(trainer.regularizers, key=lambda one: isinstance(one, EWC))
     assert isinstance(rehearsal, Rehearsal) and rehearsal.texts.ids == ewc.own.at_hand.ids
@@ -257,6 +329,16 @@ def test_a_resumed_run_does_not_measure_it_again_and_ends_the_same_bit_for_bit(h
         )
         assert one.bytes_to_save() == size
         assert all(torch.equal(kept, other.tensors()[name]) for name, kept in one.tensors().items())
+
+
+def test_what_a_resumed_run_needs_is_in_checkpoints_and_not_beside_the_final_adapter(held, tmp_path):
+    trainer = held(save_strategy="steps", save_steps=2, **ALL)
+    trainer.train()
+    trainer.save_model()
+    files = {f"{regularizer.name}.safetensors" for regularizer in trainer.regularizers}
+    assert len(files) == 3 and files <= {*os.listdir(tmp_path / "out" / "checkpoint-2")}
+    final = {*os.listdir(tmp_path / "out")}
+    assert "adapter_model.safetensors" in final and not files & final
 
 
 def test_training_once_more_keeps_start_and_fisher_information(held):

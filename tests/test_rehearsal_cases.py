@@ -400,3 +400,12 @@ def test_texts_given_are_those_of_the_model_before_training(rehearsing, tmp_path
     trainer = rehearsing(rehearsal_texts=str(path), max_steps=6)
     check(trainer, least=0)
     assert of(trainer).texts == texts and TEXTS["rehearsal_num_texts"] != 7
+
+
+def test_another_seed_which_takes_the_texts_in_another_order_is_told(rehearsing, tmp_path, caplog):  # noqa: F811
+    rehearsing(save_strategy="steps", save_steps=2, seed=1).train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    for seed, told in ((1, False), (2, True)):
+        caplog.clear()
+        rehearsing(output_dir=str(tmp_path / "resumed"), seed=seed).train(resume_from_checkpoint=checkpoint)
+        assert ("The checkpoint was made with" in caplog.text) == told

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_ema.schedules import half_life_to_decay, sigmoid_ramp, warmed_up_decay
+from trl_ema.schedules import BudgetedWeight, half_life_to_decay, sigmoid_ramp, warmed_up_decay
 
 
 @given(half_life=st.floats(0.01, 2), total_steps=st.integers(10, 10_000))
@@ -27,3 +27,13 @@ def test_sigmoid_ramp_is_that_of_mean_teacher():
     assert sigmoid_ramp(0, 10) == pytest.approx(math.exp(-5))
     assert sigmoid_ramp(5, 10) == pytest.approx(math.exp(-1.25))
     assert sigmoid_ramp(10, 10) == sigmoid_ramp(99, 10) == sigmoid_ramp(0, 0) == 1.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_divergence_that_is_not_finite_leaves_a_budgeted_weight_as_it_is(value):
+    weight, other = BudgetedWeight(1.0, budget=0.05), BudgetedWeight(1.0, budget=0.05)
+    for divergence in (0.1, value, 0.2):
+        weight.observe(divergence)
+    for divergence in (0.1, 0.2):
+        other.observe(divergence)
+    assert weight.state() == other.state() and weight.value(3) > 1

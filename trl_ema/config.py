@@ -308,6 +308,9 @@ class MeanTeacherConfig(SFTConfig):
             ignored += [n for n in others if getattr(self, n) != default[n]]
         elif self.rehearsal_dataset is not None and not self.ewc_weight:  # nothing is written
             ignored += [n for n in ("rehearsal_start", "rehearsal_chat") if getattr(self, n) != default[n]]
+        if self.rehearsal_texts is not None and (self.rehearsal_weight or self.ewc_weight):  # they are as they are
+            others = [n for n in _OF_TEXTS if n != "rehearsal_texts"]
+            ignored += [n for n in others if getattr(self, n) != default[n]]
         if not self.ewc_weight and self.ewc_num_texts != default["ewc_num_texts"]:
             ignored.append("ewc_num_texts")
         if self.kl_direction != "jsd" and self.jsd_mixture != default["jsd_mixture"]:

@@ -139,7 +139,9 @@ class BudgetedWeight:
         return self.weight
 
     def observe(self, divergence: float) -> None:
-        """After an optimizer step: D over its whole batch, nats per token, the same on all ranks."""
+        """After an optimizer step: D over its whole batch, nats per token, the same on all ranks; what is not finite is left out."""
+        if not math.isfinite(divergence):  # it would stay in the mean for good
+            return
         smoothed = self.smoothed.add(divergence)
         change = min(max(self.rate * (smoothed / self.budget - 1), -_LARGEST_CHANGE), _LARGEST_CHANGE)
         weight = self.weight * math.exp(change)

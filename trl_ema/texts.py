@@ -282,20 +282,43 @@ def _around_prompt(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def drawn_labels(texts: Texts) -> list[list[int]]:
-    """The tokens of each text that the model has drawn; −100 for those it was given: a raw text's start, a chat's template."""
+    """
+    The tokens of each text that the model has drawn; −100 for those it was given: a raw text's start, a chat's template.
+
+    A prompt that is shorter than it may be was ended by a draw, which the template's own end stands for: that is a label, too.
+    Without it prompts would be chosen by a draw that does not count. Where the template writes something else before it ends the
+    turn, no token of the text is that draw, and no token of a prompt is a label: answers alone are.
+    """
     labels = []
     for ids, kind in zip(texts.ids, texts.kinds, strict=True):
         row = list(ids)
-        given = [range(1)]
-        if kind == "chat":
-            header, tail = texts.about["header"], texts.about["tail"]
-            # A prompt ends before any token that ends a turn, and the tail has one of them: it is not found too early.
-            begin = next(i for i in range(len(header), len(ids)) if ids[i : i + len(tail)] == tail)
-            given = [range(len(header)), range(begin, begin + len(tail))]
+        given = _given_in_chat(ids, texts.about) if kind == "chat" else [range(1)]
         for place in (place for part in given for place in part):
             row[place] = IGNORE_INDEX
         labels.append(row)
     return labels
+
+
+def _given_in_chat(ids: list[int], about: dict) -> list[range]:
+    """Places in a chat that carry no label, see [`drawn_labels`]."""
+    header, tail = about["header"], about["tail"]
+    # A prompt ends before any token that ends a turn, and the tail has one of them: it is not found too early.
+    begin = next(i for i in range(len(header), len(ids)) if ids[i : i + len(tail)] == tail)
+    if tail[0] not in _turn_ends(about):
+        return [range(begin + len(tail))]
+    ended = begin - len(header) < _prompt_tokens(about)
+    return [range(len(header)), range(begin + ended, begin + len(tail))]
+
+
+def _turn_ends(about: dict) -> set[int]:
+    """Tokens that end a prompt: a template that ends a turn with plain text ends it with the first token of that."""
+    ends = set(about["ends"])
+    return ends if ends & set(about["tail"]) else ends | {about["tail"][0]}
+
+
+def _prompt_tokens(about: dict) -> int:
+    """Of a chat, at most."""
+    return about["sampling"]["num_tokens"] // 3
 
 
 def _batches(sampling: Sampling, chats: bool, size: int) -> list[list[int]]:
@@ -341,11 +364,10 @@ def _write_raw(go_on: Continuation, numbers: list[int], about: dict) -> list[lis
 
 def _write_chats(go_on: Continuation, numbers: list[int], about: dict) -> list[list[int]]:
     sampling = about["sampling"]
-    length, third = sampling["num_tokens"], sampling["num_tokens"] // 3
+    length, third = sampling["num_tokens"], _prompt_tokens(about)
     uniforms = _uniforms(numbers, sampling["seed"], third + length)
     header, tail, ends = about["header"], about["tail"], set(about["ends"])
-    # A template that ends a turn with plain text ends the prompt with the first token of that.
-    turn_ends = ends if ends & set(tail) else ends | {tail[0]}
+    turn_ends = _turn_ends(about)
     headers = [header for _ in numbers]
     prompts = go_on(headers, uniforms[:, :third], turn_ends)
     # An end of the model's own counts, but is written as the template writes it.

@@ -46,6 +46,8 @@ class SavingTrainer(SFTTrainer):
         self.check_is_owner()
         folder, writes = output_dir or self.args.output_dir, self.args.should_save
         for regularizer in self.regularizers:  # before the student: that may push the folder to the hub
+            if regularizer.folder is None and self._staging is None:  # of use to a run that goes on alone
+                continue
             regularizer.save(folder, writes=writes, run_id=self.run_id, step=self.state.global_step)
             if writes and regularizer.folder is not None and self.processing_class is not None:
                 # For whoever loads its adapter alone: new tokens are known by it.

@@ -29,13 +29,15 @@ def make_regularizers(
     """
     if args.teacher != "none":
         yield TeacherDivergence(model, args)
+    written = args.rehearsal_weight and rehearsal_dataset is None and args.rehearsal_dataset is None
+    own = OwnTexts(model, args, tokenizer, start) if start is not None and (written or args.ewc_weight) else None
     if args.rehearsal_weight:
-        yield Rehearsal(model, args, tokenizer, start, rehearsal_dataset)
-    yield from _penalties(model, args, tokenizer, start)
+        yield Rehearsal(args, tokenizer, start, own, rehearsal_dataset)
+    yield from _penalties(model, args, start, own)
 
 
 def _penalties(
-    model: PeftModel, args: MeanTeacherConfig, tokenizer: Any, start: StartingPoint | None
+    model: PeftModel, args: MeanTeacherConfig, start: StartingPoint | None, own: OwnTexts | None
 ) -> Iterator[Regularizer]:
     if not (args.l1_weight or args.l2_weight or args.ewc_weight):
         return
@@ -48,5 +50,5 @@ def _penalties(
         yield L1Penalty(model, args.l1_weight)
     if args.l2_weight:
         yield L2SP(model, args.l2_weight)
-    if args.ewc_weight:
-        yield EWC(model, args.ewc_weight, OwnTexts(model, args, tokenizer, start), args.ewc_num_texts)
+    if own is not None and args.ewc_weight:
+        yield EWC(model, args.ewc_weight, own, args.ewc_num_texts)

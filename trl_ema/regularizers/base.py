@@ -87,7 +87,10 @@ class Regularizer:
         return {}
 
     def save(self, directory: str, *, writes: bool = True, **origin: Any) -> None:
-        """Write into `directory`, on the ranks that are told to; `origin` are run and step. Called on all ranks."""
+        """
+        Write into `directory`, on the ranks that are told to; `origin` are run and step. Called on all ranks, for a checkpoint, and
+        for a model alone where there is a `folder`.
+        """
 
     def check(self, directory: str, **origin: Any) -> None:
         """Raises `ValueError`, before anything is changed, if [`load`] could not read what [`save`] wrote with this `origin`."""

@@ -152,8 +152,9 @@ class EWC(WeightPenalty):
 
     over texts that the model has written itself: the labels are its own samples, so this is the Fisher information itself and not the
     "empirical" one of given labels. Scores of successive tokens do not correlate, so the square of a text's sum has the
-    expectation of the sum of their squares, for one backward pass a text. What the model did not draw (the template of a chat, the
-    start of a raw text) carries no score.
+    expectation of the sum of their squares, for one backward pass a text, as long as the draws that end a prompt or an answer are in
+    the sum: see [`drawn_labels`]. What the model did not draw (the template of a chat, the start of a raw text) carries no score.
+    Of several tokens that may end a prompt, the template's counts for whichever was drawn: where others are likely, this is not exact.
 
     Per token, ½ Σ F (θ − θ₀)² is KL(before ‖ student) in nats per token to second order, but for all that lies off the diagonal:
     `ewc_weight` and `rehearsal_weight` count alike.

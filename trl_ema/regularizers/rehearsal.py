@@ -39,10 +39,10 @@ class Rehearsal(Regularizer):
     any is taken again, in a seeded order that depends on nothing but how many were taken so far.
 
     Args:
-        model (`PeftModel`): Its adapter is about to be trained.
         args ([`MeanTeacherConfig`]): The options that begin with `rehearsal_`, and `drift_budget`.
         tokenizer (`PreTrainedTokenizerBase`): Of the model.
         start ([`StartingPoint`], *optional*): The model before training; only one with an adapter has it.
+        own ([`OwnTexts`], *optional*): Of the model; not needed with a dataset.
         dataset (`Dataset` or `IterableDataset`, *optional*): Rows to rehearse instead of self-written texts, see [`given_texts`].
 
     Raises:
@@ -56,7 +56,12 @@ class Rehearsal(Regularizer):
     name = "rehearsal"
 
     def __init__(
-        self, model: Any, args: MeanTeacherConfig, tokenizer: Any, start: StartingPoint | None, dataset: Any = None
+        self,
+        args: MeanTeacherConfig,
+        tokenizer: Any,
+        start: StartingPoint | None,
+        own: OwnTexts | None,
+        dataset: Any = None,
     ):
         given = args.rehearsal_dataset if dataset is None else dataset
         if start is None and (given is None or args.rehearsal_loss == "kl"):
@@ -76,8 +81,8 @@ class Rehearsal(Regularizer):
         if given is not None:
             self.use(given_texts(given, args, tokenizer))
             return
-        assert start is not None
-        self.own = OwnTexts(model, args, tokenizer, start)
+        assert own is not None
+        self.own = own
         if self.own.at_hand is not None:
             self.use(self.own.at_hand)
         else:
@@ -134,10 +139,11 @@ class Rehearsal(Regularizer):
         self.taken = state["taken"]
         self.smoothed.load(state.get("smoothed", self.smoothed.state()))
         options = _options(self.args)
-        if state.get("options", options) != options:
+        saved = options | state.get("options", {})
+        if saved != options:
             logger.warning(
                 "The checkpoint was made with %s, this run goes on with %s. Resume with the options it was started with to end as "
-                "it would have ended.", state["options"], options,
+                "it would have ended.", saved, options,
             )  # fmt: skip
         if state["weight"].keys() == self.weight.state().keys():  # else with or without a budget that was not there
             self.weight.load(state["weight"])
@@ -247,7 +253,13 @@ def _num_predicted(texts: list[list[int]]) -> int:
 
 def _options(args: MeanTeacherConfig) -> dict[str, Any]:
     """What a resumed run should have as the first one had it."""
-    names = ("rehearsal_weight", "rehearsal_fraction", "rehearsal_loss", "drift_budget")
+    names = (
+        "rehearsal_weight",
+        "rehearsal_fraction",
+        "rehearsal_loss",
+        "drift_budget",
+        "seed",
+    )  # which orders the texts
     return {name: getattr(args, name) for name in names}
 
 
