@@ -56,6 +56,7 @@ CALLED = {
     "peft.tuners.tuners_utils.BaseTuner.unload": "",
     "peft.tuners.tuners_utils.BaseTunerLayer._get_available_adapters": "",
     "peft.utils.load_peft_weights": "model_id device",
+    "peft.utils.other.get_pattern_key": "pattern_keys key_to_match",
     "peft.utils.set_peft_model_state_dict": "model peft_model_state_dict adapter_name",
     "torch._foreach_copy_": None,
     "torch._foreach_lerp_": None,
