@@ -53,6 +53,7 @@ CALLED = {
     "peft.PeftModel.set_requires_grad": "adapter_names requires_grad",
     "peft.get_peft_model_state_dict": "model state_dict adapter_name | save_embedding_layers",
     "peft.helpers.rescale_adapter_scale": "model multiplier",
+    "peft.tuners.lora.Linear.get_delta_weight": "adapter",
     "peft.tuners.tuners_utils.BaseTuner.unload": "",
     "peft.tuners.tuners_utils.BaseTunerLayer._get_available_adapters": "",
     "peft.utils.load_peft_weights": "model_id device",

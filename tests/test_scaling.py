@@ -282,6 +282,25 @@ def test_an_adapter_that_computes_something_else_is_not_written(base, run, tmp_p
     assert "scaled" not in dial.model.peft_config
 
 
+@pytest.mark.parametrize("mixture", [0.0, 0.5])
+def test_an_adapter_that_is_off_by_a_tenth_is_not_written(base, run, tmp_path, monkeypatch, mixture):
+    dial = make_dial(base, run, tmp_path, torch.float32)
+    point = dial.measure(mixture, 0.25)
+    right = dial.adapter
+    monkeypatch.setattr(dial, "adapter", lambda mixture, scale: right(mixture, 1.1 * scale))
+    with pytest.raises(RuntimeError, match="its updates are off by up to 0.0909 of their norm"):
+        dial.write(point, str(tmp_path), qwen2_tokenizer())
+    assert (
+        dial._apart(lambda: dial.at(mixture, 0.275), mixture, 0.25) > point["drift"] / 1000
+    )  # the outputs tell it too
+
+
+@pytest.mark.parametrize("mixture", [0.0, 0.3])
+def test_in_half_precision_the_written_adapter_is_as_near_as_rounding(base, run, tmp_path, mixture):
+    dial = make_dial(base, run, tmp_path, torch.bfloat16)
+    assert dial.write(dial.measure(mixture, 0.5), str(tmp_path), qwen2_tokenizer()) < 0.1
+
+
 def test_the_picture_shows_budget_and_suggestion_where_there_are_any(tmp_path):
     dial = Parabola(tmp_path / "scale.json")
     dial.trace([0.0, 1.0], [0.5, 1.0], 0.05)
