@@ -264,6 +264,22 @@ def test_each_option_of_an_adapter_is_averaged_and_saved(name, tmp_path):
     teacher.check(tmp_path / "ours")
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], r".*(q_proj|lm_head)"])
+@pytest.mark.parametrize("given", ["config", "model"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"teacher": "ema"}, {}, {"rehearsal_weight": 1.0, "rehearsal_num_tokens": 16}, {"entropy_weighting": True}, {"l1_weight": 1e-3}, {"l2_weight": 1.0}],
+)  # fmt: skip
+def test_an_adapter_on_the_head_is_refused_before_tokenization(make_trainer, monkeypatch, targets, given, changes):
+    monkeypatch.setattr(SFTTrainer, "_prepare_dataset", lambda *_, **__: pytest.fail("tokenized before"))
+    adapter = lora(target_modules=targets)
+    options = dict(peft_config=adapter)
+    if given == "model":
+        options = dict(peft_config=None, model=get_peft_model(tiny_model(), adapter))
+    with pytest.raises(ValueError, match="has an adapter on `lm_head`.*Leave it out, or train the whole head"):
+        make_trainer(**options, **({"teacher": "none"} | changes))
+
+
 def test_tied_adapters_of_embeddings_are_refused_before_tokenization(make_trainer, monkeypatch):
     monkeypatch.setattr(SFTTrainer, "_prepare_dataset", lambda *_, **__: pytest.fail("tokenized before"))
     peft_config = lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)

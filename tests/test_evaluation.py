@@ -29,7 +29,7 @@ from trl_ema.adapters.starting_point import StartingPoint
 from trl_ema.adapters.switching import without_adapter
 from trl_ema.evaluation import tasks
 from trl_ema.evaluation.answers import paired_scores, summarize
-from trl_ema.evaluation.drift import measure_drift, tokenized_batches
+from trl_ema.evaluation.drift import check_measurable, measure_drift, passes_of_base, tokenized_batches
 from trl_ema.evaluation.generation import generate_answers, generation_metrics
 from trl_ema.evaluation.models import (
     adapter_base,
@@ -1091,6 +1091,38 @@ def test_a_prompt_has_no_drift_to_measure(make_trainer, tokenizer):
     prompt = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="Loss and drift of PROMPT_TUNING are not measured.*Benchmark tasks are"):
         measure_drift(get_peft_model(tiny_model(), prompt), tokenized_batches(rows(2), tokenizer))
+
+
+ON_HEAD = {
+    "by name": (dict(target_modules=["q_proj", "lm_head"]), {}),
+    "by pattern": (dict(target_modules=r".*(q_proj|lm_head)"), {}),
+    "by its parameter": (dict(target_modules=["q_proj"], target_parameters=["lm_head.weight"]), {}),
+    "by the embeddings": (dict(target_modules=["embed_tokens"], ensure_weight_tying=True), dict(tie_word_embeddings=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_HEAD)
+def test_an_adapter_on_the_head_has_no_drift_to_measure(tokenizer, tmp_path, name):
+    adapter, changes = ON_HEAD[name]
+    model = get_peft_model(tiny_model(**changes), lora(init_lora_weights=False, **adapter))
+    batches = tokenized_batches(rows(2), tokenizer)
+    for measure in (measure_drift, passes_of_base):
+        with pytest.raises(ValueError, match="of an adapter on the LM head are not measured.*`modules_to_save="):
+            measure(model, batches)
+    suite = Suite(retention_tasks={"arc_easy": TaskSettings(sample=1)}, generation_tokens=0)
+    with pytest.raises(ValueError, match="of an adapter on the LM head"):  # before the tasks
+        evaluate_model(
+            model, tokenizer, suite, str(tmp_path), model_id="m", manager=None, domain=rows(2), general=rows(2)
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_on_the_head_is_refused_by_its_configuration():
+    for targets in (["lm_head"], ["model.lm_head", "q_proj"], r".*(q_proj|lm_head)"):
+        with pytest.raises(ValueError, match="on the LM head"):
+            check_measurable(lora(target_modules=targets))
+    for targets in ("all-linear", ["q_proj"], r".*q_proj", None):
+        check_measurable(lora(target_modules=targets))
 
 
 @pytest.mark.parametrize("init", [False, "pissa"])

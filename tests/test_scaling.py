@@ -147,6 +147,21 @@ def test_a_point_and_the_adapter_written_for_it_compute_as_dense_weights(base, t
     assert scalings == [dict(layer.scaling) for layer in tuner_layers(dial.model)]
 
 
+def test_a_mixture_of_adapters_with_other_alphas_in_single_layers_is_exact(base, tmp_path):
+    run = write_run(tmp_path / "run", base, **KINDS["patterns"])
+    path = run / "teacher" / "adapter_config.json"
+    write_json(
+        path, read_json(path) | {"lora_alpha": 7, "alpha_pattern": {"layers.1.self_attn.q_proj": 2, "q_proj": 9}}
+    )
+    dial, ids = make_dial(base, run, tmp_path), batches(0)[0]["input_ids"]
+    expected = dense(base, run, 0.4, 0.9)(ids).logits
+    with dial.at(0.4, 0.9):
+        torch.testing.assert_close(dial.model(ids).logits, expected, rtol=0, atol=1e-11)
+    assert dial.write({"mixture": 0.4, "scale": 0.9, "drift": 0.0}, str(tmp_path), qwen2_tokenizer()) < 1e-9
+    loaded = PeftModel.from_pretrained(load_base(str(base), dtype=torch.float64)[0], tmp_path).eval()
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-5)
+
+
 def test_loss_and_drift_of_a_point_are_those_of_dense_weights(base, run, tmp_path):
     dial = make_dial(base, run, tmp_path)
     before = load_base(str(base), dtype=torch.float64)[0]
@@ -265,6 +280,25 @@ def test_an_adapter_that_computes_something_else_is_not_written(base, run, tmp_p
         dial.write(point, str(tmp_path), qwen2_tokenizer())
     assert {path.name for path in tmp_path.iterdir()} == {"scale.json"}
     assert "scaled" not in dial.model.peft_config
+
+
+@pytest.mark.parametrize("mixture", [0.0, 0.5])
+def test_an_adapter_that_is_off_by_a_tenth_is_not_written(base, run, tmp_path, monkeypatch, mixture):
+    dial = make_dial(base, run, tmp_path, torch.float32)
+    point = dial.measure(mixture, 0.25)
+    right = dial.adapter
+    monkeypatch.setattr(dial, "adapter", lambda mixture, scale: right(mixture, 1.1 * scale))
+    with pytest.raises(RuntimeError, match="its updates are off by up to 0.0909 of their norm"):
+        dial.write(point, str(tmp_path), qwen2_tokenizer())
+    assert (
+        dial._apart(lambda: dial.at(mixture, 0.275), mixture, 0.25) > point["drift"] / 1000
+    )  # the outputs tell it too
+
+
+@pytest.mark.parametrize("mixture", [0.0, 0.3])
+def test_in_half_precision_the_written_adapter_is_as_near_as_rounding(base, run, tmp_path, mixture):
+    dial = make_dial(base, run, tmp_path, torch.bfloat16)
+    assert dial.write(dial.measure(mixture, 0.5), str(tmp_path), qwen2_tokenizer()) < 0.1
 
 
 def test_the_picture_shows_budget_and_suggestion_where_there_are_any(tmp_path):

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from transformers import TrainingArguments
 from trl.trainer.utils import get_config_model_id
 
-from .adapters.fitness import NO_ADAPTER, check_adapter, check_repeatable, refuse_leftovers, student_name
+from .adapters.fitness import NO_ADAPTER, check_adapter, check_repeatable, refuse_leftovers, student_name, targets_head
 from .config import MeanTeacherConfig
 from .data import check_columns, check_dataset, check_rows, trained_columns
 from .files import OutputError
@@ -61,6 +61,10 @@ def check_before_loading(
     if rehearsal_dataset is not None:
         _check_rehearsal_dataset(rehearsal_dataset, args)
     _check_peft_config(peft_config)
+    if peft_config is not None:
+        _check_not_on_head(peft_config)
+    elif isinstance(model, torch.nn.Module) and is_peft_model(model):
+        _check_not_on_head(model.active_peft_config)
     refuse_leftovers(model)
     if args.needs_fused_forward:
         _refuse_what_cannot_work(args, compute_loss_func, train_dataset)
@@ -115,14 +119,17 @@ def _check_peft(model: Any, peft_config: Any, anchor: float) -> None:
         raise ValueError(NO_ADAPTER)
     if peft_config is None:
         student_name(model, earlier_teacher=has_earlier_teacher(model))
-    config = peft_config if peft_config is not None else model.active_peft_config
-    targets = getattr(config, "target_modules", None)
-    if isinstance(targets, (list, set, tuple)) and any(name.split(".")[-1] == "lm_head" for name in targets):
+    check_adapter(peft_config if peft_config is not None else model.active_peft_config, anchor)
+
+
+def _check_not_on_head(peft_config: Any) -> None:
+    """`SFTTrainer` refuses it too, whatever its loss, but only once all rows are tokenized."""
+    if targets_head(peft_config):
+        targets = peft_config.target_modules
         raise ValueError(
-            f"`target_modules={sorted(targets)}` has an adapter on `lm_head`, whose weight the loss multiplies by directly. "
-            "Leave it out, or train the whole head with `modules_to_save=['lm_head']`."
+            f"`target_modules={targets if isinstance(targets, str) else sorted(targets)!r}` has an adapter on `lm_head`, whose weight the "
+            "loss multiplies by directly. Leave it out, or train the whole head with `modules_to_save=['lm_head']`."
         )
-    check_adapter(config, anchor)
 
 
 def _warn_of_what_cannot_be_loaded(peft_config: Any) -> None:

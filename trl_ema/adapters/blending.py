@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 
 from .files import function_fields
 from .names import tuner_layers
@@ -79,21 +80,27 @@ def mixed_adapter(student: Adapter, teacher: Adapter, mixture: float, scale: flo
 
         A = [A_student; A_teacher],  B = [(1 − m)·B_student, m·c·B_teacher]
 
-    in float32, with c the ratio of the two scalings: 1, or 1 − `teacher_anchor`.
+    in float32, with c the ratio of the two scalings in that layer: 1, or 1 − `teacher_anchor`, unless somebody set another.
 
     Args:
         student, teacher: See [`scaled_adapter`]. Plain LoRA on the same layers, see [`check_same_layers`].
         mixture (`float`): m, the teacher's share, in (0, 1).
     """
     config = copy.deepcopy(student[0])
-    ratio = teacher[0].lora_alpha / config.lora_alpha
-    shares = 1 - mixture, mixture * ratio
-    pairs = ((key, (tensor.float(), teacher[1][key].float())) for key, tensor in student[1].items())
-    tensors = {key: _joined(key, pair, shares) for key, pair in pairs}
+    tensors = {}
+    for key, tensor in student[1].items():
+        ratio = _alpha(teacher[0], key) / _alpha(config, key)
+        tensors[key] = _joined(key, (tensor.float(), teacher[1][key].float()), (1 - mixture, mixture * ratio))
     config.r *= 2
     config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
     scale_config(config, scale * (math.sqrt(2) if config.use_rslora else 2))  # as much as the rank takes away
     return config, tensors
+
+
+def _alpha(config: Any, key: str) -> float:
+    """The `lora_alpha` of the layer whose tensor has this key, as PEFT finds it."""
+    layer = key.removeprefix("base_model.model.").partition(".lora_")[0]
+    return config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), layer), config.lora_alpha)
 
 
 def _joined(key: str, pair: tuple[torch.Tensor, torch.Tensor], shares: tuple[float, float]) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Which adapters can be trained, averaged, scaled and measured."""
 
 import itertools
+import re
 from typing import Any
 
 import torch
@@ -118,6 +119,14 @@ def _targets_embeddings(config) -> bool:
     return isinstance(targets, (list, set, tuple)) and any(
         name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in targets
     )
+
+
+def targets_head(config: Any) -> bool:
+    """Whether this adapter is on a layer named `lm_head`; a head of another name shows in the loaded model."""
+    targets = getattr(config, "target_modules", None) or ()
+    if isinstance(targets, str):
+        return re.fullmatch(targets, "lm_head") is not None
+    return any(name.rpartition(".")[2] == "lm_head" for name in targets)
 
 
 def base_changed_by(config: Any) -> str | None:

