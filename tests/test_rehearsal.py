@@ -35,7 +35,8 @@ def _cache(tmp_path, monkeypatch):
 @pytest.fixture
 def rehearsing(make_trainer):
     def make(weight=2.0, **options):
-        return make_trainer(**(dict(teacher="none", rehearsal_weight=weight) | TEXTS | options))
+        written = {} if options.get("rehearsal_texts") else TEXTS
+        return make_trainer(**(dict(teacher="none", rehearsal_weight=weight) | written | options))
 
     return make
 
