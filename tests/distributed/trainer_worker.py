@@ -268,7 +268,8 @@ def drift_from_a_start_that_is_not_the_base(folder, mode):
 
 def check_fisher(folder, mode):
     """Each rank's texts make their part of it. A sharded model cannot, and says so."""
-    file = str(Path(folder, "texts.safetensors"))
+    folder = Path(folder, "fisher")  # beside the run there lie its own texts
+    file = str(folder / "texts.safetensors")
     case = dict(
         teacher="none", ewc_weight=2.0, ewc_num_texts=5, rehearsal_texts=file, use_cpu=mode == "ddp", ddp_backend="gloo"
     )
