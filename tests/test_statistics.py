@@ -5,14 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import integrate, stats
 
+from trl_ema.comparison.curves import LEVELS, Curve, choose, drift_at, follow, gain_at, hypervolume
 from trl_ema.comparison.statistics import (
     forgetting,
-    gain_at_loss,
-    hypervolume,
     interval,
-    loss_at_gain,
     mcnemar,
     mean_interval,
     paired_interval,
@@ -226,56 +224,105 @@ def test_pareto_front_beats_every_other_point_and_no_point_of_its_own(points):
     assert [losses[i] for i in front] == sorted(losses[i] for i in front)
 
 
-POINTS = st.lists(st.tuples(st.integers(-3, 9), st.integers(0, 12)), min_size=1, max_size=7)
+# Curves and the front that they make
 
 
-@given(POINTS)
-def test_hypervolume_is_the_share_of_the_plane_that_is_dominated(points):
-    """Against counting: the points lie on a grid of tenths, and so does every cell."""
-    gains, losses = np.array(points).T / 10
-    cells = [(g + 0.5, loss + 0.5) for g in range(10) for loss in range(10)]
-    dominated = sum(any(10 * g > y and 10 * f < x for g, f in zip(gains, losses, strict=True)) for y, x in cells)
-    assert hypervolume(gains, losses) == pytest.approx(dominated / 100)
+SCALES = (0.25, 0.5, 0.75, 1.0)
+# Points of one setting: root of the drift and gain in tenths.
+POINTS = st.lists(st.tuples(st.integers(-3, 12), st.integers(0, 13)), min_size=1, max_size=5)
+SETTINGS = st.lists(POINTS, min_size=1, max_size=4)
 
 
-def test_hypervolume_by_hand():
-    # Half of the reference's gain at a tenth of its drift, all of it at its own: 0.5 · 0.9.
-    assert hypervolume([0.5, 1.0], [0.1, 1.0]) == pytest.approx(0.45)
-    assert hypervolume([0.5, 1.2, 0.3], [0.1, 0.6, 0.2]) == pytest.approx(0.5 * 0.5 + 1.2 * 0.4)
-    assert hypervolume([0.5], [0.2], bound=0.1) == hypervolume([-0.5], [0.2]) == 0
-    assert hypervolume(np.zeros((0, 3)), np.zeros((0, 3))).tolist() == [0, 0, 0]
-    g = np.random.default_rng(0)
-    gains, losses = g.normal(0.6, 0.4, (5, 40)), g.uniform(0, 1.4, (5, 40))
-    each = [hypervolume(*pair) for pair in zip(gains.T, losses.T, strict=True)]
-    assert hypervolume(gains, losses) == pytest.approx(each)
+def curve(points):
+    gains, roots = np.array(sorted(points, key=lambda point: point[1]), dtype=float).T / 10
+    return Curve(gains[:, None], roots[:, None] ** 2)
 
 
-@given(POINTS)
-def test_gain_and_loss_along_a_front_are_those_of_its_lines(points):
-    gains, losses = np.array(points).T / 10
-    front = [(0.0, 0.0)] + [(losses[i], gains[i]) for i in pareto_front(gains, losses) if gains[i] > 0]
-    front = sorted({y: (x, y) for x, y in sorted(front, reverse=True)}.values())
-    for level in (0.05, 0.3, 0.75):
-        lines = [
-            y + (level - x) * (y_next - y) / (x_next - x)
-            for (x, y), (x_next, y_next) in itertools.pairwise(front)
-            if x <= level < x_next
-        ]
-        assert gain_at_loss(gains, losses, level) == pytest.approx(lines[0] if lines else front[-1][1])
-        found = loss_at_gain(gains, losses, level)
-        if level > max(gains):
-            assert found == math.inf
+def front(settings):
+    """At the levels, of one column."""
+    curves = [curve(points) for points in settings]
+    return follow(choose(curves), curves)[:, 0]
+
+
+def brute_force(settings, roots):
+    """The largest gain up to a drift, on any line of two points of one setting or of a point and the origin."""
+    best = np.zeros(len(roots))
+    for points in settings:
+        ends = [(0.0, 0.0), *((root / 10, gain / 10) for gain, root in points if root > 0)]
+        for (x, y), (x_1, y_1) in itertools.product(ends, ends):
+            if x <= x_1:
+                part = np.clip((roots - x) / (x_1 - x), 0, 1) if x_1 > x else (roots >= x).astype(float)
+                line = np.where(roots >= x, y + part * (y_1 - y), 0)
+                best = np.maximum(best, np.maximum.accumulate(line))
+    return best
+
+
+@given(SETTINGS)
+def test_a_front_is_the_upper_envelope_of_its_settings_own_curves(settings):
+    assert front(settings) == pytest.approx(brute_force(settings, np.sqrt(LEVELS)), abs=1e-9)
+    fine = np.linspace(0, 1, 4001)
+    area = integrate.trapezoid(brute_force(settings, fine), fine**2)
+    assert hypervolume(front(settings)) == pytest.approx(area, abs=2e-4)
+
+
+@given(SETTINGS, POINTS, st.integers(0, 3))
+def test_a_further_setting_or_scale_never_makes_a_front_worse(settings, points, where):
+    wider = [*settings, points]
+    denser = [[*own, points[0]] if i == where % len(settings) else own for i, own in enumerate(settings)]
+    for more in (wider, denser):
+        before, after = front(settings), front(more)
+        assert (after >= before - 1e-12).all() and hypervolume(after) >= hypervolume(before) - 1e-12
+        for level in (0.1, 0.25, 0.5, 0.98):
+            assert gain_at(after, level) >= gain_at(before, level) - 1e-12
+            assert drift_at(after, level) <= drift_at(before, level) + 1e-12
+
+
+@given(SETTINGS)
+def test_the_drift_at_a_gain_is_where_the_front_has_it(settings):
+    found = front(settings)
+    for level in (0.05, 0.31, 0.98):
+        drift = float(drift_at(found, level))
+        if math.isinf(drift):
+            assert found.max() < level
         else:
-            assert gain_at_loss(gains, losses, found) == pytest.approx(level) or found in losses
-            assert all(loss >= found or gain < level for gain, loss in zip(gains, losses, strict=True))
+            assert gain_at(found, drift) == pytest.approx(level, abs=1e-9)
 
 
-def test_along_fronts_by_hand():
-    gains, losses = [0.6, 1.0, 0.5, 0.9], [0.1, 0.5, 0.3, 0.6]
-    assert gain_at_loss(gains, losses, 0.05) == pytest.approx(0.3)
-    assert gain_at_loss(gains, losses, 0.3) == pytest.approx(0.8)
-    assert gain_at_loss(gains, losses, 0.9) == 1
-    assert loss_at_gain(gains, losses, 0.8) == pytest.approx(0.3)
-    assert loss_at_gain(gains, losses, 1.1) == math.inf
-    both = gain_at_loss(np.array([gains, gains]).T, np.array([losses, losses]).T, 0.3)
-    assert both == pytest.approx([0.8, 0.8])
+@pytest.mark.parametrize(("gain", "drift"), [(1.0, 1.0), (1.0, 0.1), (0.77, 0.28)], ids=["sft", "rehearsal", "frozen"])
+def test_three_scales_are_enough_for_a_curve_of_theory(gain, drift):
+    """Gain g·(2α − α²) and drift d·α²: the area is g·(1 − d/6)."""
+    gains, drifts = zip(*((gain * (2 * a - a**2), drift * a**2) for a in SCALES), strict=True)
+    curves = [Curve(np.array(gains)[:, None], np.array(drifts)[:, None])]
+    found = follow(choose(curves), curves)[:, 0]
+    area = float(hypervolume(found))
+    truth = gain * (1 - drift / 6)
+    assert truth - 0.02 < area <= truth
+    a = (0.05 / drift) ** 0.5
+    assert gain_at(found, 0.05) == pytest.approx(gain * (2 * a - a**2), abs=0.07)
+    assert drift_at(found, 0.9375 * gain) == pytest.approx(
+        drift * 0.75**2, rel=0.02
+    )  # a point, but not one of the levels
+
+
+def test_what_is_followed_was_chosen_before():
+    """The second setting looks better when it is chosen and is worse when it is measured: no choice is made again."""
+    chosen_on = [curve([(5, 5)]), curve([(6, 5)])]
+    measured_on = [curve([(5, 5)]), curve([(3, 5)])]
+    chosen = choose(chosen_on)
+    assert set(chosen[0][1:]) == {1} and chosen[0][0] == -1
+    assert gain_at(follow(chosen, measured_on), 0.5) == pytest.approx(0.3)
+
+
+def test_what_cannot_be_scaled_is_a_step():
+    def step(gain, drift):
+        return Curve(np.array([[gain]]), np.array([[drift]]), scalable=False)
+
+    curves = [step(0.8, 0.5), curve([(5, 4)])]
+    found = follow(choose(curves), curves)[:, 0]
+    assert gain_at(found, 0.45) == pytest.approx(0.5) and gain_at(found, 0.6) == pytest.approx(0.8)
+    assert hypervolume(found) == pytest.approx(0.5 * (1 - 0.16 / 3) - 0.5 * 0.5 + 0.8 * 0.5, abs=0.005)
+    # Where it drifts more than when it was chosen, the level below is taken.
+    measured = follow(choose(curves), [step(0.8, 0.7), curve([(5, 4)])])[:, 0]
+    assert gain_at(measured, 0.6) == pytest.approx(0.5) and gain_at(measured, 0.8) == pytest.approx(0.8)
+    worthless = [step(-0.1, 0.2)]
+    assert not follow(choose(worthless), worthless).any()

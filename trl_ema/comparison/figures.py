@@ -13,8 +13,8 @@ import numpy as np
 from ..evaluation.answers import CURVE, GENERATIONS, TEXT, paired_scores
 from ..evaluation.settings import Suite
 from ..files import read_json, read_jsonl
-from .fronts import LEAST_ROWS, Fronts, Place, summarize_map
-from .plan import BASE, PLAN, Comparison, kept_comparison
+from .fronts import Fronts, Rows, Setting, summarize_map
+from .plan import BASE, LEAST_ROWS, PLAN, Comparison, kept_comparison
 from .statistics import (
     forgetting,
     interval,
@@ -73,6 +73,11 @@ class _Point:
             return self.arm
         return f"{self.arm}, {self.role.replace('scale_', '× ')}"
 
+    @property
+    def scale(self) -> float | None:
+        """Of an arm that interpolates."""
+        return float(self.role.removeprefix("scale_")) if self.role.startswith("scale_") else None
+
     def drift(self, text: str, direction: str) -> dict[int, np.ndarray]:
         """By seed; the same in every resample: its rows are not resampled."""
         return {seed: np.full(2, found[text][direction]) for seed, found in self.texts.items()}
@@ -105,8 +110,10 @@ def summarize_comparison(folder: str) -> dict:
             "on where it stopped."
         )
     base = _Base(root / BASE, comparison.suite)
-    points, missing = _read_points(comparison, base, {*(comparison.plain_sft or ()), comparison.reference})
-    reference = _reference(points, base, comparison)
+    points, mapped, missing = _read_points(comparison, base)
+    chosen = _reference(mapped, base, comparison)
+    # In the tables over the seeds that were evaluated whole.
+    reference = next((point for point in points if chosen and point.label == chosen.label), chosen)
     entries = [_entry(point, base, reference) for point in points]
     front = _front(entries)
     return {
@@ -114,7 +121,7 @@ def summarize_comparison(folder: str) -> dict:
         "reference": None if reference is None else reference.label,
         "base": base.entry | {"on_front": len(entries) in front},
         "points": [entry | {"on_front": i in front} for i, entry in enumerate(entries)],
-        "map": _map(points, base, reference, comparison),
+        "map": _map(mapped, base, chosen, comparison),
         "against": _against_controls(points, base),
         "missing": missing,
         "curves": _curves(root, comparison),
@@ -195,31 +202,45 @@ def _guessing(scores: list[float], chance: float) -> float:
     return float(binomtest(hits, len(scores), chance, alternative="greater").pvalue)
 
 
-def _read_points(comparison: Comparison, base: _Base, controls: set[str | None]) -> tuple[list[_Point], list[str]]:
-    points: dict[tuple[str, str], _Point] = {}
-    missing = []
+def _read_points(comparison: Comparison, base: _Base) -> tuple[list[_Point], list[_Point], list[str]]:
+    """What was evaluated whole; what has at least loss and drift, which the map needs; and what is missing."""
+    whole: dict[tuple[str, str], _Point] = {}
+    mapped: dict[tuple[str, str], _Point] = {}
+    controls, missing = {*(comparison.plain_sft or ()), comparison.reference}, []
     for arm, seed in product(comparison.arms.values(), comparison.seeds):
         if arm.interpolate is None and not comparison.is_trained(arm.name, seed):
             missing.append(f"{arm.name}, seed {seed}: not trained ({arm.name}/seed_{seed})")
             continue
         for role, (_, folder, _) in comparison.evaluations(arm, seed).items():
+            key, is_control = (arm.name, role), (arm.interpolate or arm.name) in controls
             lacking = comparison.suite.missing_files(folder)
-            if lacking:
-                names = ", ".join(path.name for path in lacking)
-                # Where in the comparison: a report may be read elsewhere.
-                where = os.path.relpath(folder, comparison.output_dir)
-                what = f"not evaluated whole ({where}: no {names})" if os.path.isdir(folder) else "not evaluated"
-                missing.append(f"{arm.name}, seed {seed}: {role} {what}")
+            missing += _lacking(comparison, f"{arm.name}, seed {seed}: {role}", folder, lacking)
+            if Path(folder, TEXT) in lacking:
                 continue
-            new = _Point(arm.name, role, arm.method, (arm.interpolate or arm.name) in controls)
-            point = points.setdefault((arm.name, role), new)
-            _read_evaluation(point, seed, Path(folder), base)
+            point = mapped.setdefault(key, _Point(arm.name, role, arm.method, is_control))
+            _read_text(point, seed, Path(folder), base)
             if arm.interpolate is None and not _read_curve(point, seed, Path(folder, CURVE), comparison.suite):
                 missing.append(f"{arm.name}, seed {seed}: {role} not measured at all other scales")
-    return list(points.values()), missing
+            if not lacking:
+                full = whole.setdefault(key, _Point(arm.name, role, arm.method, is_control))
+                for name in ("folders", "texts", "losses"):
+                    getattr(full, name)[seed] = getattr(point, name)[seed]
+                _read_tasks(full, base)
+    return list(whole.values()), list(mapped.values()), missing
 
 
-def _read_evaluation(point: _Point, seed: int, folder: Path, base: _Base) -> None:
+def _lacking(comparison: Comparison, what: str, folder: str, lacking: list[Path]) -> list[str]:
+    """A line for the report, if anything is."""
+    if not lacking:
+        return []
+    names = ", ".join(path.name for path in lacking)
+    # Where in the comparison: a report may be read elsewhere.
+    where = os.path.relpath(folder, comparison.output_dir)
+    return [f"{what} not evaluated whole ({where}: no {names})" if os.path.isdir(folder) else f"{what} not evaluated"]
+
+
+def _read_text(point: _Point, seed: int, folder: Path, base: _Base) -> None:
+    """Loss and drift."""
     point.folders[seed], point.texts[seed] = folder, read_json(folder / TEXT)
     rows, base_rows = point.texts[seed]["key"][1], base.text["key"][1]
     if rows != base_rows:
@@ -228,6 +249,11 @@ def _read_evaluation(point: _Point, seed: int, folder: Path, base: _Base) -> Non
             f"({rows} and {base_rows}): their losses do not compare. Delete both and run `trl-ema compare` again."
         )
     point.losses[seed] = base.mean_loss(point.texts[seed])
+
+
+def _read_tasks(point: _Point, base: _Base) -> None:
+    """Of the seed that was read last."""
+    seed, folder = list(point.folders.items())[-1]
     for name in base.tasks:
         pair = paired_scores(base.folder / f"{name}.jsonl", folder / f"{name}.jsonl")
         point.pairs[name][seed] = pair
@@ -247,12 +273,28 @@ def _read_curve(point: _Point, seed: int, path: Path, suite: Suite) -> bool:
 
 
 def _reference(points: list[_Point], base: "_Base", comparison: Comparison) -> _Point | None:
-    """The student of the arm that the plan names, or else of plain SFT the one that gains most, of those with the most seeds."""
+    """
+    The student of the arm that the plan names. Or else of plain SFT, of the settings with the most seeds and a gain that is not
+    clearly below the largest, the one that drifts least: a reference that drifts more would make all others look better.
+    """
     students = [point for point in points if point.role == "student"]
     if comparison.reference is not None:
         return next((point for point in students if point.arm == comparison.reference), None)
     plain = [point for point in students if point.arm in (comparison.plain_sft or ())]
-    return min(plain, key=lambda p: (-len(p.folders), np.mean([loss[0] for loss in p.losses.values()])), default=None)
+    most = max((len(point.folders) for point in plain), default=0)
+    plain = [point for point in plain if len(point.folders) == most]
+    if not plain:
+        return None
+    best = min(plain, key=lambda point: np.mean([loss[0] for loss in point.losses.values()]))
+
+    def is_near(point: _Point) -> bool:
+        found = interval(_gain, point.losses, best.losses)  # on the same rows and seeds
+        return point is best or not (found["mean"] > 0 if math.isnan(found["low"]) else found["low"] > 0)
+
+    def drift(point: _Point) -> float:
+        return float(np.mean([text[name]["kl_base_model"] for text in point.texts.values() for name in base.texts]))
+
+    return min(filter(is_near, plain), key=drift)
 
 
 def _map(points: list[_Point], base: "_Base", reference: _Point | None, comparison: Comparison) -> dict:
@@ -268,35 +310,35 @@ def _map(points: list[_Point], base: "_Base", reference: _Point | None, comparis
     few = [name for name in names if len(base.text[name]["rows"]) < LEAST_ROWS]
     if few:
         return {"absent": f"{few[0]} has fewer than {LEAST_ROWS} rows, too few to choose settings on one half of them"}
-    places = [place for point in points for place in _places(point, names)]
-    own = next(place for place in places if (place.arm, place.role, place.scale) == (reference.arm, "student", 1))
+    settings = _settings(points, names)
+    own = next(x for x in settings if x.label == reference.label)
     sources = [(arm.method, arm.interpolate or arm.name) for arm in comparison.arms.values()]
-    plain = comparison.plain_sft or ()
-    controls = comparison.controls or [
-        name for name in comparison.methods if all(arm in plain for method, arm in sources if method == name)
-    ]
+    plain, controls = comparison.plain_sft or (), comparison.controls
+    if controls is None:
+        controls = tuple(
+            name for name in comparison.methods if all(arm in plain for method, arm in sources if method == name)
+        )
     planned = {name: sum(method == name for method, _ in sources) for name in comparison.methods}
-    found = summarize_map(Fronts(places, _rows(base.text, names), own), planned, controls)
+    found = summarize_map(Fronts(settings, _rows(base.text, names), own), planned, controls)
     return found | {"unscalable": {point.label: point.unscalable for point in points if point.unscalable}}
 
 
-def _places(point: _Point, names: list[str]) -> list[Place]:
-    """Its own, and one for each scale that it was measured at."""
-    by_scale: dict[float, dict[int, dict]] = {1.0: point.texts}
-    for seed, curve in point.curves.items():
-        for scale, text in curve.items():
-            by_scale.setdefault(float(scale), {})[seed] = text
-    return [
-        Place(
-            point.arm,
-            point.role,
-            point.method,
-            point.label,
-            scale,
-            {seed: _rows(t, names) for seed, t in texts.items()},
-        )
-        for scale, texts in by_scale.items()
-    ]
+def _settings(points: list[_Point], names: list[str]) -> list[Setting]:
+    """The curve of each student and teacher; the scales of an arm that interpolates are one."""
+    found: dict[str, Setting] = {}
+    for point in points:
+        scale = point.scale
+        label = point.label if scale is None else point.arm
+        setting = found.setdefault(label, Setting(point.arm, point.method, label, {}, point.unscalable is None))
+        setting.rows[1.0 if scale is None else scale] = _by_seed(point.texts, names)
+        for seed, curve in point.curves.items():
+            for other, text in curve.items():
+                setting.rows.setdefault(float(other), {})[seed] = _rows(text, names)
+    return list(found.values())
+
+
+def _by_seed(texts: dict[int, dict], names: list[str]) -> Rows:
+    return {seed: _rows(text, names) for seed, text in texts.items()}
 
 
 def _rows(text: dict, names: list[str]) -> dict[str, np.ndarray]:
@@ -382,9 +424,9 @@ def _shares_of_reference(point: _Point, base: _Base, reference: _Point | None) -
 
 
 def _avoided(point: _Point, base: _Base, reference: _Point) -> dict | None:
-    """(drop of the reference − drop of ours) / drop of the reference."""
+    """(drop of the reference − drop of ours) / drop of the reference; `None` too if the reference's tasks are not measured."""
     ours, theirs = (
-        {seed: _mean_drop(*_retained(base, p, base.retention_tasks, seed)) for seed in p.folders}
+        {seed: _mean_drop(*_retained(base, p, base.retention_tasks, seed)) for seed in p.pairs[base.retention_tasks[0]]}
         for p in (point, reference)
     )
     return ratio_interval({seed: theirs[seed] - ours[seed] for seed in set(ours) & set(theirs)}, theirs)

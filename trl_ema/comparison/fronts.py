@@ -11,60 +11,71 @@ from typing import Any
 
 import numpy as np
 
-from .statistics import (
-    CLEARLY,
-    gain_at_loss,
-    hypervolume,
-    interval,
-    loss_at_gain,
-    pareto_front,
-    resampling_weights,
-    share,
-)
+from .curves import LEVELS, Curve, choose, drift_at, follow, gain_at, hypervolume
+from .plan import LEAST_SCALES
+from .statistics import CLEARLY, interval, resampling_weights, share
 
 
 # Where fronts are read: gains at these drifts, drifts at these gains.
 DRIFTS = (0.1, 0.25)
 GAINS = (0.9, 0.98)
-# Rows of a text, to be parted in two.
-LEAST_ROWS = 4
-# Columns of a row's sums: its loss, its tokens, its drift.
+# Of a row's sums: loss, tokens, drift.
 _LOSS, _TOKENS, _DRIFT = range(3)
 _HALVES = (0, 1)
 
+# By seed and text the sums of each row: loss in nats, tokens, KL(base ‖ model) in nats.
+Rows = dict[int, dict[str, np.ndarray]]
+
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Setting:
     """
-    One arm, used in one way, at one scale of its adapter.
+    One arm, used in one way, at every scale of its adapter that was measured.
 
     Args:
-        arm, role, method (`str`): Whose student, teacher or interpolation.
+        arm, method (`str`): Whose student, teacher or interpolation.
         label (`str`): Of arm and role.
-        scale (`float`): Factor of the adapter's update.
-        rows (`dict`): By seed and text the sums of each row: loss in nats, tokens, KL(base ‖ model) in nats.
+        rows (`dict`): By scale, the adapter's own being 1.
+        scalable (`bool`): Whether other scales mean anything.
     """
 
     arm: str
-    role: str
     method: str
     label: str
-    scale: float
-    rows: dict[int, dict[str, np.ndarray]]
+    rows: dict[float, Rows]
+    scalable: bool = True
 
     @property
-    def shown(self) -> str:
-        """Label of arm, role and scale."""
-        return self.label if self.scale == 1 else f"{self.label} × {self.scale:g}"
+    def own(self) -> float:
+        """The adapter itself, or the largest scale that an interpolation has."""
+        return 1.0 if 1.0 in self.rows else max(self.rows)
+
+    @property
+    def seeds(self) -> frozenset[int]:
+        """Of the adapter itself."""
+        return frozenset(self.rows[self.own])
+
+    def scales(self, seeds: Sequence[int]) -> list[float]:
+        """Those that were measured with all of these seeds, rising."""
+        return sorted(scale for scale, rows in self.rows.items() if {*seeds} <= {*rows})
+
+
+@dataclass(frozen=True, eq=False)
+class _Amount:
+    """Gain and drift in nats per token, each `(1 + resamples,)`."""
+
+    gain: np.ndarray
+    drift: np.ndarray
 
 
 class _Sample:
     """
-    Gain and drift over the rows of one half of every text, or of all, and over resamples of them: shared by all places, which
+    Gain and drift over the rows of one half of every text, or of all, and over resamples of them: shared by all settings, which
     stay paired.
     """
 
-    def __init__(self, base: dict[str, np.ndarray], half: int | None, resamples: int):
+    def __init__(self, base: dict[str, np.ndarray], reference: Setting, half: int | None, resamples: int):
+        self.reference = reference
         self.rows = {
             name: np.arange(len(rows)) if half is None else np.arange(half, len(rows), 2) for name, rows in base.items()
         }
@@ -72,39 +83,45 @@ class _Sample:
             name: resampling_weights(len(rows), resamples, seed=2 * i + (half or 0)).astype(np.float64)
             for i, (name, rows) in enumerate(self.rows.items())
         }
+        self.texts = [name for name in base if name != "domain"]
         self.base_loss = self._mean("domain", base["domain"], _LOSS)
-        self._found: dict[Place, tuple[dict, dict]] = {}
+        self._found: dict[tuple[Setting, float, int], _Amount] = {}
 
     def _mean(self, name: str, rows: np.ndarray, column: int) -> np.ndarray:
         """Nats per token, `(1 + resamples,)`."""
         rows, weights = rows[self.rows[name]], self.weights[name]
         return (weights @ rows[:, column]) / (weights @ rows[:, _TOKENS])
 
-    def of(self, place: Place) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-        """Gain and drift by seed, nats per token."""
-        if place not in self._found:
-            texts = [name for name in self.rows if name != "domain"]
-            self._found[place] = (
-                {
-                    seed: self.base_loss - self._mean("domain", rows["domain"], _LOSS)
-                    for seed, rows in place.rows.items()
-                },
-                {
-                    seed: np.mean([self._mean(name, rows[name], _DRIFT) for name in texts], axis=0)
-                    for seed, rows in place.rows.items()
-                },
+    def of(self, setting: Setting, scale: float, seed: int) -> _Amount:
+        """Of one run."""
+        key = (setting, scale, seed)
+        if key not in self._found:
+            rows = setting.rows[scale][seed]
+            drifts = [self._mean(name, rows[name], _DRIFT) for name in self.texts]
+            self._found[key] = _Amount(
+                self.base_loss - self._mean("domain", rows["domain"], _LOSS), np.mean(drifts, axis=0)
             )
-        return self._found[place]
+        return self._found[key]
 
-    def by_text(self, place: Place) -> list[float]:
-        """Drift of each text, mean over seeds."""
-        texts = [name for name in self.rows if name != "domain"]
-        return [float(np.mean([self._mean(t, rows[t], _DRIFT)[0] for rows in place.rows.values()])) for t in texts]
+    def mean(self, setting: Setting, scale: float, seeds: Sequence[int]) -> _Amount:
+        """Over seeds."""
+        found = [self.of(setting, scale, seed) for seed in seeds]
+        return _Amount(np.mean([x.gain for x in found], axis=0), np.mean([x.drift for x in found], axis=0))
 
-    def means(self, place: Place, seeds: Sequence[int]) -> tuple[float, float]:
-        """Gain and drift of the sample itself over these seeds."""
-        gains, drifts = self.of(place)
-        return float(np.mean([gains[seed][0] for seed in seeds])), float(np.mean([drifts[seed][0] for seed in seeds]))
+    def curve(self, setting: Setting, scales: Sequence[float], seeds: Sequence[int]) -> Curve:
+        """As shares of the reference's over the same seeds."""
+        unit = self.mean(self.reference, self.reference.own, seeds)
+        found = [self.mean(setting, scale, seeds) for scale in scales]
+        gains, drifts = [share(x.gain, unit.gain) for x in found], [share(x.drift, unit.drift) for x in found]
+        return Curve(np.array(gains), np.array(drifts), setting.scalable)
+
+    def drift_by_text(self, setting: Setting, seeds: Sequence[int]) -> list[float]:
+        """Of the adapter itself, as shares of the reference's over the same seeds."""
+
+        def mean(of: Setting, name: str) -> float:
+            return float(np.mean([self._mean(name, of.rows[of.own][seed][name], _DRIFT)[0] for seed in seeds]))
+
+        return [float(share(mean(setting, name), mean(self.reference, name))) for name in self.texts]
 
 
 @dataclass
@@ -115,89 +132,108 @@ class _Method:
     """
 
     name: str
-    places: list[Place]
-
-    @cached_property
-    def finalists(self) -> list[Place]:
-        most = max(len(place.rows) for place in self.places)
-        return [place for place in self.places if len(place.rows) == most]
+    settings: list[Setting]
+    seeds_of_reference: frozenset[int]
 
     @cached_property
     def seeds(self) -> list[int]:
-        return sorted(set.intersection(*({*place.rows} for place in self.finalists)))
+        """The largest set of seeds, in common with the reference, that a setting has; of several the one that most settings have."""
+        sets: list[frozenset[int]] = [setting.seeds & self.seeds_of_reference for setting in self.settings]
 
-    def front(self, sample: _Sample, seeds: Sequence[int]) -> list[Place]:
-        """Finalists that no other beats on this sample."""
-        found = [sample.means(place, seeds) for place in self.finalists]
-        return [self.finalists[i] for i in pareto_front(*zip(*found, strict=True)) if found[i][0] > 0]
+        def rank(seeds: frozenset[int]) -> tuple[int, int]:
+            return len(seeds), sum(seeds <= setting.seeds for setting in self.settings)
+
+        return sorted(max(sets, key=rank))
+
+    @cached_property
+    def finalists(self) -> list[Setting]:
+        return [setting for setting in self.settings if {*self.seeds} <= setting.seeds]
+
+    @cached_property
+    def obstacle(self) -> str | None:
+        """Why the front has no figures."""
+        if not self.seeds:
+            return "no seed in common with the reference"
+        for setting in self.finalists:
+            between = [scale for scale in setting.scales(self.seeds) if 0 < scale < 1]
+            if setting.scalable and len(between) < LEAST_SCALES:
+                return (
+                    f"{setting.label} is measured at {len(between)} scales between 0 and 1, fewer than {LEAST_SCALES}"
+                )
+        return None
 
 
 class Fronts:
     """
-    The fronts of all methods.
+    The fronts of all methods: the upper envelope of their settings' own curves, see [`Curve`].
 
-    Settings are chosen and measured on different rows: the front of each half of the rows is measured on the other half, and the
-    two figures averaged. A front that is measured on the rows it was chosen on looks better than it is, the more so the more
-    settings were tried.
+    Settings are chosen and measured on different rows, and on different seeds where there are several: which setting is used at
+    each level of drift is fixed on one half of the rows and on the other seeds, and what it gains is read on the other half with
+    the seed left out. A front that is measured on what it was chosen on looks better than it is, the more so the more settings
+    were tried.
 
     Args:
-        places (`list[Place]`): Of all methods.
-        base (`dict`): The base's rows, as those of a [`Place`].
-        reference ([`Place`]): Its gain and drift are 1.
+        settings (`list[Setting]`): Of all methods.
+        base (`dict`): Rows of the base, by text.
+        reference ([`Setting`]): Its gain and drift are 1.
     """
 
-    def __init__(self, places: list[Place], base: dict[str, np.ndarray], reference: Place, resamples: int = 2000):
-        self.reference, self.texts = reference, [name for name in base if name != "domain"]
+    def __init__(self, settings: list[Setting], base: dict[str, np.ndarray], reference: Setting, resamples: int = 2000):
+        self.reference = reference
         self.methods = {
-            name: _Method(name, [place for place in places if place.method == name])
-            for name in dict.fromkeys(place.method for place in places)
+            name: _Method(name, [setting for setting in settings if setting.method == name], reference.seeds)
+            for name in dict.fromkeys(setting.method for setting in settings)
         }
-        self.whole = _Sample(base, None, 0)
-        self.halves = [_Sample(base, half, resamples) for half in _HALVES]
+        self.whole = _Sample(base, reference, None, 0)
+        self.halves = [_Sample(base, reference, half, resamples) for half in _HALVES]
+        self._measured: dict[tuple[str, tuple[int, ...]], dict[int, np.ndarray]] = {}
 
     def obstacle(self) -> str | None:
         """Why there is no map."""
         for half in self.halves:
-            for name, values in zip(("gain", "drift"), half.of(self.reference), strict=True):
-                found = interval(lambda x: x, values)
-                if not (found["low"] > 0 and found["low"] >= CLEARLY * found["mean"]):  # NaN too
+            found = {seed: half.of(self.reference, self.reference.own, seed) for seed in self.reference.seeds}
+            for name in ("gain", "drift"):
+                values = {seed: getattr(amount, name) for seed, amount in found.items()}
+                over = interval(lambda x: x, values)
+                clear = over["low"] > 0 and over["low"] >= CLEARLY * over["mean"]  # not NaN
+                if not clear or min(over["by_seed"]) <= 0:
                     return f"{self.reference.label}, the reference, has no clear {name} on one half of the rows"
         return None
 
     def common_seeds(self, *methods: str) -> list[int]:
         """Of these methods' finalists and of the reference."""
-        return sorted({*self.reference.rows}.intersection(*(self.methods[name].seeds for name in methods)))
+        return sorted(self.reference.seeds.intersection(*(self.methods[name].seeds for name in methods)))
 
-    def figure(
-        self, statistic: Callable[..., Any], *methods: str, then: Callable[[Any], Any] = lambda mean: mean
-    ) -> dict[str, Any]:
+    def measured(self, name: str, seeds: Sequence[int]) -> dict[int, np.ndarray]:
+        """By seed the gains of a method at each level of drift, `(levels, 1 + resamples)`, mean over both halves of the rows."""
+        key = (name, tuple(seeds))
+        if key not in self._measured:
+            self._measured[key] = {}
+            for seed in seeds:
+                others = [other for other in seeds if other != seed] or seeds
+                halves = [self._on_half(name, half, others, seed, seeds) for half in _HALVES]
+                self._measured[key][seed] = np.mean(halves, axis=0)
+        return self._measured[key]
+
+    def _on_half(self, name: str, half: int, others: Sequence[int], seed: int, seeds: Sequence[int]) -> np.ndarray:
+        finalists = self.methods[name].finalists
+        scales = [setting.scales(seeds) for setting in finalists]
+        pairs = list(zip(finalists, scales, strict=True))
+        chosen = choose([self.halves[1 - half].curve(*pair, others) for pair in pairs])
+        return follow(chosen, [self.halves[half].curve(*pair, [seed]) for pair in pairs])
+
+    def figure(self, statistic: Callable[..., Any], *methods: str) -> dict[str, Any]:
         """
-        A statistic of the fronts of one or more methods, with its interval over rows and seeds: see [`interval`].
+        A statistic of the fronts of one or more methods, with its interval over rows and seeds, given the settings chosen: see
+        [`interval`].
 
         Args:
-            statistic (callable): Of each front in turn its gains and its drifts as shares, `(places, 1 + resamples)`.
-            then (callable): Of the mean of the statistic over both halves.
+            statistic (callable): Of each method's gains at [`LEVELS`], `(levels, 1 + resamples)`.
         """
         seeds = self.common_seeds(*methods)
-        if not seeds:
+        if not seeds or any(self.methods[name].obstacle for name in methods):
             return interval(statistic, {})
-        fronts = [[self.methods[name].front(self.halves[1 - half], seeds) for name in methods] for half in _HALVES]
-        quantities: list[dict[int, np.ndarray]] = []
-        for half, chosen in zip(self.halves, fronts, strict=True):
-            for place in [self.reference, *(place for front in chosen for place in front)]:
-                quantities += [{seed: values[seed] for seed in seeds} for values in half.of(place)]
-
-        def of(*values: np.ndarray) -> np.ndarray:
-            rest, found = iter(values), []
-            for chosen in fronts:
-                gain, drift, shares = next(rest), next(rest), []
-                for front in chosen:
-                    pairs = [(share(next(rest), gain), share(next(rest), drift)) for _ in front]
-                    shares += list(np.array(pairs).reshape(-1, 2, len(gain)).swapaxes(0, 1))
-                found.append(statistic(*shares))
-            return then(np.mean(found, axis=0))
-
-        return interval(of, *quantities)
+        return interval(statistic, *(self.measured(name, seeds) for name in methods))
 
     def drift_at(self, gain: float, method: str) -> dict[str, Any]:
         """
@@ -206,9 +242,7 @@ class Fronts:
         The interval is that of the reciprocal, which is 0 where the gain is not reached: where some resamples do not reach it, the
         interval has no upper end.
         """
-        found = self.figure(
-            lambda gains, drifts: loss_at_gain(gains, drifts, gain), method, then=lambda drift: 1 / np.asarray(drift)
-        )
+        found = self.figure(lambda gains: 1 / drift_at(gains, gain), method)
         ends = {"mean": found["mean"], "low": found["high"], "high": found["low"]}
         turned = {name: 1 / value if value > 0 else math.nan for name, value in ends.items()}
         return found | turned | {"by_seed": [1 / value if value > 0 else math.nan for value in found["by_seed"]]}
@@ -218,8 +252,8 @@ def summarize_map(fronts: Fronts, planned: dict[str, int], controls: Sequence[st
     """
     The map as figures.
 
-    The `ways` of a method are the curves of its arms, its `front` is that of all rows; figures with intervals are measured on other
-    rows than those that the settings were chosen on.
+    The `ways` of a method are the curves of its settings, its `front` is that of all rows; figures with intervals are measured on
+    other rows than those that the settings were chosen on.
 
     Args:
         planned (`dict`): Settings of each method in the plan.
@@ -227,16 +261,16 @@ def summarize_map(fronts: Fronts, planned: dict[str, int], controls: Sequence[st
 
     Returns:
         `dict`: `reference`, `texts`, `controls` and `methods` (by falling hypervolume; `ahead` is by how much their hypervolume
-        exceeds each control's); or `absent`, why there is none.
+        exceeds each control's; `obstacle` is why they have no figures); or `absent`, why there is none.
     """
     obstacle = fronts.obstacle()
     if obstacle:
         return {"absent": obstacle}
-    whole, seeds = fronts.whole, sorted(fronts.reference.rows)
-    gain, drift = whole.means(fronts.reference, seeds)
+    seeds = sorted(fronts.reference.seeds)
+    unit = fronts.whole.mean(fronts.reference, fronts.reference.own, seeds)
     names = [name for name in controls if name in fronts.methods]
     methods = [
-        _entry(fronts, name, gain, drift)
+        _entry(fronts, name)
         | {
             "planned": planned[name],
             "is_control": name in names,
@@ -245,47 +279,76 @@ def summarize_map(fronts: Fronts, planned: dict[str, int], controls: Sequence[st
         for name in fronts.methods
     ]
     return {
-        "reference": {"label": fronts.reference.label, "gain": gain, "drift": drift, "seeds": seeds},
-        "texts": fronts.texts,
+        "reference": {
+            "label": fronts.reference.label, "gain": float(unit.gain[0]), "drift": float(unit.drift[0]), "seeds": seeds,
+        },
+        "texts": fronts.whole.texts,
         "controls": names,
         "methods": sorted(methods, key=lambda entry: -np.nan_to_num(entry["hypervolume"]["mean"])),
-    }
+    }  # fmt: skip
 
 
-def _ahead(gains: np.ndarray, drifts: np.ndarray, gains_of_control: np.ndarray, drifts_of_control: np.ndarray) -> Any:
-    return hypervolume(gains, drifts) - hypervolume(gains_of_control, drifts_of_control)
+def _ahead(gains: np.ndarray, gains_of_control: np.ndarray) -> np.ndarray:
+    return hypervolume(gains) - hypervolume(gains_of_control)
 
 
-def _entry(fronts: Fronts, name: str, gain: float, drift: float) -> dict[str, Any]:
-    method, whole = fronts.methods[name], fronts.whole
-    ways: dict[str, list[Place]] = {}
-    for place in sorted(method.places, key=lambda place: place.scale):
-        ways.setdefault(place.label, []).append(place)
-    reference = whole.by_text(fronts.reference)
-
-    def shares(place: Place) -> dict[str, float]:
-        found = whole.means(place, sorted(place.rows))
-        return {"scale": place.scale, "gain": found[0] / gain, "drift": found[1] / drift}
-
-    curves: list[dict[str, Any]] = []
-    for label, places in ways.items():
-        points = [shares(place) for place in places]
-        own = float(hypervolume([point["gain"] for point in points], [point["drift"] for point in points]))
-        itself = next(place for place in places if place.scale == 1)
-        by_text = [float(share(*pair)) for pair in zip(whole.by_text(itself), reference, strict=True)]
-        curves.append(
-            {"label": label, "seeds": len(itself.rows), "points": points, "by_text": by_text, "hypervolume": own}
-        )
-    front = method.front(whole, method.seeds)
+def _entry(fronts: Fronts, name: str) -> dict[str, Any]:
+    method = fronts.methods[name]
+    ways = {setting: _way(fronts, setting) | {"finalist": setting in method.finalists} for setting in method.settings}
+    best = max(method.finalists, key=lambda setting: ways[setting]["hypervolume"])
     return {
         "method": name,
-        "settings": len({place.arm for place in method.places}),
-        "finalists": len({place.arm for place in method.finalists}),
+        "settings": len({setting.arm for setting in method.settings}),
+        "finalists": len({setting.arm for setting in method.finalists}),
         "seeds": method.seeds,
-        "best": max(curves, key=lambda curve: curve["hypervolume"])["label"],
-        "ways": curves,
-        "front": [{"label": place.shown} | shares(place) for place in front],
+        "obstacle": method.obstacle,
+        "best": best.label,
+        "ways": list(ways.values()),
+        "front": _drawn(fronts, method),
         "hypervolume": fronts.figure(hypervolume, name),
-        "gain_at": {f"{level:g}": fronts.figure(lambda g, d, x=level: gain_at_loss(g, d, x), name) for level in DRIFTS},
+        "gain_at": {f"{level:g}": fronts.figure(lambda gains, x=level: gain_at(gains, x), name) for level in DRIFTS},
         "drift_at": {f"{level:g}": fronts.drift_at(level, name) for level in GAINS},
     }
+
+
+def _way(fronts: Fronts, setting: Setting) -> dict[str, Any]:
+    """One setting on all rows, as shares of the reference's over the same seeds, or over all of its own where they share none."""
+    scales = sorted(setting.rows)
+    found = np.array([_paired(fronts, setting, scale) for scale in scales])
+    itself = Curve(found[:, :1], found[:, 1:], setting.scalable)
+    points = zip(scales, itself.gains[:, 0], itself.drifts[:, 0], strict=True)
+    common = sorted(setting.seeds & fronts.reference.seeds)
+    return {
+        "label": setting.label,
+        "arm": setting.arm,
+        "seeds": len(setting.seeds),
+        "points": [{"scale": scale, "gain": float(gain), "drift": float(drift)} for scale, gain, drift in points],
+        "by_text": fronts.whole.drift_by_text(setting, common) if common else [math.nan] * len(fronts.whole.texts),
+        "hypervolume": float(hypervolume(follow(choose([itself]), [itself]))[0]),
+    }
+
+
+def _paired(fronts: Fronts, setting: Setting, scale: float) -> tuple[float, float]:
+    whole, reference = fronts.whole, fronts.reference
+    seeds = sorted(setting.rows[scale])
+    common = [seed for seed in seeds if seed in reference.seeds]
+    unit = whole.mean(reference, reference.own, common or sorted(reference.seeds))
+    found = whole.mean(setting, scale, common or seeds)
+    return float(share(found.gain, unit.gain)[0]), float(share(found.drift, unit.drift)[0])
+
+
+def _drawn(fronts: Fronts, method: _Method) -> list[dict[str, Any]]:
+    """The front of all rows up to a little beyond the reference's drift: where it bends in the root of drift."""
+    if not method.seeds:
+        return []
+    curves = [fronts.whole.curve(setting, setting.scales(method.seeds), method.seeds) for setting in method.finalists]
+    chosen = choose(curves)
+    gains, roots = follow(chosen, curves)[:, 0], np.sqrt(LEVELS)
+    slopes = np.diff(gains) / np.diff(roots)
+    last = int((LEVELS <= 1.2).sum())
+    bends = [i for i in range(1, last) if i == last - 1 or abs(slopes[i] - slopes[i - 1]) > 1e-6]
+    return [
+        {"label": method.finalists[chosen[0][i]].label, "gain": float(gains[i]), "drift": float(LEVELS[i])}
+        for i in bends
+        if chosen[0][i] >= 0
+    ]

@@ -1,5 +1,6 @@
 """The pictures of a report, drawn from its figures."""
 
+import collections
 import io
 import itertools
 import math
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAPTIONS = {
-    "front": "Gain against drift, as shares of the reference's (the cross). Up and left is better. Thin: each setting over the scale of "
-    "its adapter. Thick: the front of each method, flat beyond its last point; dashed: of a control. The drift axis is a square root.",
+    "front": "Gain against drift, as shares of the reference's (the cross). Up and left is better. Thin, ending in a dot: settings over "
+    "the scale of their adapters, of the methods in colour; an arrow where the adapter lies outside. Thick: the front of each method, "
+    "flat beyond its last point; dashed: of a control. The drift axis is a square root. Fronts are drawn from the rows that their "
+    "settings were chosen on, which flatters methods with many settings: the table does not.",
     "tradeoff": "Domain gain against forgetting. Up and left is better; the base model is the origin. Bars: 95 % intervals, "
     "over questions and seeds (of one seed: over questions alone). The line is the Pareto front.",
     "tasks": "Change of each task's score against the base on the same questions, with 95 % intervals over questions and seeds (of one "
@@ -28,6 +31,8 @@ CAPTIONS = {
     "curves": "Training, mean over seeds.",
 }
 COLORS = ("#d1495b", "#3b82c4", "#2a9d6f", "#8b6fc0", "#e08a1e", "#8a8f98", "#2aa5a0", "#d46a9f", "#a07855", "#6b8e23")
+# More arms than a picture or a table shows at a glance.
+MANY_ARMS = 16
 # With more methods than colours, so many of the best have one.
 _COLORED = 8
 _GREY = "#9aa0a8"
@@ -65,7 +70,7 @@ def draw_pictures(summary: dict) -> dict[str, Picture]:
         return {name: _render(name, figure) for name, figure in figures.items() if figure is not None}
 
 
-def _methods(summary: dict) -> dict[str, str]:
+def method_of(summary: dict) -> dict[str, str]:
     """Method by arm."""
     arms = expanded_arms(summary["plan"]["arms"])
     return {arm: (options or {}).get("method", arm) for arm, options in arms.items()}
@@ -73,7 +78,7 @@ def _methods(summary: dict) -> dict[str, str]:
 
 def arm_colors(summary: dict) -> dict[str, str]:
     """One for each method; where there are more than colours, for the controls and the best, and grey for the others."""
-    by_arm = _methods(summary)
+    by_arm = method_of(summary)
     methods = list(dict.fromkeys(by_arm.values()))
     found = (summary.get("map") or {}).get("methods")
     if len(methods) > len(COLORS) and found:
@@ -83,6 +88,25 @@ def arm_colors(summary: dict) -> dict[str, str]:
     else:
         colors = {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
     return {arm: colors.get(method, _GREY) for arm, method in by_arm.items()}
+
+
+def _points_shown(summary: dict) -> list[dict]:
+    """
+    Of many arms, those of each method with the most seeds, and the controls with them; where these are still many, the best
+    setting of each method on the map, and the reference.
+    """
+    points = summary["points"]
+    if len({point["arm"] for point in points}) <= MANY_ARMS:
+        return points
+    methods, most = method_of(summary), collections.Counter[str]()
+    for point in points:
+        most[methods[point["arm"]]] = max(most[methods[point["arm"]]], len(point["seeds"]))
+    shown = [point for point in points if len(point["seeds"]) == most[methods[point["arm"]]]]
+    found = (summary.get("map") or {}).get("methods")
+    if found and len({point["arm"] for point in shown}) > MANY_ARMS:
+        best = {entry["best"] for entry in found} | {summary["reference"]}
+        shown = [point for point in shown if {point["label"], point["arm"]} & best]
+    return shown
 
 
 def draw_scales(curves: dict[str, list[dict]], suggested: dict | None, max_drift: float | None) -> Picture:
@@ -178,14 +202,16 @@ def _with_few_colors(png: bytes) -> bytes:
 
 
 def _tradeoff(summary: dict, colors: dict[str, str]) -> "Figure | None":
-    points = [point for point in summary["points"] if point["forgetting"]]
+    everything = [point for point in summary["points"] if point["forgetting"]]
+    points = [point for point in _points_shown(summary) if point["forgetting"]]
     if not points:
         return None
+    methods, named = method_of(summary), set()
     figure, axes = _new_figure(5.4, 4.6)
     ax = axes[0, 0]
     ax.axhline(0, color=_INK, alpha=0.25, linewidth=0.8)
     ax.axvline(0, color=_INK, alpha=0.25, linewidth=0.8)
-    front = [(100 * p["forgetting"]["mean"], p["domain_gain"]["mean"]) for p in points if p["on_front"]]
+    front = [(100 * p["forgetting"]["mean"], p["domain_gain"]["mean"]) for p in everything if p["on_front"]]
     front += [(0.0, 0.0)] if summary["base"]["on_front"] else []
     ax.plot(*zip(*sorted(front), strict=True), color=_INK, alpha=0.5, linewidth=1, linestyle="--", zorder=1)
     ax.plot(0, 0, marker="*", markersize=12, color=_INK, linestyle="none", label="base")
@@ -196,6 +222,8 @@ def _tradeoff(summary: dict, colors: dict[str, str]) -> "Figure | None":
         x_error, y_error = _bars(in_points(point["forgetting"])), _bars(point["domain_gain"])
         ax.errorbar(x, y, xerr=x_error, yerr=y_error, color=color, alpha=0.35, linewidth=1, capsize=0)
         shade = float(role.removeprefix("scale_")) if role.startswith("scale_") else 1.0
+        # Of many, one name for each method.
+        label = point["label"] if points == everything else methods[point["arm"]]
         ax.plot(
             x,
             y,
@@ -204,8 +232,9 @@ def _tradeoff(summary: dict, colors: dict[str, str]) -> "Figure | None":
             color=color,
             alpha=0.4 + 0.6 * shade,
             linestyle="none",
-            label=point["label"],
+            label=None if label in named else label,
         )
+        named.add(label)
     ax.set_xlabel("forgetting: mean drop over the retention tasks, points of accuracy")
     ax.set_ylabel("domain gain: held-out loss, nats per token")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, handletextpad=0.3, columnspacing=1.2)
@@ -216,38 +245,50 @@ def _fronts(summary: dict, colors: dict[str, str]) -> "Figure | None":
     methods = (summary.get("map") or {}).get("methods")
     if not methods:
         return None
-    by_arm = _methods(summary)
-    by_method = {method: colors[arm] for arm, method in by_arm.items()}
+    by_method = {method: colors[arm] for arm, method in method_of(summary).items()}
     figure, axes = _new_figure(6.4, 4.8)
     ax = axes[0, 0]
+    # Lines between points are straight in the root of drift, as curves are interpolated.
     ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     right = 110.0
     ends = []
     for rank, entry in enumerate(methods):
         color = by_method[entry["method"]]
         style: Any = {"color": color, "zorder": 1 if color == _GREY else 4 - rank / len(methods)}
-        for way in entry["ways"]:
-            points = [(0.0, 0.0), *((p["drift"], p["gain"]) for p in way["points"])]
-            x, y = (100 * np.array(values) for values in zip(*sorted(points), strict=True))
-            dense = np.linspace(0, np.sqrt(x[-1]), 60) ** 2
-            ax.plot(dense, np.interp(dense, x, y), linewidth=0.6, alpha=0.35, **style)
+        if color != _GREY:
+            for way in entry["ways"]:
+                _draw_way(ax, way, right, style)
         if entry["front"]:
-            x, y = (np.array([0.0, *(100 * p[key] for p in entry["front"])]) for key in ("drift", "gain"))
-            dense = np.linspace(0, np.sqrt(right), 200) ** 2
-            dash = "--" if entry["is_control"] else "-"
-            ax.plot(dense, np.interp(dense, x, y), linewidth=1.2 if color == _GREY else 2, linestyle=dash, **style)
-            ax.plot(x[1:], y[1:], "o", markersize=2.5 if color == _GREY else 3.5, **style)
-            ends.append((float(np.interp(right, x, y)), entry["method"], color))
+            x, y = ([0.0, *(100 * p[key] for p in entry["front"])] for key in ("drift", "gain"))
+            dash, width = "--" if entry["is_control"] else "-", 1.2 if color == _GREY else 2
+            ax.plot([*x, max(right, x[-1])], [*y, y[-1]], linewidth=width, linestyle=dash, **style)
+            ends.append((float(np.interp(right**0.5, np.sqrt(x), y)), entry["method"], color))
     ax.plot(100, 100, "x", color=_INK, markersize=8, zorder=5)
-    top = max([102.0, *(y for y, *_ in ends)])
-    ax.set_ylim(0.35 * top, 1.03 * top)
+    top = 1.03 * max([102.0, *(y for y, *_ in ends)])
+    ax.set_ylim(0, top)
     ax.set_xlim(0, right)
     ticks = (1, 5, 10, 25, 50, 75, 100)
     ax.set_xticks(ticks, [f"{tick}" for tick in ticks])
-    ax.set_xlabel(f"drift, % of {summary['map']['reference']['label']}'s: KL(base ‖ model) on general text")
-    ax.set_ylabel(f"gain, % of {summary['map']['reference']['label']}'s: fall of the held-out loss")
+    label = summary["map"]["reference"]["label"]
+    absent = [entry["method"] for entry in methods if not entry["front"]]
+    note = "\n" + textwrap.fill(f"no gain within this drift: {', '.join(absent)}", 100) if absent else ""
+    ax.set_xlabel(f"drift, % of {label}'s: KL(base ‖ model) on general text{note}")
+    ax.set_ylabel(f"gain, % of {label}'s: fall of the held-out loss")
     _label_ends(ax, ends, right)
     return figure
+
+
+def _draw_way(ax: Any, way: dict, right: float, style: dict) -> None:
+    """One setting over its scales, and an arrow at the edge where its adapter lies outside."""
+    points = sorted((100 * p["drift"], 100 * p["gain"]) for p in way["points"])
+    line = [(0.0, 0.0), *points] if len(points) > 1 else points
+    ax.plot(*zip(*line, strict=True), linewidth=0.6, alpha=0.35, **style)
+    x, y = points[-1]
+    if x <= right and y >= 0:
+        ax.plot(x, y, "o", markersize=2.5, **style)
+    else:
+        height = float(np.interp(right**0.5, np.sqrt([x for x, _ in line]), [y for _, y in line])) if x > right else y
+        ax.plot(min(x, right), max(height, 0), ">" if x > right else "v", markersize=4, clip_on=False, **style)
 
 
 def _label_ends(ax: Any, ends: list[tuple[float, str, str]], right: float) -> None:
@@ -276,7 +317,7 @@ def _bars(found: dict) -> list[list[float]] | None:
 
 
 def _task_bars(summary: dict, colors: dict[str, str]) -> "Figure | None":
-    points = summary["points"]
+    points = _points_shown(summary)
     names = list(summary["base"]["tasks"])
     if not points or not names:
         return None
@@ -308,7 +349,9 @@ def _subject_bars(summary: dict, colors: dict[str, str]) -> "Figure | None":
     arms = expanded_arms(summary["plan"]["arms"])
     trained = {arm for arm, options in arms.items() if "interpolate" not in (options or {})}
     points = [
-        p for p in summary["points"] if p["role"] == "student" and p["arm"] in trained and set(groups) & set(p["tasks"])
+        p
+        for p in _points_shown(summary)
+        if p["role"] == "student" and p["arm"] in trained and set(groups) & set(p["tasks"])
     ]
     if not groups or not points:
         return None
@@ -340,7 +383,7 @@ def _curve_grid(summary: dict, colors: dict[str, str]) -> "Figure | None":
     figure, axes = _new_figure(5.4, 2.2 * rows + 0.4, rows, columns, sharex=True)
     for ax in axes.flat[len(curves) :]:
         ax.set_visible(False)
-    methods = _methods(summary)
+    methods = method_of(summary)
     several = len(set(methods.values())) < len(methods)
     for ax, (name, by_arm) in zip(axes.flat, curves.items(), strict=False):
         shown: set[str] = set()

@@ -1,5 +1,6 @@
 """The plan of a comparison: which arms, with which seeds, measured how. Light: a report reads it too."""
 
+import logging
 import os
 import re
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ import yaml
 from ..evaluation.settings import Suite
 from ..files import read_json
 
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = str(files("trl_ema") / "configs" / "compare_smollm2.yaml")
 BASE = "base"
@@ -28,6 +31,10 @@ _KEYS = {
     "seeds": list,
     "evaluation": dict,
 }
+# Held-out rows that a map needs at least: settings are chosen on one half of them and measured on the other.
+LEAST_ROWS = 4
+# Scales of an adapter between 0 and 1: with fewer, lines between them lie far below its curve.
+LEAST_SCALES = 3
 # Of a run; the comparison sets them.
 _RESERVED = ("seed", "output_dir", "measure", "resume_from_checkpoint", "eval_samples")
 
@@ -140,7 +147,7 @@ class Comparison:
         seeds (`tuple`): Each arm is trained once with each.
         suite ([`Suite`]): What is measured.
         reference (`str`, *optional*): The arm that the others' gain, drift and forgetting are given as shares of; by default the
-            one with the largest gain of those that are plain SFT.
+            one that drifts least of those that are plain SFT and whose gain is not clearly below the largest.
         controls (`tuple`, *optional*): Methods that each other method's front is compared with; by default those that are plain
             SFT.
         plain_sft (`tuple`, *optional*): The arms that are plain SFT, as [`run_comparison`] understood their options. A report,
@@ -226,7 +233,30 @@ def load_comparison(path: str, output_dir: str | None = None) -> Comparison:
         ValueError: Unknown keys, an option that `trl-ema train` does not have, an arm that interpolates no trained one.
     """
     with open(path, encoding="utf-8") as file:
-        return _comparison(yaml.safe_load(file) or {}, path, output_dir)
+        comparison = _comparison(yaml.safe_load(file) or {}, path, output_dir)
+    _check_map(comparison, path)
+    return comparison
+
+
+def _check_map(comparison: Comparison, path: str) -> None:
+    """Where methods have several settings a map is wanted: whether what is to be measured is enough for one."""
+    suite = comparison.suite
+    if len(comparison.methods) == len(comparison.arms):
+        return
+    if suite.domain_samples < LEAST_ROWS:
+        raise ValueError(
+            f"`domain_samples` under `evaluation` in {path} is {suite.domain_samples}; a map of methods with several settings needs "
+            f"at least {LEAST_ROWS}, to choose settings on one half of the rows and measure them on the other. Give some hundred."
+        )
+    between = [scale for scale in suite.scales if scale < 1]
+    if len(between) < LEAST_SCALES:
+        logger.warning(
+            "Methods have several settings, but adapters are to be measured at %d scales between 0 and 1: the map will show the "
+            "settings, and no hypervolume nor other figure of a front. Give at least %d under `evaluation`, such as `scales: [0.25, "
+            "0.5, 0.75]`.",
+            len(between),
+            LEAST_SCALES,
+        )
 
 
 def kept_comparison(folder: str) -> Comparison:

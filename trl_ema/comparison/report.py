@@ -11,7 +11,7 @@ import yaml
 from ..extras import require
 from ..files import read_json, write_json, write_text
 from .figures import in_points, is_absent, sample_answers, summarize_comparison
-from .pictures import CAPTIONS, draw_pictures
+from .pictures import CAPTIONS, MANY_ARMS, draw_pictures, method_of
 from .plan import BASE
 
 
@@ -24,8 +24,6 @@ FIGURES = "comparison.json"
 _SAMPLES = "samples.html"
 # One seed: the interval is over questions alone.
 _ONE_SEED = "†"
-# More arms than a table shows at a glance.
-_FOLDED = 16
 
 
 def _as_yaml(plan: dict) -> str:
@@ -71,9 +69,10 @@ def write_report(folder: str) -> str:
     values = {
         "summary": summary,
         "texts": list(summary["points"][0]["drift"]) if summary["points"] else ["domain", "general"],
-        "fold": len(summary["points"]) > _FOLDED,
+        "fold": len(summary["points"]) > MANY_ARMS,
         "scales": [f"{scale:g}" for scale in sorted(set(drawn))],
         "map_text": _map_text(found) if drawn else "",
+        "missing": _missing(summary),
         "plan_yaml": _as_yaml(summary["plan"]),
         "pictures": {name: picture.svg for name, picture in pictures.items()},
         "captions": CAPTIONS,
@@ -115,6 +114,9 @@ def _templates() -> "Environment":
     environment.filters["points"] = lambda found: _figure(found and found | in_points(found), 1)
     environment.filters["share"] = lambda found: _figure(found, signed=False, percent=True) if found else "not shown"
     environment.filters["level"] = lambda share: f"{100 * float(share):g}"
+    environment.filters["obstacles"] = lambda methods: "; ".join(
+        f"{m['method']}: {m['obstacle']}" for m in methods if m.get("obstacle")
+    )
     environment.filters["percent"] = lambda found: _figure(_in_percent(found), 1, signed=False)
     environment.filters["reached"] = _reached
     environment.filters["settings"] = _settings
@@ -146,10 +148,19 @@ def _in_percent(found: dict) -> dict:
 def _reached(found: dict) -> str:
     """A drift at a gain, which some resamples or all may not reach."""
     if is_absent(found["mean"]):
-        return "not reached"
+        return "not reached" if is_absent(found["low"]) else f"not reached (from {100 * found['low']:.1f})"
     if is_absent(found["high"]) and not is_absent(found["low"]):
         found = found | {"high": math.inf}
     return _figure(_in_percent(found), 1, signed=False).replace("inf", "∞")
+
+
+def _missing(summary: dict) -> dict[str, list[str]]:
+    """By method."""
+    methods, found = method_of(summary), dict[str, list[str]]()
+    for part in summary["missing"]:
+        arm = part.split(", seed")[0]
+        found.setdefault(methods.get(arm, arm), []).append(part)
+    return found
 
 
 def _settings(method: dict) -> str:
@@ -171,16 +182,26 @@ def _at_scales(way: dict, scales: list[str]) -> list[str]:
 def _map_text(found: dict) -> str:
     """What the figures of the map are."""
     reference, texts = found["reference"], " and ".join(found["texts"])
+    several = any(len(method["hypervolume"]["seeds"]) > 1 for method in found["methods"])
+    seeds = (
+        "Where there are several seeds they are also chosen on the others than the one they are measured on. "
+        if several
+        else "With one seed they were chosen on the seed that they are reported on, which flatters methods with many settings. "
+    )
     return (
         f"Gain: fall of the held-out loss. Drift: KL(base ‖ model) in nats per token on {texts} text"
         f"{', their mean' if len(found['texts']) > 1 else ''}. Both in % of those of {reference['label']} "
-        f"({reference['gain']:.3f} and {reference['drift']:.3f} nats). A method's front is drawn from all of its settings, at every "
-        "scale of their adapters, and of averaged teachers too. Its settings are chosen on one half of the rows and measured on the "
-        "other, and the other way round; the reference is chosen on all rows, which favours it. Hypervolume: the mean, over all "
-        "drifts up to the reference's, of the largest gain that drifts no more, as a share of the reference's; a staircase. Ahead of a "
-        "control: by how much its hypervolume is exceeded, on the same rows and seeds. Gain at a "
-        "drift and drift at a gain lie on straight lines between the points of a front. Best setting: the one whose own curve has "
-        "the largest hypervolume. ∞: some resamples of the rows do not reach that gain."
+        f"({reference['gain']:.3f} and {reference['drift']:.3f} nats). A method's front is the largest gain that any of its settings "
+        "has at each drift, along the setting's own scales (straight in the root of drift), averaged teachers among them. Which "
+        "setting is used at which drift is chosen on one half of the rows and measured on the other, and the other way round. "
+        f"{seeds}Where some settings were trained with more seeds than others, a seed that picked them flatters them too. The "
+        "reference is, unless the plan names it, the plain SFT that drifts least of those whose gain is not clearly below the "
+        "largest. Hypervolume: the mean gain over all drifts up to the reference's. Ahead of a control: by how much its hypervolume "
+        "is exceeded, on the same rows and seeds. Intervals are given the settings chosen, and too narrow where many settings are "
+        "about equally good. Best setting: the one whose own curve "
+        "has the largest hypervolume on all rows. Not reached (from x): not on average; the lower end of the interval is x. ∞: some "
+        "resamples of the rows do not reach that gain. Of twenty comparisons with a control, one interval is expected to leave out "
+        "0 by chance."
     )
 
 

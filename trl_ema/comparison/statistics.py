@@ -231,69 +231,6 @@ def pareto_front(gains: Sequence[float], losses: Sequence[float]) -> list[int]:
     return sorted((i for i in range(len(points)) if not beaten(i)), key=lambda i: (points[i][1], points[i][0]))
 
 
-def hypervolume(gains: ArrayLike, losses: ArrayLike, bound: float = 1.0) -> Any:
-    r"""
-    Area that a set of points dominates between no gain and a loss of `bound`: the mean, over every loss that one may accept up to
-    there, of the largest gain that costs no more.
-
-        HV = ∫_0^bound  max(0, max_{i: loss_i ≤ x} gain_i) dx
-
-    A staircase: nothing is taken to lie between two points.
-
-    Args:
-        gains, losses (arrays of shape `(points,)` or `(points, resamples)`): As shares of a reference's.
-        bound (`float`): Loss of the reference point, whose gain is 0. Points beyond it add nothing.
-
-    Returns:
-        The area, or one for each resample; above `bound` where a gain is above 1.
-
-    Source: Zitzler & Thiele 1998, *Multiobjective optimization using evolutionary algorithms*, section 4.
-    """
-    gains, losses = np.asarray(gains, dtype=np.float64), np.asarray(losses, dtype=np.float64)
-    order = np.argsort(losses, axis=0)
-    best = np.maximum.accumulate(np.take_along_axis(np.maximum(gains, 0), order, axis=0), axis=0)
-    edges = np.clip(np.take_along_axis(losses, order, axis=0), 0, bound)
-    widths = np.diff(edges, axis=0, append=np.full_like(edges[:1], bound))
-    return (best * widths).sum(0) + 0.0
-
-
-def gain_at_loss(gains: ArrayLike, losses: ArrayLike, loss: float) -> Any:
-    """
-    Largest gain at a loss, on straight lines from the origin along the front of a set of points: along a line of two settings,
-    or of two scales of one.
-
-    Args:
-        gains, losses (arrays of shape `(points,)` or `(points, resamples)`).
-
-    Returns:
-        The gain, or one for each resample; that of the last point beyond it.
-    """
-    x, y = np.asarray(losses, dtype=np.float64), np.asarray(gains, dtype=np.float64)
-    y_0 = np.where(x <= loss, y, 0).max(0, initial=0)
-    x_0 = _least(x, (x <= loss) & (y == y_0) & (y_0 > 0), 0.0)
-    beyond = (x > loss) & (y > y_0)
-    x_1 = _least(x, beyond, np.inf)
-    y_1 = np.where(beyond & (x == x_1), y, 0).max(0, initial=0)
-    # Beyond the last point the line is flat: x_1 is infinite.
-    return y_0 + (loss - x_0) / (x_1 - x_0) * (y_1 - y_0)
-
-
-def loss_at_gain(gains: ArrayLike, losses: ArrayLike, gain: float) -> Any:
-    """Least loss at a gain above 0, as [`gain_at_loss`]; infinite where no point gains as much."""
-    x, y = np.asarray(losses, dtype=np.float64), np.asarray(gains, dtype=np.float64)
-    x_1 = _least(x, y >= gain, np.inf)
-    y_1 = np.where((x == x_1) & (y >= gain), y, gain).max(0, initial=gain)
-    y_0 = np.where(x < x_1, y, 0).max(0, initial=0)
-    x_0 = _least(x, (x < x_1) & (y == y_0) & (y_0 > 0), 0.0)
-    reached = np.isfinite(x_1)
-    return np.where(reached, x_0 + (gain - y_0) / np.where(reached, y_1 - y_0, 1) * (x_1 - x_0), np.inf) + 0.0
-
-
-def _least(values: np.ndarray, where: np.ndarray, otherwise: float) -> np.ndarray:
-    least = np.where(where, values, np.inf).min(0, initial=np.inf)
-    return np.where(np.isfinite(least), least, otherwise)
-
-
 def _pair(before: ArrayLike, after: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     before, after = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if before.shape != after.shape or before.ndim != 1 or not len(before):
