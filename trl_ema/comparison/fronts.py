@@ -143,7 +143,8 @@ class _Method:
         def rank(seeds: frozenset[int]) -> tuple[int, int]:
             return len(seeds), sum(seeds <= setting.seeds for setting in self.settings)
 
-        return sorted(max(sets, key=rank))
+        best: frozenset[int] = max(sets, key=rank)
+        return sorted(best)
 
     @cached_property
     def finalists(self) -> list[Setting]:
