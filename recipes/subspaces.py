@@ -7,13 +7,17 @@ Takes every option of `recipes/medical_ema.py`, and those below, on the command 
 of its own: OSF `--effective_rank`, CorDA `--lora_r`, OFT `--oft_block_size`. `--lora_target_modules` is that of all three.
 """
 
+import hashlib
+import json
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from medical_ema import main
@@ -23,13 +27,18 @@ from peft.tuners.lora.corda import preprocess_corda
 from tqdm.auto import tqdm
 from trl.trainer.utils import create_model_from_path
 
-from trl_ema import EMARegularizedSFTTrainer
+from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
 from trl_ema.files import follow_umask
-from trl_ema.texts import Sampling, model_fingerprint, texts_path, write_texts
+from trl_ema.texts import Sampling, load_texts, model_fingerprint, texts_path, write_texts
 
 
 SUBSPACES = ("osf", "corda", "oft")
-EIGENS = "corda.pt"
+
+
+class SubspaceConfig(MeanTeacherConfig):
+    """Whose texts CorDA reads, with rehearsal or without."""
+
+    reads_texts = True
 
 
 @dataclass
@@ -43,6 +52,8 @@ class Subspace:
       directions which matter least to the activations on general text; here on texts that the model writes itself.
     - OFT (Qiu et al. 2023, https://arxiv.org/abs/2306.07280): the inputs of each layer are rotated, block by block.
     """
+
+    training_config: ClassVar[type] = SubspaceConfig
 
     subspace: str = field(default="osf", metadata={"help": "`osf`, `corda` or `oft`.", "choices": list(SUBSPACES)})
     effective_rank: float = field(
@@ -102,28 +113,41 @@ class Subspace:
             linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
             targets = sorted({name.rpartition(".")[2] for name in linear})
         # Kept with the run: resumed, it takes the same part of the base into the adapter.
-        kept = os.path.join(training_args.output_dir, EIGENS)
-        part = kept if os.path.isfile(kept) else f"{kept}.part"
+        source, read = _own_texts(model, tokenizer, training_args)
+        made_of = json.dumps([source, str(model.dtype), model_args.lora_r, targets])
+        kept = Path(training_args.output_dir, f"corda-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.pt")
+        part = kept if kept.is_file() else kept.with_suffix(".part")
+        if part != kept:
+            part.unlink(missing_ok=True)  # of a run that was killed: PEFT would read it
         config = LoraConfig(
             r=model_args.lora_r, lora_alpha=model_args.lora_alpha, lora_dropout=model_args.lora_dropout, target_modules=targets,
-            task_type="CAUSAL_LM", init_lora_weights="corda", corda_config=CordaConfig(cache_file=part, corda_method="kpm"),
+            task_type="CAUSAL_LM", init_lora_weights="corda", corda_config=CordaConfig(cache_file=str(part), corda_method="kpm"),
         )  # fmt: skip
-        ids = [] if part == kept else _own_texts(model, tokenizer, training_args)
+        ids = [] if part == kept else read()  # before PEFT watches the layers
         preprocess_corda(model, config, lambda: _read(model, ids))
         os.replace(part, kept)
         config.corda_config.cache_file = None  # no path tells one such model from another
         return get_peft_model(model, config), None, save_as_lora
 
 
-def _own_texts(model: Any, tokenizer: Any, training_args: Any) -> list[list[int]]:
-    """Tokens of what the model writes itself: the texts that rehearsal takes too, and that no figure of the run is made from."""
+def _own_texts(model: Any, tokenizer: Any, training_args: Any) -> tuple[Any, Callable[[], list[list[int]]]]:
+    """
+    What tells the texts from others, and what gives their tokens: those of `rehearsal_texts`, else what the model writes itself
+    with the options of rehearsal. A rehearsal with the same options takes the same ones; no figure of the run is made from them.
+    """
+    fingerprint = model_fingerprint(model, tokenizer)
+    if training_args.rehearsal_texts is not None:
+        given = load_texts(training_args.rehearsal_texts, model_fingerprint=fingerprint).ids
+        return [fingerprint, given], lambda: given
     sampling = Sampling(
         num_texts=training_args.rehearsal_num_texts,
         num_tokens=training_args.rehearsal_num_tokens,
         start_token=training_args.rehearsal_start,
+        chat=training_args.rehearsal_chat,
     )
-    path = texts_path(model_fingerprint(model, tokenizer), sampling)
-    return write_texts(model, tokenizer, sampling, path).ids
+    path = texts_path(fingerprint, sampling)
+    written = partial(write_texts, model, tokenizer, sampling, path, fingerprint=fingerprint)
+    return [fingerprint, asdict(sampling)], lambda: written().ids
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ema.evaluation.drift import measure_drift
 from trl_ema.evaluation.models import load_base, with_adapter
+from trl_ema.script import parse
 
 
 ROOT = Path(__file__).parent.parent
@@ -160,6 +161,75 @@ def subspace(monkeypatch):
     import subspaces
 
     return subspaces.Subspace
+
+
+@pytest.fixture
+def corda(subspace, tiny_folder, tmp_path, monkeypatch):
+    """What CorDA starts its adapter from, and its files."""
+    monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path / "cache"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "model")
+
+    def make(folder="out", lora_r=4, **options):
+        model_args = SimpleNamespace(
+            load_in_4bit=False, load_in_8bit=False, lora_target_modules=["q_proj"], lora_r=lora_r, lora_alpha=8, lora_dropout=0.0
+        )  # fmt: skip
+        texts = dict(num_texts=4, num_tokens=32, start=None, chat=None, texts=None) | options
+        training_args = SimpleNamespace(
+            teacher="none", world_size=1, model_init_kwargs={"dtype": torch.float32}, trust_remote_code=False, device="cpu",
+            output_dir=str(tmp_path / folder), **{f"rehearsal_{name}": value for name, value in texts.items()},
+        )  # fmt: skip
+        model, *_ = subspace(subspace="corda").make(str(tiny_folder / "model"), tokenizer, training_args, model_args)
+        return adapter_weights(SimpleNamespace(model=model)), sorted((tmp_path / folder).iterdir())
+
+    return make
+
+
+def same(one, other):
+    return all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def test_corda_takes_up_its_file_only_for_the_same_texts_and_rank(corda):
+    first, files = corda()
+    assert same(corda()[0], first) and corda()[1] == files and len(files) == 1
+    for number, change in enumerate((dict(num_texts=6), dict(chat=True), dict(lora_r=2)), start=2):
+        found, files = corda(**change)
+        assert same(found, corda(f"fresh {number}", **change)[0]) and len(files) == number
+        assert change == dict(lora_r=2) or not same(found, first)
+
+
+def test_corda_does_not_read_what_a_killed_run_left(corda, tmp_path):
+    first, (file,) = corda()
+    file.unlink()
+    file.with_suffix(".part").write_bytes(b"half")
+    found, files = corda()
+    assert same(found, first) and files == [file]
+
+
+def test_corda_reads_given_texts(corda, tmp_path):
+    first, _ = corda(chat=False)
+    (texts,) = (tmp_path / "cache" / "texts").glob("*.safetensors")
+    given, _ = corda("given", texts=str(texts), num_texts=9)
+    assert same(given, first) and len(list((tmp_path / "cache" / "texts").iterdir())) == 1
+
+
+def test_the_recipe_does_not_call_texts_ignored_that_corda_reads(subspace, tmp_path):
+    options = [
+        "--model_name_or_path",
+        "m",
+        "--dataset_name",
+        "d",
+        "--output_dir",
+        str(tmp_path),
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+    ]
+    of_texts = ["--rehearsal_num_texts", "8", "--rehearsal_chat", "true"]
+    _, training_args, *_ = parse([*options, *of_texts], subspace)  # a warning would be an error
+    assert training_args.rehearsal_num_texts == 8
+    with pytest.warns(UserWarning, match="Ignored with .*: `rehearsal_fraction=0.5`"):
+        parse([*options, *of_texts, "--rehearsal_fraction", "0.5"], subspace)
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,8 @@ class MeanTeacherConfig(SFTConfig):
         },
     )
 
+    reads_texts = False  # whether something that is none of its options does, as CorDA in a recipe
+
     def __post_init__(self):
         take_booleans(self)  # before TRL reads them
         # TRL's names and defaults, under the name that transformers has for them since 5.23 (it warns of the old ones).
@@ -303,12 +305,14 @@ class MeanTeacherConfig(SFTConfig):
             others = [n for n in default if n.startswith("kl_") or n in ("teacher_anchor", "eval_teacher")]
             ignored += [n for n in others if getattr(self, n) != default[n]]
         if not self.rehearsal_weight:
-            used = _OF_TEXTS if self.ewc_weight else ()
+            used = _OF_TEXTS if self.ewc_weight or self.reads_texts else ()
             others = [n for n in default if n.startswith("rehearsal_") and n not in used]
             ignored += [n for n in others if getattr(self, n) != default[n]]
         elif self.rehearsal_dataset is not None and not self.ewc_weight:  # nothing is written
             ignored += [n for n in ("rehearsal_start", "rehearsal_chat") if getattr(self, n) != default[n]]
-        if self.rehearsal_texts is not None and (self.rehearsal_weight or self.ewc_weight):  # they are as they are
+        if self.rehearsal_texts is not None and (
+            self.rehearsal_weight or self.ewc_weight or self.reads_texts
+        ):  # as they are
             others = [n for n in _OF_TEXTS if n != "rehearsal_texts"]
             ignored += [n for n in others if getattr(self, n) != default[n]]
         if not self.ewc_weight and self.ewc_num_texts != default["ewc_num_texts"]:

@@ -84,10 +84,13 @@ class TrainingScriptArguments(ScriptArguments):
 
 
 def make_parser(*others: type) -> TrlParser:
-    """Parser of the options of the job, of [`MeanTeacherConfig`] and of TRL's `ModelConfig`, and of `others`."""
+    """
+    Parser of the options of the job, of [`MeanTeacherConfig`] (or the `training_config` that one of `others` has instead) and of TRL's
+    `ModelConfig`, and of `others`.
+    """
     types: Any = (
         TrainingScriptArguments,
-        MeanTeacherConfig,
+        next((other.training_config for other in others if hasattr(other, "training_config")), MeanTeacherConfig),
         ModelConfig,
         *others,
     )  # TRL's annotation knows no dataclass by type
