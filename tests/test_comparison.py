@@ -386,11 +386,7 @@ def test_the_page_stands_alone_and_its_pictures_show_the_figures(comparison: Com
     page = Path(comparison.output_dir, "report.html").read_text()
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|url\((?!#)|@import""", page)
     pictures = dict(
-        zip(
-            ("tradeoff", "front", "tasks", "curves", "subjects"),
-            re.findall(r"<svg.*?</svg>", page, re.DOTALL),
-            strict=True,
-        )
+        zip(("tradeoff", "tasks", "curves", "subjects"), re.findall(r"<svg.*?</svg>", page, re.DOTALL), strict=True)
     )
     assert all("currentColor" in picture for picture in pictures.values())
     ids = re.findall(r'\bid="([^"]*)"', page)
