@@ -212,7 +212,9 @@ def test_a_report_is_the_same_from_its_figures_alone_which_hold_no_text(comparis
     shutil.copy(folder / "comparison.json", tmp_path)
     write_report(str(tmp_path))
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"comparison.json", "report.md", "report.html", *(f"{name}.png" for name in CAPTIONS)}
+    # Without a map: six rows are too few for one.
+    pictures = {f"{name}.png" for name in CAPTIONS if name != "front"}
+    assert names == {"comparison.json", "report.md", "report.html", *pictures}
     assert all((tmp_path / name).read_bytes() == (folder / name).read_bytes() for name in names)
     generations = [json.loads(line) for line in (folder / "base" / "generations.jsonl").read_text().splitlines()]
     samples = (folder / "samples.html").read_text()
@@ -384,11 +386,7 @@ def test_the_page_stands_alone_and_its_pictures_show_the_figures(comparison: Com
     page = Path(comparison.output_dir, "report.html").read_text()
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|url\((?!#)|@import""", page)
     pictures = dict(
-        zip(
-            ("tradeoff", "front", "tasks", "curves", "subjects"),
-            re.findall(r"<svg.*?</svg>", page, re.DOTALL),
-            strict=True,
-        )
+        zip(("tradeoff", "tasks", "curves", "subjects"), re.findall(r"<svg.*?</svg>", page, re.DOTALL), strict=True)
     )
     assert all("currentColor" in picture for picture in pictures.values())
     ids = re.findall(r'\bid="([^"]*)"', page)

@@ -1,6 +1,7 @@
 """A map of methods: many settings of each, measured at several scales, from runs that were trained elsewhere."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from datasets import Dataset
 from matplotlib.text import Text
 from peft import get_peft_model
 from scipy import integrate
+from test_comparison import check_tags
 
 from trl_ema.cli import compare
 from trl_ema.comparison.curves import LEVELS, Curve, choose, drift_at, follow, gain_at, hypervolume
@@ -243,6 +245,9 @@ def test_a_report_is_of_what_there_is(runs, tmp_path):
     assert "dora is shown at its own scale alone: `use_dora=True` is no factor of the update." in text
     assert "| ema | 1 of 2 |" in text and "KL, texts text" in text and "mean drop |" not in text
     assert "<h2>The map</h2>" in page and "drift_data:" in page
+    check_tags(page)
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids)) and {*re.findall(r"url\(#([^)]*)\)", page)} <= {*ids}
     (tmp_path / "comparison.json").write_bytes(Path(runs.output_dir, "comparison.json").read_bytes())
     write_report(str(tmp_path))
     for name in ("report.md", "report.html", "front.png"):
