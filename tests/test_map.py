@@ -537,7 +537,7 @@ def test_arms_whose_tasks_were_not_run_are_on_the_map(tmp_path):
     plan = json.loads(path.read_text())
     plan["evaluation"]["retention_tasks"] = {"hellaswag": None}
     path.write_text(json.dumps(plan))
-    rows = [{"task": "hellaswag", "doc_id": i, "doc_hash": "h", "score": i % 2} for i in range(6)]
+    rows = [{"task": "hellaswag", "doc_id": i, "doc_hash": "h", "prompt_hash": "p", "score": i % 2} for i in range(6)]
     for folder in (tmp_path / "base", tmp_path / "rehearsal-4" / "seed_0" / "evaluation" / "student"):
         (folder / "hellaswag.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         task = {"metric": "acc", "score": 0.5, "chance": 0.25, "n": 6, "subtasks": {}, "settings": {}}
