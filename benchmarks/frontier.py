@@ -1,5 +1,5 @@
 """
-The data of the map (recipes/results/frontier), from sets that the package does not bring.
+The data of the map of methods (frontier_definitions.yaml), from sets that the package does not bring.
 
     python benchmarks/frontier.py --sets FOLDER --output_dir runs/frontier/data
 
