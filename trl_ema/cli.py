@@ -259,7 +259,7 @@ def _held_out_text(
     from peft import PeftConfig
 
     from . import data
-    from .evaluation.drift import check_measurable, general_rows
+    from .evaluation.drift import check_measurable, general_rows, sampled_rows
     from .evaluation.generation import PACKAGES
     from .evaluation.settings import Suite
     from .evaluation.suite import HeldOutText
@@ -270,9 +270,7 @@ def _held_out_text(
     if args.generation_tokens:
         require("eval", *PACKAGES)
     name, drop = str(args.dataset_name), args.drop_incomplete_rows
-    rows = data.load_split(name, split=args.dataset_split, drop_incomplete=drop)
-    rows = rows.shuffle(seed=args.seed).select(range(min(args.dataset_samples, len(rows))))
-    rows = data.as_chat(rows, tokenizer)
+    rows = sampled_rows(name, args.dataset_split, args.dataset_samples, args.seed, drop, tokenizer)
     general = data.as_chat(Dataset.from_list(general_rows()), tokenizer)
     suite = Suite(generation_tokens=args.generation_tokens, domain_samples=len(rows), batch_size=args.batch_size)
     return HeldOutText(tokenizer, suite, domain=rows, general=general)

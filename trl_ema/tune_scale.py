@@ -13,7 +13,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 from . import data
 from .comparison.pictures import draw_scales
-from .evaluation.drift import general_rows, tokenized_batches
+from .evaluation.drift import general_rows, sampled_rows, tokenized_batches
 from .evaluation.models import adapter_base, adapter_revision, fingerprint, is_adapter, load_base, load_tokenizer
 from .evaluation.scaling import FIGURES, SCALES, Dial, check_run, check_scales, curve_of, teacher_of
 from .extras import require
@@ -218,9 +218,7 @@ def _rows(
 
 
 def _given(args: ScaleArguments, name: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    rows = data.load_split(name, split=args.dataset_split, drop_incomplete=args.drop_incomplete_rows)
-    rows = rows.shuffle(seed=args.seed).select(range(min(args.dataset_samples, len(rows))))
-    return data.as_chat(rows, tokenizer)
+    return sampled_rows(name, args.dataset_split, args.dataset_samples, args.seed, args.drop_incomplete_rows, tokenizer)
 
 
 def _name(mixture: float) -> str:

@@ -23,7 +23,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..adapters.fitness import base_changed_by, targets_head
 from ..adapters.switching import without_adapter
-from ..data import tokenize_rows
+from ..data import as_chat, load_split, tokenize_rows
 from ..forward import logit_transform
 from ..losses import IGNORE_INDEX, fused_linear_cross_entropy_kl
 from ..sharding import whole_weights
@@ -52,6 +52,15 @@ def general_rows() -> list[dict[str, str]]:
     """Short questions of general knowledge with their answers, for drift away from the domain: 48 rows of our own."""
     text = importlib.resources.files(__package__).joinpath("general_prompts.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def sampled_rows(
+    name: str, split: str, samples: int, seed: int, drop_incomplete: bool, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    """At most so many rows of a data set (hub name or file) to measure on, drawn with `seed`; plain prompts become chats."""
+    rows = load_split(name, split=split, drop_incomplete=drop_incomplete)
+    rows = rows.shuffle(seed=seed).select(range(min(samples, len(rows))))
+    return as_chat(rows, tokenizer)
 
 
 def tokenized_batches(
