@@ -743,7 +743,7 @@ def test_a_row_that_cannot_be_measured_is_refused_before_anything_is(tokenizer, 
     data = datasets.Dataset.from_list([{"prompt": "the skin", "completion": "pain"}, bad])
     with pytest.raises(ValueError, match=message):
         evaluate_model(
-            None,
+            tiny_model(),
             tokenizer,
             Suite(generation_tokens=0),
             str(tmp_path),
