@@ -208,7 +208,7 @@ def _rows(
             held_out = load_held_out(data_args, untrained, settings.dataset_text_field)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"The held-out rows of {run}, of {data_of(data_args)}, cannot be found again: {error} Give "
+                f"The held-out rows of {run}, of {data_of(data_args)!r}, cannot be found again: {error} Give "
                 "rows with `--dataset_name`."
             ) from error
     rows = {_HELD_OUT: held_out, "general": data.as_chat(Dataset.from_list(general_rows()), tokenizer)}
