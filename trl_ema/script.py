@@ -60,7 +60,7 @@ class TrainingScriptArguments(DatasetMixtureConfig, ScriptArguments):
             "YAML a mapping."
         },
     )
-    datasets: list[data.DataPart] = field(
+    datasets: list[data.DataPart] = field(  # type: ignore[assignment]  # TRL's, with more to say
         default_factory=list,
         metadata={
             "help": "Several data sets to mix, instead of `dataset_name`: paths here, in YAML mappings as in TRL, with `path`, `name`, "

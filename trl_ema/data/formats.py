@@ -143,7 +143,7 @@ def with_columns(dataset: Rows, columns: dict[str, str] | list[str], name: str =
         ValueError: One of them is not there, or has two names.
     """
     there = dataset.column_names or list(next(iter(dataset)))
-    wanted = list(columns.values() if isinstance(columns, dict) else columns)
+    wanted: list[str] = list(columns.values() if isinstance(columns, dict) else columns)
     missing = [column for column in wanted if column not in there]
     if missing:
         raise ValueError(
