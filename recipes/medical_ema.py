@@ -28,7 +28,7 @@ from trl_ema.checks import check_free_space
 from trl_ema.data import as_chat, hub_errors
 from trl_ema.evaluation.drift import general_rows
 from trl_ema.files import check_output_dir, write_json
-from trl_ema.measurement import DriftCallback, Measurement, TrainedDrift, card_figures, samples_and_table
+from trl_ema.measurement import DriftCallback, Measurement, TrainedDrift, card_figures, card_results, samples_and_table
 from trl_ema.model_card import write_model_card
 from trl_ema.noise import hide_noise
 from trl_ema.options import changed
@@ -114,6 +114,7 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
         say("Measuring the model as it was before, the student and its teacher ...")
         metrics, _ = measurement.models()
         trainer.model_card_details["Held-out figures, nats per token"] = card_figures(metrics)
+        trainer.model_card_results = card_results(metrics, sources(args, model_args)["data"])
     metrics["log"] = trainer.state.log_history
     seconds = round(time.perf_counter() - start)
     metrics["provenance"] = describe_run(trainer, args, model_args) | {"wall_seconds": seconds}
