@@ -301,9 +301,9 @@ def test_memory_is_by_the_formulas_of_the_page(make_trainer):
     assert padded.embedding == 65 * 32  # 64 rows over 5 ranks
     for mode in memory.MODES:
         launch = Launch(mode, 4)
-        assert bytes_of(trainer, ModelConfig(), launch) == FLOAT32[mode] or mode == "zero2"
+        assert bytes_of(trainer, ModelConfig(), launch) == FLOAT32[mode]
         expected = memory.memory(mode, "ema", sizes_of(model, 4, mode == "fsdp2"), FLOAT32[mode], 4)
-        assert memory_of(trainer, ModelConfig(), launch) == expected or mode == "zero2"
+        assert memory_of(trainer, ModelConfig(), launch) == expected
 
 
 @pytest.mark.parametrize("mode", memory.MODES)

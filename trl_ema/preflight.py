@@ -14,10 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import torch
 import yaml
 from datasets import Dataset, IterableDataset
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import ModelConfig
 
@@ -151,14 +151,14 @@ def main(arguments: list[str]) -> None:
         settings = launcher_settings(config, arguments)
         launch, arguments = launch_of(settings), settings.training_script_args[1:]
     args, training_args, model_args = parse(arguments)
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
+    hidden = are_progress_bars_disabled()
+    disable_progress_bars()
     try:
         with _left_alone(str(training_args.output_dir)):
             _check(args, training_args, model_args, launch, refusals)
     finally:
-        if shown:
-            datasets.enable_progress_bars()
+        if not hidden:
+            enable_progress_bars()
     _print_end(refusals)
     if refusals.found:
         sys.exit(1)
@@ -228,7 +228,7 @@ def launch_of(settings: Any) -> Launch:
         # At stage 1 gradients alone are not sharded, which are not among what is held.
         return Launch("zero3" if stage == 3 else "zero2", int(ranks), state)
     if kind == "FSDP":
-        version = int(settings.fsdp_version or fsdp.get("fsdp_version", 1))
+        version = int(fsdp.get("fsdp_version", settings.fsdp_version or 1))
         state.fsdp_plugin = SimpleNamespace(fsdp_version=version)
         return Launch("fsdp2", int(ranks), state)
     return Launch("ddp", int(ranks), state)
@@ -479,10 +479,10 @@ def bytes_of(trainer: Any, model_args: ModelConfig, launch: Launch) -> Bytes:
         layers = 1.0
     trained = next(p for p in trainer.model.parameters() if p.requires_grad).element_size()
     student = 2 if deepspeed and half else trained
-    return Bytes(
-        layers, outer, student, copy=4 if deepspeed and student == 2 else 0, sent=student,
-        teacher=4 if student == 4 else student + 4,
-    )  # fmt: skip
+    # At stage 3 a float32 model is DeepSpeed's float32 copy itself.
+    copied = deepspeed and (student == 2 or launch.mode == "zero2")
+    sent = 2 if launch.mode == "fsdp2" and half else student
+    return Bytes(layers, outer, student, copy=4 if copied else 0, sent=sent, teacher=4 if student == 4 else student + 4)
 
 
 def memory_of(trainer: Any, model_args: ModelConfig, launch: Launch) -> dict[str, float]:
