@@ -31,7 +31,18 @@ from trl_ema.files import check_output_dir, write_json
 from trl_ema.measurement import DriftCallback, Measurement, TrainedDrift, card_figures, card_results, samples_and_table
 from trl_ema.model_card import write_model_card
 from trl_ema.noise import hide_noise
-from trl_ema.script import describe_run, load_data, load_tokenizer, lora, parse, quantization, resume_from, sources
+from trl_ema.options import changed
+from trl_ema.script import (
+    describe_run,
+    load_parts,
+    load_tokenizer,
+    lora,
+    parse,
+    quantization,
+    resume_from,
+    sources,
+    training_sets,
+)
 
 
 def main(arguments: list[str], subspace: type | None = None) -> None:
@@ -47,8 +58,9 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
     # Data: rows to learn, rows held out, and questions of general knowledge, for what is forgotten beside the domain
     with training_args.main_process_first(local=False, desc="model and data"):
         model_name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
-        train, held_out = load_data(args, tokenizer, training_args.dataset_text_field)
+        parts = load_parts(args, tokenizer, training_args.dataset_text_field)
     general = as_chat(Dataset.from_list(general_rows()), tokenizer)
+    train, held_out = training_sets(parts, general, args, tokenizer, training_args)
 
     # Model and adapter: TRL loads the one and makes the other
     training_args.model_init_kwargs = {
@@ -64,12 +76,13 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
     # Trainer: TRL's own, with the teacher of `MeanTeacherConfig`
     if training_args.metric_for_best_model in ("loss", "eval_loss"):  # of two sets that are evaluated
         training_args.metric_for_best_model = "eval_domain_loss"
-    with hub_errors("model", model_name):
+    made = {"assistant_only_loss": False} if args.is_mixture else {}  # its rows have their labels already
+    with hub_errors("model", model_name), changed(training_args, **made):
         trainer = EMARegularizedSFTTrainer(
             model,
             args=training_args,
             train_dataset=train,
-            eval_dataset={"domain": held_out, "general": general},
+            eval_dataset=held_out,
             processing_class=tokenizer,
             quantization_config=quantization(model_args, training_args),
             peft_config=peft_config,
@@ -80,11 +93,12 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
         TrainedDrift(trainer)  # is then measured at each evaluation
     check_free_space(trainer, checkpoint=False)
     rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "a stream of"
-    say(f"{rows} training rows, {len(held_out)} held out.")
+    say(f"{rows} training rows, {len(held_out['domain'])} held out.")
 
     # Train
-    has_prompts = {"prompt", "completion"} <= set(held_out.column_names)
-    samples = held_out.select(range(min(args.generations, len(held_out)) if has_prompts else 0))
+    questions = parts[0].held_out
+    has_prompts = {"prompt", "completion"} <= set(questions.column_names)
+    samples = questions.select(range(min(args.generations, len(questions)) if has_prompts else 0))
     measurement = Measurement(trainer, samples, args.generation_tokens)  # of the model as it is now, too
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped_by:

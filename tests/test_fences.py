@@ -69,9 +69,11 @@ CALLED = {
     "transformers.PreTrainedModel.get_input_embeddings": "",
     "transformers.PreTrainedModel.get_output_embeddings": "",
     "transformers.Trainer._load_scaler": "checkpoint",
+    "transformers.Trainer._move_model_to_device": "model device",
     "transformers.Trainer._save": "output_dir state_dict",
     "transformers.Trainer.pop_callback": "callback",
     "transformers.Trainer.push_to_hub": "| commit_message revision",
+    "transformers.Trainer.set_initial_training_values": "args dataloader",
     "transformers.generation.GenerationMixin.generate": "| generation_config logits_processor",
     "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func": (
         "gate_logits num_experts top_k attention_mask"
@@ -197,7 +199,7 @@ WRITTEN = {
 }
 
 # Fields of what accelerate's launcher takes.
-LAUNCHER = "module quiet training_script"
+LAUNCHER = "config_file fsdp_version module num_processes offload_param_device quiet training_script training_script_args zero_stage"
 
 
 def find(path):

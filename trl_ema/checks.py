@@ -307,12 +307,11 @@ def check_finite(trainer: Any, loss: torch.Tensor, from_entropy: bool) -> None:
     )
 
 
-def check_free_space(trainer: Any, *, checkpoint: bool) -> None:
+def bytes_to_write(trainer: Any, *, checkpoint: bool) -> int:
     """
-    Raises [`OutputError`] unless there is room for one checkpoint, or for what `save_model` writes.
-
-    Those are the student, or without an adapter the whole model; what the regularizers save; and in a checkpoint,
-    unless `save_only_model`, the optimizer's two moments. What DeepSpeed and FSDP write for themselves is as much again.
+    Of one checkpoint, or of what `save_model` writes: the student, or without an adapter the whole model; what the regularizers save;
+    and in a checkpoint, unless `save_only_model`, the optimizer's two moments. What DeepSpeed and FSDP write for themselves is as much
+    again.
     """
     args, parameters = trainer.args, list(trainer.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -322,11 +321,17 @@ def check_free_space(trainer: Any, *, checkpoint: bool) -> None:
         needed += 2 * sum(map(_bytes, trained))
     if checkpoint and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         needed *= 2
-    free = shutil.disk_usage(args.output_dir).free
+    return needed
+
+
+def check_free_space(trainer: Any, *, checkpoint: bool) -> None:
+    """Raises [`OutputError`] unless there is room for one checkpoint, or for what `save_model` writes, see [`bytes_to_write`]."""
+    needed = bytes_to_write(trainer, checkpoint=checkpoint)
+    free = shutil.disk_usage(trainer.args.output_dir).free
     if free < needed:
         what = "one checkpoint" if checkpoint else "the trained model"
         raise OutputError(
-            f"`output_dir={args.output_dir!r}` has {free / 2**20:.0f} MiB free; {what} needs {needed / 2**20:.0f} MiB. "
+            f"`output_dir={trainer.args.output_dir!r}` has {free / 2**20:.0f} MiB free; {what} needs {needed / 2**20:.0f} MiB. "
             "Free some space, or choose another `--output_dir`."
         )
 

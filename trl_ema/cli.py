@@ -1,4 +1,4 @@
-"""The command `trl-ema`: train, evaluate, compare, report, rehearse, tune-scale. Thin over the functions of the same names."""
+"""The command `trl-ema`: train, check, evaluate, compare, report, rehearse, tune-scale. Thin over the functions of the same names."""
 
 import argparse
 import logging
@@ -29,6 +29,7 @@ Fine-tune a language model on a new domain, and let it drift less from what it w
   trl-ema train                          the offline demo: a real model learns medicine, about ten minutes on 2 cores
   trl-ema train --model_name_or_path Qwen/Qwen2-1.5B --dataset_name DATA --load_in_4bit true --output_dir out
   trl-ema train --accelerate_config zero3 --num_processes 4 --config FILE.yaml
+  trl-ema check --config FILE.yaml       what such a training would do or refuse: rows, labels, steps, disk and memory, in seconds
   trl-ema evaluate --model Qwen/Qwen2-1.5B --output_dir before
   trl-ema evaluate --model out --output_dir after --against before
   trl-ema compare --config FILE.yaml     several methods on the same data, seeds and steps, then the report
@@ -539,8 +540,17 @@ def tune_scale(arguments: list[str]) -> None:
     main(arguments)
 
 
+def check(arguments: list[str]) -> None:
+    """`trl-ema check`: what `trl-ema train` would do with the same arguments, or refuse, without loading weights."""
+    from .preflight import main
+
+    if {"-h", "--help"} & {*arguments}:
+        print("`trl-ema check` takes all that `trl-ema train` takes, and the same file.\n")
+    main(arguments)
+
+
 COMMANDS = {
-    "train": train, "evaluate": evaluate, "compare": compare, "report": report, "rehearse": rehearse, "tune-scale": tune_scale,
+    "train": train, "check": check, "evaluate": evaluate, "compare": compare, "report": report, "rehearse": rehearse, "tune-scale": tune_scale,
 }  # fmt: skip
 
 

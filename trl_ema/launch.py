@@ -41,9 +41,9 @@ def accelerate_config_file(name: str) -> str:
     return str(path)
 
 
-def launch_training(config: str, arguments: list[str]) -> None:
+def launcher_settings(config: str, arguments: list[str]) -> argparse.Namespace:
     """
-    Run `trl-ema train` in every process of an accelerate configuration.
+    What accelerate's launcher makes of `trl-ema train` with an accelerate configuration; `training_script_args` are the job's own.
 
     Args:
         config (`str`): Name or path, see [`accelerate_config_file`].
@@ -68,6 +68,12 @@ def launch_training(config: str, arguments: list[str]) -> None:
             f"Of {' '.join(for_launcher)} not everything is an option of `trl-ema train` or of `accelerate launch`. Their `--help` "
             "lists what they have."
         )
+    return settings
+
+
+def launch_training(config: str, arguments: list[str]) -> None:
+    """Run `trl-ema train` in every process of an accelerate configuration, see [`launcher_settings`]."""
+    settings = launcher_settings(config, arguments)
     settings.quiet = True  # the processes say themselves what went wrong
     launch_command(settings)
 

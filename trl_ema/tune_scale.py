@@ -19,7 +19,7 @@ from .evaluation.scaling import FIGURES, SCALES, Dial, check_run, check_scales, 
 from .extras import require
 from .files import check_output_dir
 from .options import plain_count, plain_number, take_booleans
-from .script import TrainingScriptArguments, load_data, options_of_run, quantization
+from .script import TrainingScriptArguments, data_of, load_held_out, options_of_run, quantization
 from .script import load_tokenizer as load_base_tokenizer
 
 
@@ -205,10 +205,10 @@ def _rows(
     else:
         try:
             _, untrained = load_base_tokenizer(model_args, settings.trust_remote_code)
-            _, held_out = load_data(data_args, untrained, settings.dataset_text_field)
+            held_out = load_held_out(data_args, untrained, settings.dataset_text_field)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"The held-out rows of {run}, of {data_args.dataset_name or 'the offline demo'!r}, cannot be found again: {error} Give "
+                f"The held-out rows of {run}, of {data_of(data_args)!r}, cannot be found again: {error} Give "
                 "rows with `--dataset_name`."
             ) from error
     rows = {_HELD_OUT: held_out, "general": data.as_chat(Dataset.from_list(general_rows()), tokenizer)}

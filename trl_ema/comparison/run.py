@@ -31,7 +31,15 @@ from ..evaluation.suite import HeldOutText, Kept, Reference, evaluate_model
 from ..evaluation.tasks import check_tasks, is_offline, task_manager
 from ..extras import require
 from ..files import write_json, write_text
-from ..script import TrainingScriptArguments, load_data, load_tokenizer, parse, quantization, sources
+from ..script import (
+    TrainingScriptArguments,
+    as_trained_with,
+    load_held_out,
+    load_tokenizer,
+    parse,
+    quantization,
+    sources,
+)
 from .plan import BASE, PLAN, Arm, Comparison
 from .training import check_jobs, train, train_together
 
@@ -167,16 +175,6 @@ def _check_same_tokenizer(settings: dict[str, MeanTeacherConfig]) -> None:
         )
 
 
-def _as_trained_with(tokenizer: PreTrainedTokenizerBase, settings: MeanTeacherConfig) -> None:
-    """Changes the base's tokenizer as `SFTTrainer` does before it tokenizes."""
-    if settings.eos_token is not None:
-        if settings.eos_token not in tokenizer.get_vocab():
-            raise ValueError(f"`eos_token={settings.eos_token!r}` is no token of the model. Give one that is.")
-        tokenizer.eos_token = settings.eos_token
-    if settings.chat_template_path is not None:
-        tokenizer.chat_template = Path(settings.chat_template_path).read_text(encoding="utf-8")
-
-
 def _checked_tasks(suite: Suite) -> "TaskManager | None":
     """lm-eval's task manager, after every task, sample and package is known to be there."""
     if suite.generation_tokens:
@@ -261,9 +259,9 @@ class _Evaluator:
             trust_remote_code=training_args.trust_remote_code,
             device_map={"": training_args.device},
         )
-        _, held_out = load_data(args, self.tokenizer, training_args.dataset_text_field)
+        held_out = load_held_out(args, self.tokenizer, training_args.dataset_text_field)
         general = data.as_chat(Dataset.from_list(general_rows()), self.tokenizer)
-        _as_trained_with(self.tokenizer, training_args)
+        as_trained_with(self.tokenizer, training_args)
         others = {
             name: data.as_chat(data.load_split(path, text_field=training_args.dataset_text_field), self.tokenizer)
             for name, path in comparison.suite.drift_data.items()

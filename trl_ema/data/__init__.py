@@ -8,16 +8,19 @@ from .formats import (
     to_prompt_completion,
     trained_columns,
     trl_format,
+    with_columns,
     with_prompts,
 )
 from .loading import NoSplitError, hub_errors, load_rows, load_split
+from .mixture import DataPart, mixed, mixture_counts, names_of_parts
 from .rows import IncompleteRowsError, NoAnswersError, check_dataset, check_rows, complete_rows
 from .split import held_out_of_stream, held_out_split
-from .tokens import tokenize_rows
+from .tokens import rows_to_mix, tokenize_rows
 
 
 __all__ = [
     "FORMATS",
+    "DataPart",
     "IncompleteRowsError",
     "NoAnswersError",
     "NoSplitError",
@@ -32,9 +35,14 @@ __all__ = [
     "hub_errors",
     "load_rows",
     "load_split",
+    "mixed",
+    "mixture_counts",
+    "names_of_parts",
+    "rows_to_mix",
     "to_prompt_completion",
     "tokenize_rows",
     "trained_columns",
     "trl_format",
+    "with_columns",
     "with_prompts",
 ]

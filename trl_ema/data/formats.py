@@ -130,8 +130,30 @@ def _unknown_columns(columns: set[str]) -> str:
     known = "; ".join(f"{', '.join(sorted(needed))} ({name})" for name, (needed, _) in FORMATS.items())
     return (
         f"Unknown data set columns {sorted(columns)}. Expected a TRL format (`messages`; `prompt`, `completion`; `text`) "
-        f"or one of: {known}. Rename your columns to `prompt` and `completion`."
+        f"or one of: {known}. Rename your columns to `prompt` and `completion`, or say which is which: `--dataset_columns "
+        "prompt=YOURS completion=YOURS`, in an entry of `datasets` `columns: {prompt: YOURS, completion: YOURS}`."
     )
+
+
+def with_columns(dataset: Rows, columns: dict[str, str] | list[str], name: str = "the data set") -> Rows:
+    """
+    The data set with these columns alone; a `dict` says what each is to be called, `{"prompt": "Question"}`.
+
+    Raises:
+        ValueError: One of them is not there, or has two names.
+    """
+    there = dataset.column_names or list(next(iter(dataset)))
+    wanted: list[str] = list(columns.values() if isinstance(columns, dict) else columns)
+    missing = [column for column in wanted if column not in there]
+    if missing:
+        raise ValueError(
+            f"{name} has no column {', '.join(map(repr, missing))}, only {sorted(there)}. Correct `columns`."
+        )
+    if len({*wanted}) < len(wanted):
+        raise ValueError(f"`columns` of {name} names a column twice: {columns}. Give each of its own.")
+    chosen = dataset.select_columns(wanted)
+    new = {theirs: ours for ours, theirs in columns.items() if ours != theirs} if isinstance(columns, dict) else {}
+    return chosen.rename_columns(new) if new else chosen
 
 
 def _numbers_as_text(dataset: Dataset | IterableDataset, columns: set[str]) -> Dataset | IterableDataset:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset
@@ -13,7 +14,7 @@ from pyarrow import parquet
 from .. import __version__
 from ..files import OutputError
 from ..versions import check_versions
-from .formats import to_prompt_completion
+from .formats import to_prompt_completion, with_columns
 
 
 logger = logging.getLogger(__name__)
@@ -30,10 +31,13 @@ class NoSplitError(ValueError):
 
 
 def load_rows(
-    name: str, config: str | None = None, split: str = "train", streaming: bool = False
+    name: str, config: str | None = None, split: str = "train", streaming: bool = False, **options: Any
 ) -> Dataset | IterableDataset:
     """
     A data set by hub name, or by the path of a JSONL, CSV or Parquet file or of a folder of them.
+
+    Args:
+        options: For `datasets.load_dataset`: `data_dir`, `data_files`.
 
     Returns:
         `Dataset` (or `IterableDataset` when streaming), columns as they are; see [`to_prompt_completion`].
@@ -54,7 +58,7 @@ def load_rows(
             )
         if _is_empty(name, suffix):  # which `datasets` says in six ways, none of them so
             raise ValueError(f"{name} has no row. Give a file with some.")
-        options = _as_written([name]) if suffix == ".csv" else {}
+        options |= _as_written([name]) if suffix == ".csv" else {}
         return load_dataset(_FILE_FORMATS[suffix], data_files=name, split="train", streaming=streaming, **options)
     if not os.path.isdir(name) and (suffix in _FILE_FORMATS or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"There is no data file {name!r}. Give the path of a JSONL, CSV or Parquet file.")
@@ -62,7 +66,8 @@ def load_rows(
         config = _CONFIGS[name]
         logger.info("%s: its configuration %r, as none was named.", name, config)
     files = [path for path in Path(name).rglob("*") if path.suffix in _FILE_FORMATS] if os.path.isdir(name) else []
-    options = _as_written(files) if {path.suffix for path in files} == {".csv"} else {}
+    if {path.suffix for path in files} == {".csv"}:
+        options |= _as_written(files)
     with nullcontext() if os.path.isdir(name) else hub_errors("data set", name):
         dataset = load_dataset(name, config, streaming=streaming, **options)
     if not isinstance(dataset, (DatasetDict, dict)):
@@ -79,17 +84,24 @@ def load_split(
     streaming: bool = False,
     text_field: str = "text",
     drop_incomplete: bool = False,
+    columns: dict[str, str] | list[str] | None = None,
+    **options: Any,
 ) -> Dataset | IterableDataset:
     """
     [`load_rows`] in a TRL format, see [`to_prompt_completion`], whose errors then name the file and its line.
 
+    Args:
+        columns (`dict` or `list`, *optional*): Which column is which, see [`with_columns`], or those to read.
+
     Raises:
         ImportError: `datasets` is of a version outside its range.
-        ValueError: No row is left.
+        ValueError: No row is left, or a column is not there.
     """
     check_versions(__version__, ("datasets",))
-    rows = load_rows(name, config, split, streaming)
+    rows = load_rows(name, config, split, streaming, **options)
     shown = name if os.path.isfile(name) else f"{name} ({split})"
+    if columns is not None:
+        rows = with_columns(rows, columns, shown)
     rows = to_prompt_completion(rows, text_field, drop_incomplete, shown)
     if next(iter(rows), None) is None:
         raise ValueError(f"{shown} has no row{' left' * drop_incomplete}. Give at least 2 rows to train on.")

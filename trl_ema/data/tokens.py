@@ -5,7 +5,7 @@ from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -30,12 +30,32 @@ def tokenize_rows(
     try:
         return _tokenized(rows, tokenizer, max_length, settings).select_columns(["input_ids", "labels"])
     except Exception as error:  # whatever a chat template or a tokenizer may raise
+        if isinstance(rows, IterableDataset):
+            raise
         number, cause = next(_failures(rows, tokenizer, max_length, settings), (None, error))
         which = "The rows" if number is None else f"Row {number}"
         shown = "" if number is None else f": {str(rows[number])[:200]}"
         raise ValueError(
             f"{which} cannot be tokenized ({type(cause).__name__}: {cause}){shown}. Mend it, or drop it."
         ) from error
+
+
+# Whatever the rows were made from, so that one data set can be made of several.
+_TOKENS = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
+
+
+def rows_to_mix(
+    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, settings: SFTConfig
+) -> Dataset | IterableDataset:
+    """
+    Rows in any of TRL's formats as `input_ids` and `labels`, as a training with these settings makes them: within `max_length`, unless
+    they are to be packed. `settings.completion_only_loss` must be told: TRL decides it by the first row of all.
+
+    Raises:
+        ValueError: A row cannot be tokenized; names it. Of a stream, when it is read, as whatever raised it.
+    """
+    found: Any = tokenize_rows(rows, tokenizer, None if settings.packing else settings.max_length, settings)  # type: ignore[arg-type]
+    return found.cast(_TOKENS)
 
 
 def _tokenized(rows: Dataset, tokenizer: Any, max_length: int | None, settings: SFTConfig | None) -> Dataset:

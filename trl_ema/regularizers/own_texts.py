@@ -28,6 +28,16 @@ logger = logging.getLogger(__name__)
 FILE = "rehearsal.safetensors"
 
 
+def sampling_of(args: MeanTeacherConfig) -> Sampling:
+    """How the texts are drawn."""
+    return Sampling(
+        num_texts=args.rehearsal_num_texts,
+        num_tokens=args.rehearsal_num_tokens,
+        start_token=args.rehearsal_start,
+        chat=args.rehearsal_chat,
+    )
+
+
 class OwnTexts:
     """
     Self-written texts of the model before training, for whichever regularizer asks; they are written once.
@@ -45,12 +55,7 @@ class OwnTexts:
 
     def __init__(self, model: Any, args: MeanTeacherConfig, tokenizer: Any, start: StartingPoint):
         self.model, self.args, self.tokenizer, self.start = model, args, tokenizer, start
-        self.sampling = Sampling(
-            num_texts=args.rehearsal_num_texts,
-            num_tokens=args.rehearsal_num_tokens,
-            start_token=args.rehearsal_start,
-            chat=args.rehearsal_chat,
-        )
+        self.sampling = sampling_of(args)
         self.fingerprint = model_fingerprint(model, tokenizer, start.activate)
         self.at_hand = self._find()
         if self.at_hand is None:

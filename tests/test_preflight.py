@@ -1,0 +1,349 @@
+"""`trl-ema check`: a training, seen beforehand and without weights, beside what the training then does."""
+
+import json
+import math
+import os
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conftest import lora, rows, tiny_config
+from datasets import Dataset
+from test_cli import trl_ema
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+from trl_ema import MeanTeacherConfig, memory, preflight
+from trl_ema.data import tokenize_rows
+from trl_ema.memory import BFLOAT16, FLOAT32, NF4
+from trl_ema.preflight import (
+    Launch,
+    Refusals,
+    TrainerWithoutWeights,
+    bytes_of,
+    checkpoints_kept,
+    launch_of,
+    memory_of,
+    shown_row,
+    sizes_of,
+    total_steps,
+)
+
+
+QUICK = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--eval_fraction", "0.2", "--max_length", "48"]
+
+
+def check(folder, *arguments, **options):
+    return trl_ema("check", "--model_name_or_path", "model", *QUICK, *arguments, cwd=folder, **options)
+
+
+def said(done):
+    return " ".join(done.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def workplace(tiny_folder):
+    odd = [{"Frage": f"what is {i} the liver", "Antwort": f"the pain {i}"} for i in range(30)]
+    Dataset.from_list(odd).to_csv(tiny_folder / "odd.csv")
+    return tiny_folder
+
+
+# What it shows
+
+
+def test_a_training_that_would_start_is_shown_and_leaves_nothing(workplace):
+    before = sorted(os.listdir(workplace))
+    done = check(
+        workplace, "--dataset_name", "data.jsonl", "--output_dir", "deep/er/out", "--num_train_epochs", "2", "--ema_half_life",
+        "0.25", "--kl_warmup_ratio", "0.5", "--warmup_steps", "3", "--per_device_train_batch_size", "4", "--save_steps", "5",
+        "--gradient_accumulation_steps", "2",
+    )  # fmt: skip
+    assert sorted(os.listdir(workplace)) == before
+    told = said(done)
+    # 64 rows: 16 micro-batches, 8 steps an epoch.
+    assert "16 optimizer steps of 8 rows on 1 process(es); 64 rows an epoch" in told
+    assert f"half of it is replaced in 4 steps (0.25 of the run), decay {0.5 ** (1 / 4):.6g}" in told
+    assert "3 steps of warmup" in told and "after a ramp of 8 steps" in told
+    assert "4 checkpoint(s) of " in told and " data 64 16 64 " in told and "0.0 % 0.0 %" in told
+    assert told.count("--- row ") == 3 and "⟦" in told and "\033" not in told
+    assert told.endswith("`trl-ema train` would start.")
+
+
+def test_rows_are_shown_as_they_are_trained_on(tokenizer):
+    ((ids, labels),) = (
+        (row["input_ids"], row["labels"])
+        for row in tokenize_rows(
+            Dataset.from_list([
+                {
+                    "prompt": [{"role": "user", "content": "what is pain"}],
+                    "completion": [{"role": "assistant", "content": "the drug"}],
+                }
+            ]),
+            tokenizer,
+        )
+    )  # fmt: skip
+    assert shown_row(ids, labels, tokenizer, False) == "<user> what is pain </s> <assistant>⟦the drug </s>⟧"
+    assert shown_row(ids, labels, tokenizer, True) == "<user> what is pain </s> <assistant>\033[32mthe drug </s>\033[0m"
+    long = shown_row([6] * 1000, [-100] * 1000, tokenizer, False)
+    assert len(long) < 450 and "1,599 characters" in long
+
+
+def test_shares_of_rows_that_are_cut_or_left_out_are_those_of_the_training(workplace):
+    given = [
+        {"prompt": "what " * (40 if i % 4 == 0 else 3), "completion": "pain " * (60 if i % 4 == 1 else 3)}
+        for i in range(40)
+    ]
+    (workplace / "long.jsonl").write_text(
+        "\n".join(json.dumps(row | {"prompt": f"{row['prompt']}{i}"}) for i, row in enumerate(given))
+    )
+    done = check(
+        workplace, "--dataset_name", "long.jsonl", "--max_length", "32", "--max_steps", "2", "--output_dir", "out"
+    )
+    line = next(line for line in done.stdout.splitlines() if line.startswith("long ")).split()
+    size, truncated, unlabelled = int(line[1]), float(line[-4]), float(line[-2])
+    assert truncated > unlabelled > 10
+    left = round(size * (1 - unlabelled / 100))
+    assert f"; {left} rows an epoch" in said(done)
+
+
+def test_a_large_data_set_is_looked_at_in_part_and_a_stream_at_its_beginning(workplace, monkeypatch):
+
+    monkeypatch.setattr(preflight, "_ROWS", 20)
+    told = said(check(workplace, "--dataset_name", "data.jsonl", "--output_dir", "out"))
+    assert " data 64 16 20 " in told and "; 64 rows an epoch" in told
+    streaming = [
+        "--dataset_name",
+        "data.jsonl",
+        "--output_dir",
+        "out",
+        "--dataset_streaming",
+        "true",
+        "--eval_samples",
+        "8",
+    ]
+    told = said(check(workplace, *streaming, "--max_steps", "7"))
+    assert "7 optimizer steps of 8 rows" in told and "; a stream" in told and " data a stream 8 72 " in told
+    refused = check(workplace, *streaming, check=False)
+    assert refused.returncode == 1 and "max_steps must be set to a positive value" in refused.stdout
+
+
+def test_a_mixture_with_odd_columns_is_looked_at_part_by_part(workplace):
+    block = {
+        "datasets": [
+            {"path": "data.jsonl", "fraction": 0.8},
+            {"path": "odd.csv", "fraction": 0.2, "columns": {"prompt": "Frage", "completion": "Antwort"}},
+        ]
+    }
+    (workplace / "mix.yaml").write_text(yaml.safe_dump(block))
+    done = check(workplace, "--config", "mix.yaml", "--output_dir", "out", "--max_train_samples", "60")
+    assert " odd 24 6 24 " in said(done) and "; 60 rows an epoch" in said(done) and "the pain" in done.stdout
+    refused = check(workplace, "--config", "mix.yaml", "--output_dir", "out", "--max_train_samples", "150", check=False)
+    assert refused.returncode == 1 and "`max_train_samples=150` with these fractions takes" in refused.stdout
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset_name", "odd.csv"], "Unknown data set columns ['Antwort', 'Frage']"),
+        (
+            ["--dataset_name", "data.jsonl", "--lora_target_modules", "no_proj"],
+            "Target modules {'no_proj'} not found in the base",
+        ),
+        (["--dataset_name", "data.jsonl", "--lora_target_modules", "lm_head"], "has an adapter on `lm_head`"),
+        (
+            ["--dataset_name", "data.jsonl", "--eos_token", "<none>"],
+            "The specified `eos_token` ('<none>') is not found",
+        ),
+        (["--dataset_name", "data.jsonl", "--label_smoothing_factor", "0.1"], "is not supported with a teacher"),
+        (["--dataset_name", "data.jsonl", "--padding_free", "true"], "`max_length` is not enforced"),
+        (["--dataset_name", "data.jsonl", "--max_length", "1"], "No token of the training data carries a label"),
+        (["--dataset_name", "data.jsonl", "--resume_from_checkpoint", "nowhere"], "'nowhere' is no checkpoint"),
+        (
+            ["--dataset_name", "data.jsonl", "--rehearsal_weight", "1", "--rehearsal_num_texts", "1"],
+            "1 texts are fewer than the 4 that a micro-batch rehearses",
+        ),
+        (
+            ["--dataset_name", "data.jsonl", "--rehearsal_weight", "1", "--rehearsal_texts", "no.safetensors"],
+            "There are no texts in",
+        ),
+        (["--dataset_name", "data.jsonl", "--replay_dataset", "gone.jsonl"], "There is no data file 'gone.jsonl'"),
+    ],
+)
+def test_what_a_training_refuses_is_refused_in_its_words(workplace, arguments, message):
+    done = check(workplace, *arguments, "--output_dir", "out", check=False)
+    assert (
+        done.returncode == 1
+        and message in done.stdout
+        and "`trl-ema train` would refuse, for 1 reason(s)" in done.stdout
+    )
+
+
+def test_all_reasons_are_told_at_once(workplace):
+    (workplace / "file").write_text("")
+    done = check(
+        workplace,
+        "--dataset_name",
+        "gone.jsonl",
+        "--lora_target_modules",
+        "no_proj",
+        "--output_dir",
+        "file/out",
+        check=False,
+    )
+    assert done.returncode == 1 and "for 3 reason(s)" in done.stdout
+    for message in ("Cannot write to `output_dir='file/out'`", "no data file 'gone.jsonl'", "{'no_proj'} not found"):
+        assert message in done.stdout
+
+
+def test_options_and_models_that_cannot_be_are_refused_in_a_line(workplace):
+    done = check(workplace, "--kl_weight", "-1", check=False)
+    assert done.returncode == 1 and "trl-ema check: `kl_weight` must be at least 0" in done.stderr
+    done = check(
+        workplace, "--dataset_name", "data.jsonl", "--model_name_or_path", "no/such", "--output_dir", "out", check=False
+    )
+    assert done.returncode == 1 and "The model 'no/such' is no local path" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["--teacher", "frozen"],
+        ["--teacher", "none", "--rehearsal_weight", "2"],
+        ["--ewc_weight", "1", "--l2_weight", "1"],
+    ],
+)
+def test_no_method_needs_weights_to_be_looked_at(workplace, method):
+    done = check(
+        workplace, "--dataset_name", "data.jsonl", "--output_dir", "out", *method, "--max_steps", "2", "--drift_steps", "1",
+        "--load_in_4bit", "true", "--packing", "true", "--rehearsal_num_tokens", "16",
+    )  # fmt: skip
+    assert "would start" in done.stdout and "sequences an epoch" in done.stdout
+
+
+def test_an_error_is_told_once():
+    refusals = Refusals()
+    for _ in range(2):
+        with refusals.collected():
+            raise ValueError("no")
+    with pytest.raises(KeyError), refusals.collected():
+        raise KeyError("a bug")
+    assert refusals.found == ["no"]
+
+
+# Numbers, beside those of a real training
+
+
+def test_steps_and_bytes_are_those_of_the_trainer_that_trains(make_trainer, tmp_path):
+    options = dict(max_steps=-1, num_train_epochs=1.5, per_device_train_batch_size=3, gradient_accumulation_steps=2)
+    real = make_trainer(data=rows(20), **options)
+    real.train()
+    assert total_steps(real, 20, 1) == real.state.global_step
+    hollow = without_weights(tmp_path, real.processing_class, **options)
+    assert total_steps(hollow, 20, 1) == real.state.global_step and len(hollow.train_dataset) == len(real.train_dataset)
+    for checkpoint in (False, True):
+        assert preflight.bytes_to_write(hollow, checkpoint=checkpoint) == preflight.bytes_to_write(
+            real, checkpoint=checkpoint
+        )
+
+
+def without_weights(folder, tokenizer, **changes):
+    import torch
+    from conftest import config
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config())
+    args = config(folder / "hollow", **changes)
+    return TrainerWithoutWeights(
+        model, args=args, train_dataset=rows(20), eval_dataset=rows(4), processing_class=tokenizer, peft_config=lora()
+    )
+
+
+@pytest.mark.parametrize(("ranks", "steps"), [(1, 4), (2, 2), (3, 2), (7, 1)])
+def test_ranks_share_the_batches_of_an_epoch(ranks, steps):
+    args = MeanTeacherConfig(
+        "out",
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+    )
+    assert total_steps(SimpleNamespace(args=args), 20, ranks) == steps
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (dict(save_strategy="no"), 0),
+        (dict(save_steps=30), 4),
+        (dict(save_steps=0.5), 2),
+        (dict(save_steps=30, save_total_limit=2), 2),
+        (dict(save_strategy="epoch", num_train_epochs=3), 3),
+    ],
+)
+def test_checkpoints_are_counted_as_they_are_written(options, kept):
+    assert checkpoints_kept(MeanTeacherConfig("out", use_cpu=True, bf16=False, **options), 100) == kept
+
+
+def test_memory_is_by_the_formulas_of_the_page(make_trainer):
+    trainer = make_trainer()
+    model = trainer.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = sizes_of(model, 1, False)
+    whole = sum(p.numel() for n, p in model.named_parameters() if ".teacher." not in n)
+    assert sizes.adapter == trained and sizes.depth == 2
+    assert sizes.layers + sizes.embedding + sizes.head + sizes.adapter == whole
+    assert sizes.embedding == sizes.head == 64 * 32
+    padded = sizes_of(model, 5, True)
+    assert padded.embedding == 65 * 32  # 64 rows over 5 ranks
+    for mode in memory.MODES:
+        launch = Launch(mode, 4)
+        assert bytes_of(trainer, ModelConfig(), launch) == FLOAT32[mode]
+        expected = memory.memory(mode, "ema", sizes_of(model, 4, mode == "fsdp2"), FLOAT32[mode], 4)
+        assert memory_of(trainer, ModelConfig(), launch) == expected
+
+
+@pytest.mark.parametrize("mode", memory.MODES)
+def test_bytes_of_a_bfloat16_run_are_those_of_the_page(mode):
+    import torch
+
+    base = torch.nn.Linear(2, 2, dtype=torch.bfloat16).requires_grad_(False)
+    adapter = torch.nn.Linear(2, 2)
+    model = torch.nn.ModuleDict({"base": base, "adapter": adapter})
+    trainer = SimpleNamespace(args=SimpleNamespace(bf16=True, fp16=False), model=model)
+    assert bytes_of(trainer, ModelConfig(), Launch(mode, 2)) == BFLOAT16[mode]
+    if mode == "ddp":
+        adapter.to(torch.bfloat16)
+        four = ModelConfig(load_in_4bit=True, use_bnb_nested_quant=True)
+        assert bytes_of(trainer, four, Launch(mode, 2)) == BFLOAT16["ddp, NF4"] and NF4 < 0.52
+        assert bytes_of(trainer, ModelConfig(load_in_4bit=True), Launch(mode, 2)).layers == 0.5625
+        assert bytes_of(trainer, ModelConfig(load_in_8bit=True), Launch(mode, 2)).layers == 1
+
+
+# Launches
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "ranks"),
+    [("cpu", "ddp", 1), ("multi_gpu", "ddp", 8), ("zero2", "zero2", 8), ("zero3", "zero3", 8), ("fsdp2", "fsdp2", 8)],
+)
+def test_a_packaged_launch_is_told_by_its_mode(name, mode, ranks):
+    found = launch_of(preflight.launcher_settings(name, []))
+    assert (found.mode, found.ranks, found.shards) == (mode, ranks, mode != "ddp")
+    assert launch_of(preflight.launcher_settings(name, ["--num_processes", "3"])).ranks == 3
+    preflight.refuse_sharding(found.state)
+
+
+def test_a_launch_that_cannot_be_is_refused_and_one_that_can_counts_its_processes(workplace):
+    arguments = ["--dataset_name", "data.jsonl", "--output_dir", "out", "--per_device_train_batch_size", "2"]
+    told = said(check(workplace, *arguments, "--accelerate_config", "zero3", "--num_processes", "4"))
+    assert (
+        f"{3 * math.ceil(64 / 8)} optimizer steps of 8 rows on 4 process(es)" in told and "4 process(es), zero3" in told
+    )
+    config = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}, "num_processes": 2}
+    (workplace / "fsdp1.yaml").write_text(yaml.safe_dump(config))
+    done = check(workplace, *arguments, "--accelerate_config", "fsdp1.yaml", check=False)
+    assert done.returncode == 1 and "The launch asks for FSDP version 1" in done.stdout

@@ -1,0 +1,206 @@
+"""Several data sets as one: how many rows of which, and in which order, so that their shares are exact."""
+
+import itertools
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import Any
+
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from trl.scripts.utils import DatasetConfig
+
+from ..options import plain_number
+
+
+logger = logging.getLogger(__name__)
+
+# Names of evaluation sets that are there anyway.
+_TAKEN = ("domain", "general")
+
+
+@dataclass
+class DataPart(DatasetConfig):
+    """
+    A data set, alone or in TRL's `datasets:` block; the keys of an entry of that block, and what they mean, are TRL's.
+
+    Args:
+        columns (`list` or `dict`, *optional*): Columns to read, as in TRL; or which column is which, for columns of no known format:
+            `{"prompt": "Question", "completion": "Reply"}`.
+        fraction (`float`, *optional*): Target share of the mixture, in (0, 1]; shares are taken as parts of their sum.
+    """
+
+    columns: Any = None
+    fraction: float | None = None
+
+    @classmethod
+    def from_config(cls, given: Any) -> "DataPart":
+        """
+        An entry of `datasets`.
+
+        Raises:
+            ValueError: It is none.
+        """
+        if isinstance(given, DatasetConfig):
+            given = vars(given)
+        known = [f.name for f in fields(cls)]
+        if not isinstance(given, dict) or not isinstance(given.get("path"), str):
+            raise ValueError(
+                f"An entry of `datasets` is {given!r}; expected a mapping with a `path` (hub name or file), such as "
+                "`{path: data.jsonl, fraction: 0.5}`."
+            )
+        unknown = sorted(map(str, given.keys() - {*known}))
+        if unknown:
+            raise ValueError(
+                f"The entry {given['path']!r} of `datasets` has unknown keys {unknown}; known are {known}."
+            )
+        part = cls(**given)
+        if part.fraction is not None:
+            part.fraction = float(plain_number("fraction", part.fraction))
+            if not 0 < part.fraction <= 1:
+                raise ValueError(
+                    f"`fraction` of {part.path!r} must be in (0, 1], got {part.fraction:g}. It is the share of the training rows "
+                    "that come from there."
+                )
+        return part
+
+
+def names_of_parts(parts: Sequence[DataPart | None]) -> list[str]:
+    """Each with a name of its own, for logs: that of its file or on the hub, in letters, digits and `_`; `None` is the demo."""
+    names: list[str] = []
+    for part in parts:
+        file = "demo" if part is None else part.data_files if isinstance(part.data_files, str) else part.path
+        stem = re.sub(r"\.(jsonl?|csv|parquet)$", "", os.path.basename(file.rstrip("/")))
+        name = re.sub(r"\W+", "_", stem).strip("_") or "part"
+        others = (f"{name}_{number}" for number in itertools.count(2))
+        names.append(
+            next(one for one in (name, *itertools.islice(others, len(parts) + 2)) if one not in (*names, *_TAKEN))
+        )
+    return names
+
+
+def mixture_counts(
+    names: Sequence[str],
+    sizes: Sequence[int],
+    fractions: Sequence[float | None],
+    replay_fraction: float | None = None,
+    limit: int | None = None,
+) -> list[int]:
+    """
+    How many rows to take of each part, each within a row of its share:
+
+        n_i = share_i · T          T the largest with n_i ≤ size_i for every part, as TRL has it; without fractions all rows
+        replayed rows = T · r / (1 − r)          r: `replay_fraction`, of all training rows together
+
+    Args:
+        names, sizes: Of the parts, the replayed one last where there is a `replay_fraction`.
+        fractions: Of the others; those of all, or of none.
+        limit (`int`, *optional*): Of all rows together: so many with fractions, at most so many without.
+
+    Raises:
+        ValueError: A part has fewer rows than its fraction of the limit, or than are replayed.
+    """
+    own, replay = list(sizes[: len(fractions)]), Fraction(str(replay_fraction or 0))
+    empty = [name for name, size in zip(names, sizes, strict=True) if not size]
+    if empty:
+        raise ValueError(f"No row of {empty[0]!r} is left to train on. Look at its answers and at `max_length`.")
+    given = fractions[0] is not None
+    weights = _shares(fractions, own)
+    room = [size / weight for size, weight in zip(own, weights, strict=True)]
+    total = most = int(min(room))
+    if limit is not None:
+        total = max(limit - round(limit * replay), 1)
+        if given and total > most:
+            short = room.index(min(room))
+            raise ValueError(
+                f"`max_train_samples={limit}` with these fractions takes {math.ceil(total * weights[short])} rows of "
+                f"{names[short]!r}, which has {own[short]} to train on. Ask for at most {int(most / (1 - replay))}, change its "
+                "`fraction`, or give more data."
+            )
+        total = min(total, most)
+    counts = _parted(total, weights)
+    if not replay:
+        return counts
+    replayed = limit - total if limit is not None and total < most else round(total * replay / (1 - replay))
+    if replayed > sizes[-1]:
+        largest = math.floor(1000 * Fraction(sizes[-1], sizes[-1] + total)) / 1000
+        raise ValueError(
+            f"`replay_fraction={replay_fraction:g}` beside {total} rows takes {replayed} rows of {names[-1]!r}, which has "
+            f"{sizes[-1]} to train on. Lower it to {largest:g}, train on fewer rows (`--max_train_samples`), or give more to replay."
+        )
+    return [*counts, replayed]
+
+
+def _shares(fractions: Sequence[float | None], sizes: Sequence[int]) -> list[Fraction]:
+    """Parts of their sum, exactly; without fractions by size."""
+    weights = [Fraction(str(f)) if f is not None else Fraction(size) for f, size in zip(fractions, sizes, strict=True)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def _parted(total: int, shares: Sequence[Fraction]) -> list[int]:
+    """`total` in whole numbers by largest remainders."""
+    exact = [total * share for share in shares]
+    counts = [int(number) for number in exact]
+    order = sorted(range(len(counts)), key=lambda i: counts[i] - exact[i])
+    for i in order[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def mixed(
+    parts: Sequence[Dataset | IterableDataset],
+    names: Sequence[str],
+    fractions: Sequence[float | None],
+    replay_fraction: float | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Dataset | IterableDataset:
+    """
+    One data set of the parts' first rows, see [`mixture_counts`], shuffled with `seed`. Where one is a stream so is the result: its rows
+    come in a fixed pattern (see [`pattern`]), so that any beginning has the shares, and end with the first part that ends.
+
+    The order depends on nothing but the parts and the seed: each rank takes its own of the same rows, and a resumed run goes on in them.
+    """
+    if any(isinstance(part, IterableDataset) for part in parts):
+        replay = Fraction(str(replay_fraction or 0))
+        shares = [(1 - replay) * share for share in _shares(fractions, [1] * len(fractions))]
+        stream = _interleaved(parts, [*shares, replay] if replay else shares)
+        return stream if limit is None else stream.take(limit)
+    sizes = [len(part) for part in parts]  # type: ignore[arg-type]  # no stream is left
+    counts = mixture_counts(names, sizes, fractions, replay_fraction, limit)
+    for name, count, size in zip(names, counts, sizes, strict=True):
+        logger.info("%s: %d of %d rows, %.4g %% of the mixture.", name, count, size, 100 * count / sum(counts))
+    chosen: Any = [part.select(range(count)) for part, count in zip(parts, counts, strict=True)]  # type: ignore[union-attr]
+    return concatenate_datasets(chosen).shuffle(seed=seed)
+
+
+def pattern(weights: Sequence[int]) -> Iterator[int]:
+    """
+    Which part comes next, forever: the one that is furthest behind its share. No part is ever a whole row ahead of it, and after each
+    Σ weights rows every part has exactly its own.
+    """
+    taken, total = [0] * len(weights), sum(weights)
+    for number in itertools.count(1):
+        behind = [number * weight - total * have for weight, have in zip(weights, taken, strict=True)]
+        chosen = behind.index(max(behind))
+        taken[chosen] += 1
+        yield chosen
+
+
+def _interleaved(parts: Sequence[Dataset | IterableDataset], shares: Sequence[Fraction]) -> IterableDataset:
+    denominator = math.lcm(*(share.denominator for share in shares))
+    weights = tuple(int(share * denominator) for share in shares)
+    # Tuples: a list would be taken for shards, and parted between the workers of a data loader.
+    return IterableDataset.from_generator(_rows, gen_kwargs={"parts": tuple(parts), "weights": weights})
+
+
+def _rows(parts: tuple, weights: tuple) -> Iterator[dict]:
+    iterators = [iter(part) for part in parts]
+    for chosen in pattern(weights):
+        row = next(iterators[chosen], None)
+        if row is None:
+            return
+        yield row
