@@ -53,7 +53,7 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
     checkpoint = resume_from(training_args)
     manager, tasks = None, {}
     if args.eval_tasks:
-        manager, tasks = tasks_to_ask(args.eval_tasks, args.eval_tasks_include_path or ())
+        manager, tasks = tasks_to_ask(args.eval_tasks, tuple(args.eval_tasks_include_path or ()))
 
     # Data: rows to learn, rows held out, and questions of general knowledge, for what is forgotten beside the domain
     with training_args.main_process_first(local=False, desc="model and data"):

@@ -211,7 +211,7 @@ def evaluate(arguments: list[str]) -> None:
     check_output_dir(folder)
     if args.backend == "vllm" and adapter is not None:
         check_vllm_reads(adapter)
-    manager = task_manager(args.offline, args.include_path or ())
+    manager = task_manager(args.offline, tuple(args.include_path or ()))
     settings = _settings_of_tasks(args, common, manager)
     for task in settings if args.against is not None else ():
         if not os.path.isfile(os.path.join(args.against, f"{task}.jsonl")):

@@ -316,8 +316,10 @@ class TasksCallback(TrainerCallback):
                 scores[name] = found[name]["score"]
         self.asked.append(step)
         logs = {f"task_{name}": score for name, score in scores.items()}
-        # Not TRL's, which would empty its means of the steps since its last log.
+        due = trainer.control.should_log
+        # Not TRL's, which would empty its means of the steps since its last log. What is to be logged of this step is still to come.
         Trainer.log(trainer, logs | {"task_seconds": round(time.perf_counter() - start, 1)})
+        trainer.control.should_log = due
         return scores
 
     def table(self) -> str:
