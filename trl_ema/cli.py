@@ -199,6 +199,7 @@ def evaluate(arguments: list[str]) -> None:
     from .evaluation.settings import TaskSettings
     from .evaluation.tasks import is_offline, task_manager
     from .evaluation.vllm_backend import check_vllm_reads
+    from .extras import require
     from .files import check_output_dir
 
     parser = TrlParser(EvaluationArguments, prog="trl-ema evaluate")  # type: ignore[arg-type]
@@ -209,8 +210,10 @@ def evaluate(arguments: list[str]) -> None:
     name, adapter, base, revision = _which_model(args)
     folder = args.output_dir or os.path.join("runs", "evaluation", re.sub(r"[^\w.-]+", "-", name).strip("-."))
     check_output_dir(folder)
-    if args.backend == "vllm" and adapter is not None:
-        check_vllm_reads(adapter)
+    if args.backend == "vllm":
+        require("vllm", "vllm")
+        if adapter is not None:
+            check_vllm_reads(adapter)
     manager = task_manager(args.offline, tuple(args.include_path or ()))
     settings = _settings_of_tasks(args, common, manager)
     for task in settings if args.against is not None else ():

@@ -1,5 +1,7 @@
 """vLLM in the place of transformers, to ask tasks: lm-eval's own `vllm` model, given only what it reads as it was trained."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
@@ -90,9 +92,18 @@ def load_vllm(
     lora = {} if rank is None else {"lora_local_path": adapter, "max_lora_rank": rank}
     options: dict[str, Any] = {"revision": revision, "tokenizer_revision": revision, "dtype": dtype} | lora
     lm: Any = get_model(BACKEND)(pretrained=base, trust_remote_code=trust_remote_code, batch_size="auto", **options)
+    lm.modify_gen_kwargs = partial(_greedy_unless_asked, lm.modify_gen_kwargs)
     # An adapter's own, with its chat template: lm-eval would take them from one folder, which may lack one of the two.
     lm.tokenizer, lm.hf_chat_template = tokenizer, None
     return lm
+
+
+def _greedy_unless_asked(modify: Callable, gen_kwargs: dict, **others: Any) -> Any:
+    """
+    Of a task that says neither, lm-eval 0.4.13 gives vLLM no temperature, which vLLM takes for 1; in transformers it is greedy.
+    """
+    says = {"do_sample", "temperature"} & {*gen_kwargs}
+    return modify(gen_kwargs if says else gen_kwargs | {"do_sample": False}, **others)
 
 
 def base_commit(base: str, revision: str, trust_remote_code: bool = False) -> str | None:
