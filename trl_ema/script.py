@@ -105,6 +105,9 @@ class TrainingScriptArguments(ScriptArguments):
             counts["max_train_samples"] = 1
         for name, least in counts.items():
             setattr(self, name, plain_count(name, getattr(self, name), least))
+        for name in ("eval_tasks", "eval_tasks_include_path"):
+            if isinstance(getattr(self, name), str):  # one, from a YAML file
+                setattr(self, name, [getattr(self, name)])
         if bool(self.eval_tasks) != bool(self.eval_tasks_steps):
             raise ValueError(
                 f"`eval_tasks={self.eval_tasks}` and `eval_tasks_steps={self.eval_tasks_steps}` belong together. Give tasks and the "

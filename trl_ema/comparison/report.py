@@ -103,10 +103,10 @@ def _judge_tests(summary: dict) -> None:
 
 
 def _test(test: dict) -> str:
-    """As a cell: `−5 +1, p 0.031‡, shows 0.021`."""
+    """As a cell: `−5 +1, p 0.031‡, ≥ 0.021`."""
     mark = _DISCOVERY if test["discovery"] else ""
-    shows = "" if is_absent(test["detectable"]) else f", shows {test['detectable']:.3f}"
-    return f"−{test['lost']} +{test['gained']}, p {_p_value(test['p_value'])}{mark}{shows}"
+    shown = "" if is_absent(test["detectable"]) else f", ≥ {test['detectable']:.3f}"
+    return f"−{test['lost']} +{test['gained']}, p {_p_value(test['p_value'])}{mark}{shown}"
 
 
 def _rounded(value: Any) -> Any:
