@@ -35,6 +35,7 @@ from trl_ema.measurement import (
     TasksCallback,
     TrainedDrift,
     card_figures,
+    card_results,
     samples_and_table,
 )
 from trl_ema.model_card import write_model_card
@@ -114,6 +115,7 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
         say("Measuring the model as it was before, the student and its teacher ...")
         metrics, _ = measurement.models()
         trainer.model_card_details["Held-out figures, nats per token"] = card_figures(metrics)
+        trainer.model_card_results = card_results(metrics, sources(args, model_args)["data"])
     metrics["log"] = trainer.state.log_history
     seconds = round(time.perf_counter() - start)
     metrics["provenance"] = describe_run(trainer, args, model_args) | {"wall_seconds": seconds}

@@ -919,7 +919,10 @@ def test_drift_is_among_the_metrics_of_evaluations_for_the_best_model_and_early_
     assert drift("general") == pytest.approx(found[0], rel=1e-4)  # the best one is loaded
     batches = trainer_batches(trainer, trainer.eval_dataset["general"].select(range(4)))
     assert drift("general") == pytest.approx(_dense_kl(trainer.model, tiny_model(), batches), rel=1e-3)
-    assert "other_drift" not in trainer.evaluate(trainer.eval_dataset["domain"], metric_key_prefix="other")
+    other = trainer.evaluate(
+        trainer.eval_dataset["domain"], metric_key_prefix="eval_general"
+    )  # under a name of its own set
+    assert "eval_general_loss" in other and "eval_general_drift" not in other
 
 
 def test_without_being_asked_evaluations_have_no_drift(make_trainer):
@@ -949,6 +952,8 @@ def test_a_limit_that_nothing_watches_is_refused(make_trainer):
         ValueError, match="`max_drift=0.1`, but nothing measures the drift.*`rehearsal_weight`.*--drift_steps"
     ):
         make_trainer(max_drift=0.1).train()
+    with pytest.raises(ValueError, match="`metric_for_best_model='eval_drift'`, but no evaluation measures the drift"):
+        make_trainer(metric_for_best_model="eval_drift", eval_dataset=rows(4)).train()
 
 
 def test_drift_callback_needs_data_and_steps(make_trainer):

@@ -25,7 +25,7 @@ from trl_ema import EMARegularizedSFTTrainer
 OVERRIDDEN = (
     "_finalize_training _get_output_dir _load_best_model _load_from_checkpoint _load_optimizer_and_scheduler "
     "_maybe_log_save_evaluate _prepare_for_training _push_from_checkpoint _run_epoch _save_checkpoint "
-    "_save_optimizer_and_scheduler compute_loss create_model_card create_optimizer evaluation_loop get_batch_samples log "
+    "_save_optimizer_and_scheduler compute_loss create_model_card create_optimizer evaluate evaluation_loop get_batch_samples log "
     "save_model train"
 )
 
@@ -113,7 +113,7 @@ NAMED = {
     "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
         "_lazy_init_hp_params_optimizer_state optimizer single_partition_of_fp32_groups"
     ),
-    "huggingface_hub.ModelCardData": "base_model",
+    "huggingface_hub.ModelCardData": "base_model eval_results model_name",
     "lm_eval.api.task.Task": "eval_docs",
     "lm_eval.evaluator": "LOCAL_RANK arguments doc_hash doc_id filter groups metrics prompt_hash results samples",
     "lm_eval.tasks.TaskManager": "all_tasks include_path load task_index",

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -200,3 +202,69 @@ def test_an_unknown_configuration_is_refused_in_a_line(tiny_folder):
 
 def test_the_help_names_the_option():
     assert "`trl-ema train --accelerate_config NAME ...`" in " ".join(make_parser().format_help().split())
+
+
+# Slurm
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Commands of Slurm, and the program, that write down how they were called; the programs run until they are signalled."""
+    commands = {
+        "scontrol": 'echo "scontrol $*" >> calls; [ "$1" != show ] || printf "first\\nsecond\\n"',
+        "scancel": 'echo "scancel $*" >> calls; kill -TERM $(cat 0.pid) $(cat 1.pid)',
+        "srun": 'shift; for i in 0 1; do SLURM_NODEID=$i "$@" & done; wait',
+        "trl-ema": 'echo "$@" > $SLURM_NODEID.arguments; echo $$ > $SLURM_NODEID.pid; exec sleep ${RUNS_FOR:-0}',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, command in commands.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/bash\ncd {tmp_path}\n{command}\n")
+        path.chmod(0o755)
+    variables = {"JOB_NAME": "job", "JOB_ID": "7", "SUBMIT_DIR": str(tmp_path), "JOB_NODELIST": "nodes", "NNODES": "2"}
+    environment = {f"SLURM_{name}": value for name, value in variables.items()}
+    environment["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+
+    def start(**more):
+        script = shipped("recipes") / "two_nodes.slurm"
+        return subprocess.Popen(["bash", str(script)], cwd=tmp_path, env=os.environ | environment | more)
+
+    return start
+
+
+def test_under_slurm_each_machine_is_launched_with_its_number(slurm, launched, tmp_path):
+    assert slurm().wait(30) == 0
+    for number in (0, 1):
+        words = (tmp_path / f"{number}.arguments").read_text().split()
+        assert words[0] == "train"
+        name, others = take_accelerate_config(words[1:])
+        launch_training(name, others)
+        settings = launched[-1]
+        assert (settings.num_machines, settings.num_processes, settings.machine_rank) == (2, 16, number)
+        assert (settings.main_process_ip, settings.main_process_port) == ("first", 20007)
+        assert "--resume_from_checkpoint" in settings.training_script_args
+    assert "requeue" not in (tmp_path / "calls").read_text()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_under_slurm_a_job_whose_time_is_over_saves_and_queues_again_unless_it_is_finished(slurm, tmp_path, finished):
+    job = slurm(RUNS_FOR="60")
+    wait_for(lambda: (tmp_path / "0.pid").is_file() and (tmp_path / "1.pid").is_file())
+    if finished:
+        (tmp_path / "runs" / "job-7").mkdir(parents=True)
+        (tmp_path / "runs" / "job-7" / "metrics.json").write_text("{}")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 0
+    expected = [
+        "scontrol show hostnames nodes",
+        "scancel --signal=TERM 7",
+        *([] if finished else ["scontrol requeue 7"]),
+    ]
+    assert (tmp_path / "calls").read_text().splitlines() == expected
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)

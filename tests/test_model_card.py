@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig
 
 from trl_ema import MeanTeacherConfig, __version__, offline
 from trl_ema.evaluation.models import adapter_base
+from trl_ema.measurement import card_results
 from trl_ema.model_card import CITATIONS, method_of
 
 
@@ -370,6 +371,24 @@ def test_metadata_is_read_by_the_hub_library(make_trained, card_of, teacher):
         assert "medical" in data.tags
         assert data.model_name == "tiny-ema"
         assert data.datasets == "someone/medical"
+
+
+@pytest.mark.parametrize("card_of", [saved_card, created_card])
+def test_figures_are_in_the_metadata_as_the_hub_shows_them(make_trained, card_of):
+    trainer = make_trained()
+    figures = {"domain": {"loss": 2.5, "kl_base_model": 0.125}, "general": {"loss": 3.0, "kl_base_model": 0.25}}
+    trainer.model_card_results = card_results({"student": figures}, "someone/medical")
+    for _ in range(2):  # a second card has them once, too
+        data = card_of(trainer).data
+        found = {(result.dataset_type, result.metric_type): result.metric_value for result in data.eval_results}
+        assert found == {
+            ("someone/medical", "loss"): 2.5,
+            ("someone/medical", "kl_divergence"): 0.125,
+            ("general questions", "loss"): 3.0,
+            ("general questions", "kl_divergence"): 0.25,
+        }
+        assert len(data.eval_results) == 4 and data.model_name == ("tiny-ema" if card_of is created_card else "out")
+        assert data.to_dict()["model-index"][0]["results"][0]["task"] == {"type": "text-generation"}
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)

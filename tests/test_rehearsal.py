@@ -12,14 +12,14 @@ import datasets
 import pytest
 import torch
 from conftest import adapter_weights, logged, lora, make_tokenizer, rows, tiny_model
-from peft import get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 from trl import SFTTrainer
 
 from trl_ema import MeanTeacherConfig
 from trl_ema.data import as_chat, tokenize_rows
 from trl_ema.files import OutputError
 from trl_ema.regularizers.own_texts import FILE
-from trl_ema.regularizers.rehearsal import Rehearsal
+from trl_ema.regularizers.rehearsal import Rehearsal, _spread
 from trl_ema.schedules import BudgetedWeight, SmoothedMean
 from trl_ema.texts import Sampling, load_texts, texts_path, write_texts
 
@@ -84,7 +84,7 @@ def test_loss_and_gradient_are_those_of_two_batches_apart(rehearsing, kind, teac
     first = rehearsal._first
     loss = sum(trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items) for batch in batches)
     ours = torch.autograd.grad(loss, trained)
-    taken = [rehearsal._text(place) for place in range(first, first + number * rehearsal.rows)]
+    taken = [rehearsal._text(place) for place in range(first, rehearsal.taken)]
     plain = SFTTrainer.compute_loss
     trainer.regularizers.clear()
     ce = sum(plain(trainer, trainer.model, dict(batch), num_items_in_batch=items) for batch in batches)
@@ -107,7 +107,7 @@ def test_a_batch_alone_is_divided_by_its_own_tokens(rehearsing):
     (batch,), _ = _micro_batches(trainer, 1)
     first = of(trainer)._first
     loss = trainer.compute_loss(trainer.model, dict(batch))
-    taken = [of(trainer)._text(place) for place in range(first, first + of(trainer).rows)]
+    taken = [of(trainer)._text(place) for place in range(first, of(trainer).taken)]
     kl = sum(_sum_of_kl(trainer, ids) for ids in taken) / sum(len(ids) - 1 for ids in taken)
     trainer.regularizers.clear()
     ce = SFTTrainer.compute_loss(trainer, trainer.model, dict(batch))
@@ -172,7 +172,7 @@ def test_a_head_that_is_trained_on_is_the_one_of_before_in_the_pass_of_before(re
     assert not trainer.starting_point.is_base
     trainer.model.train()
     (batch,), items = _micro_batches(trainer, 1)
-    taken = [of(trainer)._text(of(trainer)._first + i) for i in range(of(trainer).rows)]
+    taken = [of(trainer)._text(place) for place in range(of(trainer)._first, of(trainer).taken)]
     loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
     kl = sum(_sum_of_kl(trainer, ids) for ids in taken) / sum(len(ids) - 1 for ids in taken)
     trainer.regularizers.clear()
@@ -289,15 +289,34 @@ def test_two_ranks_take_what_one_does(rehearsing, monkeypatch):
     trainer = rehearsing(per_device_train_batch_size=4)
     trainer.train()
     rehearsal = of(trainer)
-    assert rehearsal.rows == 2 and rehearsal.taken == 4 * 2
+    assert rehearsal._counts == [2] and rehearsal.taken == 4 * 2
     together = [rehearsal._text(place) for place in range(8)]
-    rehearsal.rows = 1  # as with half the batch
+    rehearsal._counts = [1]  # as with half the batch
     monkeypatch.setattr(MeanTeacherConfig, "world_size", 2)
     found = []
     for step in range(4):
         rehearsal._first = 2 * step
         found += list(itertools.chain(rehearsal._chosen(0, 0), rehearsal._chosen(0, 1)))
     assert found == together
+
+
+@pytest.mark.parametrize(
+    ("mean", "number", "expected"),
+    [(2, 3, [2, 2, 2]), (0.5, 8, [0, 1] * 4), (1.5, 2, [1, 2]), (0.01, 3, [0, 0, 1]), (0.01, 1, [1]), (1.97, 1, [2])],
+)
+def test_a_step_has_the_share_of_texts_that_was_asked_for_however_it_is_cut(mean, number, expected):
+    assert _spread(mean, number) == expected
+
+
+def test_micro_batches_without_a_text_leave_the_mean_of_a_step(rehearsing):
+    """A mean of each micro-batch where there is no `num_items_in_batch`; `Trainer` then divides by their number."""
+    trainer = rehearsing(gradient_accumulation_steps=2, rehearsal_fraction=0.05, learning_rate=0.05)
+    trainer.train()
+    batches, _ = _micro_batches(trainer, 2)
+    assert of(trainer)._counts == [0, 1]
+    divergences = [of(trainer).add_rows(dict(batch), 9, None)[1] for batch in batches]
+    (text,) = (of(trainer)._text(place) for place in range(of(trainer)._first, of(trainer).taken))
+    assert divergences[0] == [] and divergences[1][0].weight == pytest.approx(2.0 * 2 / (len(text) - 1))
 
 
 @pytest.mark.parametrize("options", [{}, dict(gradient_accumulation_steps=2), dict(drift_budget=0.01)], ids=str)
@@ -389,6 +408,12 @@ def test_fewer_texts_than_a_micro_batch_takes_are_refused_before_they_are_writte
         ValueError, match="10 texts are fewer than the 16 that a micro-batch rehearses. Give or write more"
     ):
         rehearsing(rehearsal_fraction=0.8)
+
+
+def test_virtual_tokens_are_refused(rehearsing):
+    prompt = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="PROMPT_TUNING is prompt learning: rehearsal and entropy weighting count"):
+        rehearsing(peft_config=prompt)
 
 
 def test_texts_longer_than_the_rows_are_refused(rehearsing, tmp_path):

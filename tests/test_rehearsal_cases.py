@@ -58,14 +58,19 @@ class Apart:
         trainer, rehearsal = self.trainer, of(self.trainer)
         if not self.left:  # the texts of a step, all their predictions counted together
             self.left = self.number = trainer.current_gradient_accumulation_steps
-            places = range(self.taken, self.taken + self.number * rehearsal.rows)
+            places = range(self.taken, self.taken + sum(rehearsal._counts))
             texts = rehearsal.texts.ids
             orders = [np.random.default_rng([trainer.args.seed, i]).permutation(len(texts)) for i in range(30)]
             self.texts = [texts[orders[place // len(texts)][place % len(texts)]] for place in places]
             self.taken = places.stop
-        own = self.texts[(self.number - self.left) * rehearsal.rows :][: rehearsal.rows]
+        done = self.number - self.left
+        own = self.texts[sum(rehearsal._counts[:done]) :][: rehearsal._counts[done]]
         self.left -= 1
         befores = [log_probs(trainer, ids, before=True) for ids in own]
+        if not own:
+            return SFTTrainer.compute_loss(
+                trainer, trainer.model, inputs, num_items_in_batch=num_items_in_batch
+            ).double()
         with trainer.precision():
             ce = SFTTrainer.compute_loss(trainer, trainer.model, inputs, num_items_in_batch=num_items_in_batch).double()
         kl = 0.0
@@ -266,6 +271,10 @@ DATA = {
     "more steps than an epoch has": (dict(data=6, max_steps=9), [4, 2] * 4 + [4]),
     "grouped by length": (dict(data=16, train_sampling_strategy="group_by_length", max_steps=4), [4] * 4),
     "a small fraction": (dict(data=8, rehearsal_fraction=0.01, max_steps=3), [4] * 3),
+    "a text in every other": (
+        dict(data=16, rehearsal_fraction=0.1, gradient_accumulation_steps=4, max_steps=3), [4] * 12,
+    ),
+    "three texts in two": (dict(data=16, rehearsal_fraction=0.27, gradient_accumulation_steps=2, max_steps=3), [4] * 6),
     "a large fraction": (dict(data=8, rehearsal_fraction=0.7, max_steps=3), [4] * 3),
 }  # fmt: skip
 

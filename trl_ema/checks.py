@@ -61,14 +61,19 @@ def check_before_loading(
     if rehearsal_dataset is not None:
         _check_rehearsal_dataset(rehearsal_dataset, args)
     _check_peft_config(peft_config)
-    if peft_config is not None:
-        _check_not_on_head(peft_config)
-    elif isinstance(model, torch.nn.Module) and is_peft_model(model):
-        _check_not_on_head(model.active_peft_config)
+    given = model.active_peft_config if isinstance(model, torch.nn.Module) and is_peft_model(model) else None
+    adapter = peft_config if peft_config is not None else given
+    if adapter is not None:
+        _check_not_on_head(adapter)
     refuse_leftovers(model)
     if args.needs_fused_forward:
         _refuse_what_cannot_work(args, compute_loss_func, train_dataset)
         refuse_parallelism(args.parallelism_config)
+        if args.teacher == "none" and adapter is not None and adapter.is_prompt_learning:  # with a teacher see below
+            raise ValueError(
+                f"{getattr(adapter.peft_type, 'value', adapter.peft_type)} is prompt learning: rehearsal and entropy weighting count the "
+                "tokens of the rows, which its virtual tokens are none of. Use a `LoraConfig`, or leave both out."
+            )
     if args.teacher != "none":
         _check_peft(model, peft_config, args.teacher_anchor)
     elif peft_config is not None:
@@ -260,13 +265,19 @@ def check_fused_forward(args: MeanTeacherConfig) -> None:
 
 
 def check_drift_is_watched(trainer: Any) -> None:
-    """Raises `ValueError` where training is to stop at a drift that nothing measures."""
+    """Raises `ValueError` where training is to stop at, or to choose by, a drift that nothing measures."""
     watching = [*trainer.regularizers, *trainer.callback_handler.callbacks]
     if trainer.args.max_drift is not None and not any(getattr(one, "watches_drift", False) for one in watching):
         raise ValueError(
             f"`max_drift={trainer.args.max_drift}`, but nothing measures the drift during training. Rehearse "
             "(`rehearsal_weight`, with `rehearsal_loss='kl'`), give the script `--drift_steps`, or add "
             "`trl_ema.measurement.DriftCallback(trainer, steps)`."
+        )
+    best = str(trainer.args.metric_for_best_model)
+    if best.endswith("drift") and trainer.measure_at_evaluation is None:
+        raise ValueError(
+            f"`metric_for_best_model={best!r}`, but no evaluation measures the drift. Make a `trl_ema.measurement.TrainedDrift(trainer)` "
+            "before `train()`; `trl-ema train` makes one."
         )
 
 

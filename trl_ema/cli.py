@@ -412,6 +412,7 @@ def compare(arguments: list[str]) -> None:
     from .comparison.plan import DEFAULT_CONFIG, load_comparison
     from .comparison.report import write_report
     from .comparison.run import run_comparison
+    from .comparison.trackers import log_report
     from .extras import require
     from .files import check_output_dir
 
@@ -438,6 +439,8 @@ def compare(arguments: list[str]) -> None:
     check_output_dir(comparison.output_dir)
     run_comparison(comparison, args.arms, args.seeds, args.evaluate_only)
     print(f"Report: {write_report(comparison.output_dir)}")
+    if comparison.trackers:
+        log_report(comparison.output_dir, comparison.trackers, comparison.project)
 
 
 def report(arguments: list[str]) -> None:

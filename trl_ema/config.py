@@ -159,8 +159,8 @@ class MeanTeacherConfig(SFTConfig):
     rehearsal_fraction: float = field(
         default=0.33,
         metadata={
-            "help": "Share of the rows of a micro-batch that are rehearsed, beside those of the data; of packed rows the share of "
-            "their tokens. In (0, 1)."
+            "help": "Share of the rows of an optimizer step that are rehearsed, beside those of the data, and at least one text; of "
+            "packed rows the share of their tokens. In (0, 1)."
         },
     )
     rehearsal_texts: str | None = field(

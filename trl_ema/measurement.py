@@ -12,6 +12,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 from datasets import Dataset
+from huggingface_hub import EvalResult
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -150,6 +151,25 @@ def card_figures(metrics: dict) -> dict[str, float]:
     }
 
 
+def card_results(metrics: dict, data: str) -> list[EvalResult]:
+    """
+    Those figures of the student in `metrics.json` for the metadata of a model card, where the hub shows and compares them.
+
+    Args:
+        data (`str`): Name of the data set that the held-out rows are of.
+    """
+    sets = {"domain": (data, "held-out rows"), "general": ("general questions", "questions that come with trl_ema")}
+    names = {"loss": "Loss, nats per token", "kl_base_model": "Drift: KL(before || model), nats per token"}
+    return [
+        EvalResult(
+            task_type="text-generation", dataset_type=sets[group][0], dataset_name=f"{sets[group][0]}, {sets[group][1]}",
+            metric_type="loss" if name == "loss" else "kl_divergence", metric_name=names[name], metric_value=metrics["student"][group][name],
+        )
+        for group in sets if group in metrics["student"]
+        for name in names
+    ]  # fmt: skip
+
+
 def table(metrics: dict) -> str:
     """The figures of `metrics.json` as aligned text."""
     columns = [name for name in ("before", "student", "teacher") if name in metrics]
@@ -245,8 +265,11 @@ class DriftCallback(TrainerCallback):
         self._seconds += time.perf_counter() - start
         share = self._seconds / (time.perf_counter() - self._start)
         self.trainer.add_metrics(**{f"drift_{name}": value for name, value in found.items()}, drift_time_share=share)
-        where, drift = max(found.items(), key=lambda one: (one[0] == "general", one[1]))
-        stop_at_drift(control, drift, self.trainer.args.max_drift, f"on {where} rows")
+        if self.trainer.args.max_drift is not None:
+            where, drift = max(found.items(), key=lambda one: (one[0] == "general", one[1]))
+            # The ranks stop together: their figures may differ in a last bit.
+            drift = self.trainer.accelerator.gather(torch.tensor([drift], device=args.device))[0].item()
+            stop_at_drift(control, drift, self.trainer.args.max_drift, f"on {where} rows")
 
 
 class TasksCallback(TrainerCallback):

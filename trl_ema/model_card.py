@@ -139,7 +139,8 @@ def write_model_card(trainer: Any, folder: str) -> None:
     model that was loaded from a path TRL says that its name is None, and PEFT the path.
 
     Args:
-        trainer ([`EMARegularizedSFTTrainer`]): Trained or not; the tables in its `model_card_details` are added.
+        trainer ([`EMARegularizedSFTTrainer`]): Trained or not; the tables in its `model_card_details` are added, and its
+            `model_card_results` to the metadata, as the hub's `model-index`.
         folder (`str`): With the model, and the card to add to, if there is one.
     """
     path = os.path.join(folder, "README.md")
@@ -148,7 +149,7 @@ def write_model_card(trainer: Any, folder: str) -> None:
         with open(path, encoding="utf-8") as file:
             text = file.read().split(_MARK)[0].rstrip()
     base = _base_of(trainer.model)
-    theirs = _mended(text, base)
+    theirs = _with_results(_mended(text, base), trainer, folder)
     with open(path, "w", encoding="utf-8") as file:
         file.write(f"{theirs}\n\n{_MARK}\n{_section(trainer, base, folder, cited=theirs)}")
     # Fails here, not at a push to the hub, if the metadata block is broken.
@@ -243,6 +244,17 @@ def _mended(text: str, base: _Base) -> str:
         kept = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")]
         adapted = [f"base_model:adapter:{base.hub}"] if base.hub and len(kept) < len(card.data.tags or []) else []
         card.data.base_model, card.data.tags = base.hub, sorted([*kept, *adapted])
+    return str(card).rstrip()
+
+
+def _with_results(text: str, trainer: Any, folder: str) -> str:
+    """The card with the trainer's figures in its metadata, by which the hub shows and finds them."""
+    if not trainer.model_card_results:
+        return text
+    card: Any = ModelCard(text)
+    hub = getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id
+    card.data.model_name = getattr(card.data, "model_name", None) or hub or os.path.basename(os.path.abspath(folder))
+    card.data.eval_results = trainer.model_card_results
     return str(card).rstrip()
 
 

@@ -70,7 +70,7 @@ def plain_count(name: str, value: Any, least: int, hint: str = "") -> int:
 
 @contextmanager
 def changed(config: Any, **values: Any) -> Iterator[None]:
-    """Within this context the config has other values."""
+    """Within this context the config, or whatever has these attributes, has other values."""
     before = {name: getattr(config, name) for name in values}
     try:
         for name, value in values.items():

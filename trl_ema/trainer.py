@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from huggingface_hub import EvalResult
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -114,8 +115,10 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         if is_peft_model(self.model):
             is_base = None if peft_config is None else base_changed_by(peft_config) is None
             self.starting_point = StartingPoint(self.model, is_base)
-        self.measure_at_evaluation: Callable[[str], dict[str, float]] = lambda metric_key_prefix: {}
+        self.measure_at_evaluation: Callable[[str], dict[str, float]] | None = None  # by the metrics' prefix
+        self._evaluates_own_sets = True
         self.model_card_details: dict[str, dict] = {}  # more tables for the model card, by title
+        self.model_card_results: list[EvalResult] = []  # figures for its metadata
         self.ce_mean, self._penalty_is_due = TokenMean(), False
         self.regularizers = self._claim.regularizers
         self._regularize(rehearsal_dataset)
@@ -230,13 +233,20 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
                 self.add_metrics(**regularizer.metrics(self.accelerator.gather))
         super().log(logs, start_time)
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # A set of the trainer's by its name, or all of them; of any other the figures of those would be none.
+        own = eval_dataset is None or isinstance(eval_dataset, str)
+        with changed(self, _evaluates_own_sets=own):
+            return super().evaluate(eval_dataset, *args, **kwargs)
+
     def evaluation_loop(
         self, dataloader: DataLoader, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         self.check_is_owner()
         kwargs["metric_key_prefix"] = metric_key_prefix
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        (output.metrics or {}).update(self.measure_at_evaluation(metric_key_prefix))
+        if self.measure_at_evaluation is not None and self._evaluates_own_sets:
+            (output.metrics or {}).update(self.measure_at_evaluation(metric_key_prefix))
         if self.teacher is None or not self.args.eval_teacher:
             return output
         student_metrics = self._metrics["eval"]

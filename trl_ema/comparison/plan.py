@@ -184,7 +184,22 @@ class Comparison:
             "measure": False,
             "resume_from_checkpoint": "true",
         }
-        return options | run
+        return self.tracking(arm, seed) | options | run
+
+    @property
+    def trackers(self) -> list[str]:
+        """Those that the runs log to."""
+        asked = self.training.get("report_to") or ()
+        return [name for name in ([asked] if isinstance(asked, str) else asked) if name != "none"]
+
+    @property
+    def project(self) -> str:
+        """What the trackers call the comparison."""
+        return self.training.get("project") or os.path.basename(os.path.abspath(self.output_dir))
+
+    def tracking(self, arm: Arm, seed: int) -> dict[str, str]:
+        """What the trackers call a run, if there are any."""
+        return {"run_name": f"{arm.name}-seed_{seed}", "project": self.project} if self.trackers else {}
 
     def evaluations(self, arm: Arm, seed: int) -> dict[str, tuple[str, str, float]]:
         """

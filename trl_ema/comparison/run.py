@@ -102,7 +102,9 @@ def _train(comparison: Comparison, arm: Arm, seed: int, evaluator: "_Evaluator")
         logger.info("Training %s, seed %d", arm.name, seed)
         evaluator.release()
         config = os.path.join(comparison.folder(arm.name, seed), "config.yaml")
-        subprocess.run([sys.executable, "-m", "trl_ema", "train", "--config", config], check=True)
+        # Weights & Biases takes these from nowhere else.
+        groups = {"WANDB_PROJECT": comparison.project, "WANDB_RUN_GROUP": arm.name} | os.environ
+        subprocess.run([sys.executable, "-m", "trl_ema", "train", "--config", config], check=True, env=groups)
 
 
 def _evaluate(comparison: Comparison, arm: Arm, seed: int, evaluator: "_Evaluator") -> None:

@@ -35,8 +35,9 @@ class Rehearsal(Regularizer):
 
     With `rehearsal_loss="ce"` the texts are trained on as data instead: λ · CE(text; p_θ), a mean over the same tokens.
 
-    Each micro-batch gets so many texts as further rows that their share is `rehearsal_fraction`. All texts are taken once before
-    any is taken again, in a seeded order that depends on nothing but how many were taken so far.
+    The micro-batches of an optimizer step get so many texts as further rows that their share is `rehearsal_fraction`, spread
+    evenly over them, and one at least. All texts are taken once before any is taken again, in a seeded order that depends on
+    nothing but how many were taken so far.
 
     Args:
         args ([`MeanTeacherConfig`]): The options that begin with `rehearsal_`, and `drift_budget`.
@@ -73,6 +74,7 @@ class Rehearsal(Regularizer):
         self.taken = 0  # texts, by all ranks
         self._first = 0  # of this step, among all that are taken
         self._micro_batch = self._predicted = 0
+        self._counts: list[int] = []  # of texts in each micro-batch of this step, on every rank
         self.texts: Texts | None = None
         self.digest = ""  # of the texts
         self._pass, self._order = -1, np.empty(0, dtype=int)  # through all texts, and the order in it
@@ -101,18 +103,19 @@ class Rehearsal(Regularizer):
                 f"A rehearsed text has {max(lengths)} tokens, `max_length` is {self.args.max_length}. Raise it, or write texts with a "
                 "lower `rehearsal_num_tokens`."
             )
-        self.rows = self._check(len(lengths), sum(lengths) / len(lengths))
+        self.per_micro_batch = self._check(len(lengths), sum(lengths) / len(lengths))
         self.texts, self.digest = texts, digest_of(texts)
 
-    def _check(self, number: int, mean_length: float) -> int:
-        """How many texts of so many a micro-batch takes. Raises `ValueError` if there are not as many."""
-        rows = _rows_of_micro_batch(self.args, mean_length)
+    def _check(self, number: int, mean_length: float) -> float:
+        """How many texts of so many a micro-batch takes on average. Raises `ValueError` if there are not as many."""
+        mean = _texts_of_micro_batch(self.args, mean_length)
+        (rows,) = _spread(mean, 1)
         if rows > number:
             raise ValueError(
                 f"{number} texts are fewer than the {rows} that a micro-batch rehearses. Give or write more "
                 "(`rehearsal_num_texts`), or lower `rehearsal_fraction`."
             )
-        return rows
+        return mean
 
     def begin(self, trainer: Any, state: dict | None = None) -> None:
         plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
@@ -164,15 +167,17 @@ class Rehearsal(Regularizer):
 
     def before_step(self, batches: Sequence[Inputs], step: int, device: torch.device, gather: Gather | None) -> None:
         self._first, self._micro_batch = self.taken, 0
-        self.taken += len(batches) * self.args.world_size * self.rows
+        self._counts = _spread(self.per_micro_batch, len(batches))
+        self.taken += sum(self._counts) * self.args.world_size
         # Predictions that the mean is over: those of all whose labelled tokens TRL counts together.
         ranks = [self.args.process_index] if gather is None else range(self.args.world_size)
         self._predicted = sum(_num_predicted(self._chosen(i, rank)) for i in range(len(batches)) for rank in ranks)
 
     def _chosen(self, micro_batch: int, rank: int) -> list[list[int]]:
         """Texts of one rank in one micro-batch of this step."""
-        first = self._first + (micro_batch * self.args.world_size + rank) * self.rows
-        return [self._text(position) for position in range(first, first + self.rows)]
+        before, number = sum(self._counts[:micro_batch]), self._counts[micro_batch]
+        first = self._first + before * self.args.world_size + rank * number
+        return [self._text(position) for position in range(first, first + number)]
 
     def _text(self, position: int) -> list[int]:
         """The text that is taken at this place, of all places of the run."""
@@ -187,15 +192,19 @@ class Rehearsal(Regularizer):
 
     def add_rows(self, inputs: Inputs, step: int, num_items: torch.Tensor | None) -> tuple[Inputs, list[Divergence]]:
         texts = self._chosen(self._micro_batch, self.args.process_index)
-        own = num_sequences(**inputs)
         weight = self._last_weight = self.weight.value(step)
+        self._micro_batch += 1
+        if not texts:  # nor on any other rank
+            return inputs, []
+        own = num_sequences(**inputs)
         # TRL divides by the labelled tokens.
         num_labels = divergence_mask("loss", **inputs).sum() if num_items is None else num_items
-        predicted = _num_predicted(texts) if num_items is None else self._predicted
+        predicted: float = self._predicted
+        if num_items is None:  # a mean of each micro-batch, of which `Trainer` takes the mean
+            predicted = _num_predicted(texts) * sum(map(bool, self._counts)) / len(self._counts)
         times = torch.as_tensor(num_labels, dtype=torch.int64).clamp(
             min=1
         )  # not read here, where the host would wait for it
-        self._micro_batch += 1
         packed = "attention_mask" not in inputs
         batch = _with_documents(inputs, texts) if packed else _with_rows(inputs, texts, self.pad)
         teacher = self.start if self.args.rehearsal_loss == "kl" else None
@@ -270,12 +279,18 @@ def make_weight(args: MeanTeacherConfig) -> RampedWeight | BudgetedWeight:
     return BudgetedWeight(args.rehearsal_weight, args.drift_budget)
 
 
-def _rows_of_micro_batch(args: MeanTeacherConfig, mean_length: float) -> int:
+def _texts_of_micro_batch(args: MeanTeacherConfig, mean_length: float) -> float:
     """How many texts beside a whole micro-batch have the share that is asked for: of its rows, or of its tokens where it is packed."""
-    ratio, own = args.rehearsal_fraction / (1 - args.rehearsal_fraction), float(args.per_device_train_batch_size)
+    own = float(args.per_device_train_batch_size)
     if args.packing and args.max_length is not None:
         own *= args.max_length / mean_length
-    return max(1, math.floor(ratio * own + 0.5))
+    return own * args.rehearsal_fraction / (1 - args.rehearsal_fraction)
+
+
+def _spread(mean: float, number: int) -> list[int]:
+    """How many texts each of a `number` of micro-batches takes, that are so many on average: one at least, of all of them."""
+    total = max(1, math.floor(mean * number + 0.5))
+    return [total * (i + 1) // number - total * i // number for i in range(number)]
 
 
 def _with_rows(inputs: Inputs, texts: list[list[int]], pad: int) -> Inputs:
