@@ -286,6 +286,30 @@ def test_evaluations_options_of_another_kind_are_refused(name, value, message):
         EvaluationArguments(**{name: value})
 
 
+def test_evaluate_loads_weights_in_8_bits(tiny_folder, tmp_path):
+    evaluate("--model", tiny_folder / "model", "--limit", 2, "--load_in_8bit", "true", "--output_dir", tmp_path / "8")
+    evaluate("--model", tiny_folder / "model", "--limit", 2, "--output_dir", tmp_path / "32")
+    kept = [read_json(tmp_path / folder / "arc_easy.json") for folder in ("8", "32")]
+    assert kept[0]["about"]["load_in_8bit"] is True and kept[0]["n"] == 2 and kept[0]["key"] != kept[1]["key"]
+
+
+def test_a_suite_says_what_it_lacks_and_the_model_is_loaded_as_asked(tiny_folder, tmp_path, monkeypatch):
+    seen = {}
+
+    def load_base(name, revision, **options):
+        seen.update(options)
+        raise ValueError("loaded")
+
+    monkeypatch.setattr("trl_ema.evaluation.models.load_base", load_base)
+    done = evaluate(
+        "--model", tiny_folder / "model", "--suite", "medical", "--limit", 1, "--trust_remote_code", "true", "--load_in_8bit",
+        "true", "--output_dir", tmp_path, check=False,
+    )  # fmt: skip
+    assert "Not asked of the suite `medical`, for want of a hub: pubmedqa, medqa_4options, ifeval." in done.stdout
+    assert "trl-ema evaluate: loaded" in done.stderr and seen["trust_remote_code"] is True
+    assert seen["quantization_config"].load_in_8bit and not seen["quantization_config"].load_in_4bit
+
+
 def test_evaluate_refuses_an_unknown_task(tmp_path):
     done = trl_ema("evaluate", "--tasks", "helaswag", "--offline", "true", "--output_dir", tmp_path, check=False)
     assert "There is no task 'helaswag'. Near matches: hellaswag" in done.stderr

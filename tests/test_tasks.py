@@ -2,6 +2,8 @@
 
 import json
 import random
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -426,3 +428,31 @@ def test_tasks_and_their_steps_belong_together(given):
 
     with pytest.raises(ValueError, match=r"belong together.*--eval_tasks hellaswag:100 --eval_tasks_steps 500"):
         TrainingScriptArguments(**given)
+
+
+def test_one_task_may_be_written_without_a_list():
+    from trl_ema.script import TrainingScriptArguments
+
+    assert TrainingScriptArguments(eval_tasks="piqa:5", eval_tasks_steps=2.0).eval_tasks == ["piqa:5"]
+
+
+def test_the_main_job_asks_tasks_and_prints_their_change(tiny_folder, tmp_path, manager, monkeypatch, capsys):
+    monkeypatch.chdir(tiny_folder)
+    monkeypatch.setattr("trl_ema.evaluation.runner.task_manager", lambda *_: manager)
+    recipe = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "medical_ema.py"), run_name="recipe")
+    options = {
+        "model_name_or_path": "model", "dataset_name": "data.jsonl", "eval_fraction": 0.2, "use_cpu": "true", "bf16": "false",
+        "max_steps": 3, "learning_rate": 2e-2, "report_to": "none", "max_length": 48, "save_strategy": "no", "measure": "false",
+        "dtype": "float32", "eval_tasks_steps": 2, "output_dir": tmp_path / "out",
+    }  # fmt: skip
+    arguments = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
+    recipe["main"]([*arguments, "--eval_tasks", "chosen:6", "followed"])
+    log = read_json(tmp_path / "out" / "metrics.json")["log"]
+    assert [entry["step"] for entry in log if "task_chosen" in entry] == [0, 2, 3]
+    printed = capsys.readouterr().out
+    assert (
+        changes_table(*(str(tmp_path / "out" / "tasks" / f"step-00000{n}") for n in (0, 3)), ["chosen", "followed"])
+        in printed
+    )
+    with pytest.raises(ValueError, match="There is no task 'chosn'"):
+        recipe["main"]([*arguments, "--eval_tasks", "chosn:6"])
