@@ -156,6 +156,17 @@ def test_a_task_without_one_number_per_question_is_refused_by_its_definition(def
         check_metric("t", definition, asked)
 
 
+def test_a_group_within_a_groups_file_has_its_tasks_too():
+    from trl_ema.evaluation.tasks import leaves
+
+    group = {
+        "group": "g",
+        "task": ["a", {"task": "b", "task_alias": "B"}, {"group": "inner", "task": ["c", {"task": "d"}]}],
+    }
+    index = {"g": SimpleNamespace(cfg=group)} | {x: SimpleNamespace(cfg={"task": x}) for x in "abcd"}
+    assert list(leaves("g", SimpleNamespace(task_index=index))) == ["a", "b", "c", "d"]
+
+
 def sample(**values):
     return {"filter": "none", "metrics": list(values), "arguments": [()], **values}
 

@@ -291,7 +291,17 @@ def leaves(name: str, manager: "TaskManager") -> Iterator[str]:
         yield name
         return
     for child in children:
-        yield from leaves(child["task"] if isinstance(child, dict) else child, manager)
+        yield from _leaves_of_child(child, manager)
+
+
+def _leaves_of_child(child: Any, manager: "TaskManager") -> Iterator[str]:
+    """Of a name within a group, of one with options, or of a group that stands within the group's own file."""
+    inner = child.get("task", child.get("group")) if isinstance(child, dict) else child
+    if isinstance(inner, list):
+        for one in inner:
+            yield from _leaves_of_child(one, manager)
+    else:
+        yield from leaves(inner, manager)
 
 
 def generates(name: str, manager: "TaskManager") -> bool:
