@@ -119,7 +119,7 @@ def _obstacle(entry: dict) -> str | None:
 
 def _name(metric: Any) -> str:
     """A function of the task's own stands in the definition as its path."""
-    name = getattr(metric, "__name__", str(metric))
+    name = metric.__name__ if callable(metric) else str(metric)
     return name.rpartition(".")[2] if "/" in name else name
 
 
