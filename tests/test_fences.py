@@ -41,9 +41,10 @@ CALLED = {
     "deepspeed.utils.safe_set_local_fp32_param": "param value",
     "deepspeed.utils.safe_set_local_optimizer_state": "param value optim_state_key",
     "lm_eval.evaluator.get_git_commit_hash": "",
-    "lm_eval.models.huggingface.HFLM.__init__": "| pretrained tokenizer batch_size",
+    "lm_eval.models.huggingface.HFLM.__init__": "| pretrained tokenizer batch_size mixed_precision_dtype",
     "lm_eval.simple_evaluate": (
-        "model | tasks num_fewshot limit samples apply_chat_template use_cache bootstrap_iters task_manager fewshot_random_seed"
+        "model | tasks num_fewshot limit samples apply_chat_template gen_kwargs use_cache bootstrap_iters task_manager "
+        "fewshot_random_seed"
     ),
     "lm_eval.tasks.TaskManager.__init__": "| include_path",
     "peft.PeftModel.add_adapter": "adapter_name peft_config",
@@ -71,6 +72,7 @@ CALLED = {
     "transformers.Trainer._load_scaler": "checkpoint",
     "transformers.Trainer._move_model_to_device": "model device",
     "transformers.Trainer._save": "output_dir state_dict",
+    "transformers.Trainer.log": "logs",
     "transformers.Trainer.pop_callback": "callback",
     "transformers.Trainer.push_to_hub": "| commit_message revision",
     "transformers.Trainer.set_initial_training_values": "args dataloader",
@@ -115,9 +117,9 @@ NAMED = {
     ),
     "huggingface_hub.ModelCardData": "base_model eval_results model_name",
     "lm_eval.api.task.Task": "eval_docs",
-    "lm_eval.evaluator": "arguments doc_hash doc_id groups metrics prompt_hash results samples",
-    "lm_eval.tasks.TaskManager": "all_tasks load task_index",
-    "lm_eval.tasks._index": "cfg tags",
+    "lm_eval.evaluator": "LOCAL_RANK arguments doc_hash doc_id filter groups metrics prompt_hash results samples",
+    "lm_eval.tasks.TaskManager": "all_tasks include_path load task_index",
+    "lm_eval.tasks._index": "cfg tags yaml_path",
     "peft.LoraConfig": (
         "alpha_pattern bias ensure_weight_tying init_lora_weights kasa_config layer_replication lora_bias modules_to_save "
         "target_modules target_parameters trainable_token_indices use_dora use_rslora"
@@ -149,7 +151,7 @@ NAMED = {
     "transformers.GenerationConfig": "eos_token_id",
     "transformers.LlamaConfig": "bos_token_id max_position_embeddings",
     "transformers.MixtralConfig": "num_experts_per_tok num_local_experts",
-    "transformers.PreTrainedModel": "config generation_config quantization_config",
+    "transformers.PreTrainedModel": "config generation_config quantization_config tie_weights",
     "transformers.PretrainedConfig": "_attn_implementation _attn_implementation_internal _commit_hash _name_or_path get_text_config",
     "transformers.Trainer": (
         "callback_handler current_gradient_accumulation_steps hub_model_id is_deepspeed_enabled is_fsdp_enabled lr_scheduler model_wrapped push_in_progress resume_from_checkpoint"

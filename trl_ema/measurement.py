@@ -1,20 +1,39 @@
-"""What is measured of a model in its trainer: loss, drift and generations before and after, and drift in between."""
+"""What is measured of a model in its trainer: loss, drift and generations before and after, drift and tasks in between."""
 
+import random
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from uuid import uuid4
 
+import numpy as np
 import torch
 from datasets import Dataset
 from huggingface_hub import EvalResult
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from .adapters.starting_point import StartingPoint
+from .comparison.changes import changes_table
 from .evaluation.drift import adapter_configs, check_measurable, measure_drift
 from .evaluation.generation import generate_answers, prompts_and_references
+from .evaluation.runner import evaluate_tasks
+from .evaluation.settings import TaskSettings
 from .regularizers.rehearsal import stop_at_drift
 from .trainer import EMARegularizedSFTTrainer
+
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 
 def trainer_batches(trainer: EMARegularizedSFTTrainer, dataset: Dataset) -> list[dict]:
@@ -255,3 +274,109 @@ class DriftCallback(TrainerCallback):
             # The ranks stop together: their figures may differ in a last bit.
             drift = self.trainer.accelerator.gather(torch.tensor([drift], device=args.device))[0].item()
             stop_at_drift(control, drift, self.trainer.args.max_drift, f"on {where} rows")
+
+
+class TasksCallback(TrainerCallback):
+    """
+    Asks the student lm-eval's tasks during training, as it is in memory: before the first step, every `steps` optimizer steps, and
+    after the last. The training goes on as if it had not been asked: random states, modes, adapters and tokenizer are left as they were.
+
+    Logs `task_NAME`, the score. The answers are kept in `output_dir/tasks/step-N`, as `trl-ema evaluate` keeps them: two steps, or a
+    step and an evaluation, compare question by question.
+
+    Each rank asks the same questions, and the first one keeps the answers.
+
+    Args:
+        trainer ([`EMARegularizedSFTTrainer`]): Of any launch that does not shard the model.
+        tasks (`dict`): Name to [`TaskSettings`], see [`tasks_to_ask`].
+        steps (`int`): Optimizer steps between two rounds.
+        manager (`lm_eval.tasks.TaskManager`): See [`task_manager`].
+
+    Raises:
+        ValueError: The model is sharded (ZeRO-3, FSDP), or `steps` is below 1.
+    """
+
+    def __init__(
+        self,
+        trainer: EMARegularizedSFTTrainer,
+        tasks: Mapping[str, TaskSettings],
+        steps: int,
+        manager: "TaskManager",
+    ):
+        plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+        if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+            raise ValueError(
+                "Tasks are asked during training of a model that lies whole on each rank, not sharded (ZeRO-3, FSDP). Launch with DDP "
+                "or ZeRO-2, or leave `eval_tasks` out and give the checkpoints to `trl-ema evaluate`."
+            )
+        if steps < 1:
+            raise ValueError(f"`steps` must be at least 1, got {steps}. It counts optimizer steps between two rounds.")
+        self.trainer, self.tasks, self.steps, self.manager = trainer, dict(tasks), steps, manager
+        self.folder = Path(str(trainer.args.output_dir), "tasks")
+        self.asked: list[int] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.global_step:  # a run that goes on was asked then
+            self.ask(0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
+            self.ask(state.global_step)
+
+    def ask(self, step: int) -> dict[str, float]:
+        """Scores of the student as it is now, logged."""
+        trainer, start = self.trainer, time.perf_counter()
+        batch_size = trainer.args.per_device_eval_batch_size  # the same on every rank
+        model_id = uuid4().hex  # whatever lies there is of another run
+        scratch: Any = nullcontext(str(self._at(step)))
+        if not trainer.is_world_process_zero():
+            scratch = tempfile.TemporaryDirectory()
+        scores = {}
+        with _random_states_kept(), trainer.precision(), scratch as folder:
+            for name, settings in self.tasks.items():
+                found = evaluate_tasks(
+                    trainer.model, cast(Any, trainer.processing_class), [name], folder, model_id=model_id, manager=self.manager,
+                    settings=settings, batch_size=batch_size, about={"step": step},
+                )  # fmt: skip
+                scores[name] = found[name]["score"]
+        self.asked.append(step)
+        logs = {f"task_{name}": score for name, score in scores.items()}
+        due = trainer.control.should_log
+        # Not TRL's, which would empty its means of the steps since its last log. What is to be logged of this step is still to come.
+        Trainer.log(trainer, logs | {"task_seconds": round(time.perf_counter() - start, 1)})
+        trainer.control.should_log = due
+        return scores
+
+    def table(self) -> str:
+        """The change of each task from before the first step (or the first round that is kept) to the last round, see [`changes_table`]."""
+        steps = self.asked
+        if 0 not in steps:  # a run that went on
+            steps = [step for step in map(_step, self.folder.glob("step-*")) if step <= max(steps, default=-1)]
+        whole = [
+            step for step in sorted(steps) if all((self._at(step) / f"{task}.jsonl").is_file() for task in self.tasks)
+        ]
+        if len(whole) < 2:
+            return ""
+        return changes_table(str(self._at(whole[0])), str(self._at(whole[-1])), self.tasks)
+
+    def _at(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Within this context random numbers may be drawn, and seeds set; those after it are drawn as if there had been none."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -107,6 +107,23 @@ class TrainingScriptArguments(DatasetMixtureConfig, ScriptArguments):
             "16 general rows; 0 for none."
         },
     )
+    eval_tasks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "lm-eval tasks to ask the student during training, `TASK` or `TASK:N` for N questions of it, such as "
+            "`hellaswag:100`; needs the extra `eval`."
+        },
+    )
+    eval_tasks_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps between two rounds of `eval_tasks`, beside one before the first step and one after the last; 0 "
+            "without `eval_tasks`."
+        },
+    )
+    eval_tasks_include_path: list[str] | None = field(
+        default=None, metadata={"help": "Folders with further tasks in lm-eval's YAML, for `eval_tasks`."}
+    )
     measure: bool = field(
         default=True, metadata={"help": "Measure loss, drift and generations before and after. False trains alone."}
     )
@@ -116,11 +133,26 @@ class TrainingScriptArguments(DatasetMixtureConfig, ScriptArguments):
         self.eval_fraction = plain_number("eval_fraction", self.eval_fraction)
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"`eval_fraction` must be in (0, 1), got {self.eval_fraction}. It is a share of the rows.")
-        counts = {"eval_samples": 1, "generations": 0, "generation_tokens": 1, "drift_steps": 0, "split_seed": 0}
+        counts = {
+            "eval_samples": 1,
+            "generations": 0,
+            "generation_tokens": 1,
+            "drift_steps": 0,
+            "split_seed": 0,
+            "eval_tasks_steps": 0,
+        }
         if self.max_train_samples is not None:
             counts["max_train_samples"] = 1
         for name, least in counts.items():
             setattr(self, name, plain_count(name, getattr(self, name), least))
+        for name in ("eval_tasks", "eval_tasks_include_path"):
+            if isinstance(getattr(self, name), str):  # one, from a YAML file
+                setattr(self, name, [getattr(self, name)])
+        if bool(self.eval_tasks) != bool(self.eval_tasks_steps):
+            raise ValueError(
+                f"`eval_tasks={self.eval_tasks}` and `eval_tasks_steps={self.eval_tasks_steps}` belong together. Give tasks and the "
+                "optimizer steps between two rounds of them, such as `--eval_tasks hellaswag:100 --eval_tasks_steps 500`, or neither."
+            )
         self.datasets = [data.DataPart.from_config(part) for part in self.datasets]
         self.dataset_columns = _which_is_which(self.dataset_columns)
         _take_mixture(self)

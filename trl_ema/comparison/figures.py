@@ -18,8 +18,8 @@ from .plan import BASE, LEAST_ROWS, PLAN, Comparison, kept_comparison
 from .statistics import (
     forgetting,
     interval,
-    mcnemar,
     mean_interval,
+    paired_test,
     pareto_front,
     ratio_interval,
     resampling_weights,
@@ -198,6 +198,8 @@ def _guessing(scores: list[float], chance: float) -> float:
     """Probability that guessing alone gives as many hits; exact also where every question is hit."""
     from scipy.stats import binomtest
 
+    if not chance:  # nothing to guess from: whatever has a score was not guessed
+        return float(not any(scores))
     hits = sum(score > 0.5 for score in scores)
     return float(binomtest(hits, len(scores), chance, alternative="greater").pvalue)
 
@@ -444,7 +446,7 @@ def _task_entry(name: str, point: _Point, base: _Base) -> dict:
         "after": interval(lambda x: x, point.scores[name]),
         "change": change,
         "relative": change["mean"] / before[0] if before[0] else math.nan,
-        "mcnemar": [mcnemar(scores, after) for scores, after, _ in pairs],
+        "mcnemar": [paired_test(scores, after) for scores, after, _ in pairs],
         "subtasks": {subtask: float(np.mean(found)) for subtask, found in by_subtask.items()},
     }
 

@@ -13,6 +13,7 @@ from ..files import read_json, write_json, write_text
 from .figures import in_points, is_absent, sample_answers, summarize_comparison
 from .pictures import CAPTIONS, MANY_ARMS, draw_pictures, method_of
 from .plan import BASE
+from .statistics import detectable_share, discoveries
 
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ FIGURES = "comparison.json"
 _SAMPLES = "samples.html"
 # One seed: the interval is over questions alone.
 _ONE_SEED = "†"
+# A test that counts among all of its table.
+_DISCOVERY = "‡"
 
 
 def _as_yaml(plan: dict) -> str:
@@ -64,6 +67,7 @@ def write_report(folder: str) -> str:
             path.write_bytes(pictures[name].png)
         else:
             path.unlink(missing_ok=True)  # of an earlier report
+    _judge_tests(summary)
     found = summary.get("map") or {}
     drawn = [point["scale"] for m in found.get("methods", ()) for way in m["ways"] for point in way["points"]]
     values = {
@@ -83,6 +87,26 @@ def write_report(folder: str) -> str:
     path = Path(folder, "report.html")
     write_text(path, environment.get_template("report.html.j2").render(**values))
     return str(path)
+
+
+def _judge_tests(summary: dict) -> None:
+    """Adds to each test whether it counts among all of them, and where an earlier version kept none, the change it could show."""
+    tests = []
+    for point in summary["points"]:
+        for name, found in point["tasks"].items():
+            tests += found["mcnemar"]
+            for test in found["mcnemar"]:
+                questions, changed = summary["base"]["tasks"][name]["n"], test["lost"] + test["gained"]
+                test.setdefault("detectable", detectable_share(questions, changed))
+    for test, mark in zip(tests, discoveries([test["p_value"] for test in tests]), strict=True):
+        test["discovery"] = mark
+
+
+def _test(test: dict) -> str:
+    """As a cell: `−5 +1, p 0.031‡, ≥ 0.021`."""
+    mark = _DISCOVERY if test["discovery"] else ""
+    shown = "" if is_absent(test["detectable"]) else f", ≥ {test['detectable']:.3f}"
+    return f"−{test['lost']} +{test['gained']}, p {_p_value(test['p_value'])}{mark}{shown}"
 
 
 def _rounded(value: Any) -> Any:
@@ -122,9 +146,7 @@ def _templates() -> "Environment":
     environment.filters["settings"] = _settings
     environment.filters["at_scales"] = _at_scales
     environment.filters["by_text"] = lambda way: [f"{100 * share:.1f}" for share in way["by_text"]]
-    environment.filters["mcnemar"] = lambda tests: "; ".join(
-        f"−{test['lost']} +{test['gained']}, p {_p_value(test['p_value'])}" for test in tests
-    )
+    environment.filters["mcnemar"] = lambda tests: "; ".join(map(_test, tests))
     return environment
 
 

@@ -14,6 +14,8 @@ _ROUNDING = 1e-9
 CLEARLY = 0.25
 # A ratio that no reader would take for one.
 _FAR = 1e6
+# What a test may say of a change that is none, and how often it shall find one that is.
+_LEVEL, _POWER = 0.05, 0.8
 
 
 def forgetting(before: ArrayLike, after: ArrayLike) -> Any:
@@ -86,6 +88,109 @@ def mcnemar(before: ArrayLike, after: ArrayLike) -> dict[str, float]:
     lost, gained = int(((before > 0.5) & (after <= 0.5)).sum()), int(((before <= 0.5) & (after > 0.5)).sum())
     p_value = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
     return {"lost": lost, "gained": gained, "p_value": float(p_value)}
+
+
+def paired_bootstrap(before: ArrayLike, after: ArrayLike, resamples: int = 2000, seed: int = 0) -> float:
+    """
+    p-value, two-sided, of the mean score being unchanged on the same questions, for scores of any kind.
+
+        p = (1 + #{resamples: |mean of (d − mean d)*| ≥ |mean d|}) / (1 + resamples)          d = after − before
+
+    Args:
+        before, after (arrays of shape `(questions,)`): Scores, in the same order.
+
+    Source: Efron & Tibshirani 1993, *An Introduction to the Bootstrap*, section 16.4 (differences shifted to a mean of zero); the 1
+    counts the sample itself, so that p is never 0 (Davison & Hinkley 1997, equation 4.11).
+    """
+    before, after = _pair(before, after)
+    difference = after - before
+    weights = resampling_weights(len(difference), resamples, seed)[1:]
+    drawn = np.abs(weights @ (difference - difference.mean())) / len(difference)
+    return float((1 + (drawn >= abs(difference.mean()) - _ROUNDING).sum()) / (1 + resamples))
+
+
+def paired_test(before: ArrayLike, after: ArrayLike) -> dict[str, Any]:
+    """
+    Whether the mean score changed on the same questions: [`mcnemar`] where every score is 0 or 1, else [`paired_bootstrap`].
+
+    Returns:
+        `dict`: `test` (its name), `lost` and `gained` (questions with a lower, and with a higher score), `p_value`, and `detectable`,
+        the [`detectable_change`] of as many questions.
+    """
+    before, after = _pair(before, after)
+    if np.isin([before, after], (0, 1)).all():
+        found = mcnemar(before, after)
+        changed = int(found["lost"] + found["gained"])
+        return {"test": "McNemar", **found, "detectable": detectable_share(len(before), changed)}
+    return {
+        "test": "bootstrap",
+        "lost": int((after < before).sum()),
+        "gained": int((after > before).sum()),
+        "p_value": paired_bootstrap(before, after),
+        "detectable": detectable_change(before, after),
+    }
+
+
+def detectable_share(questions: int, changed: int) -> float:
+    """
+    The smallest change of a share of hits that McNemar's test at 5 % would find in 80 of 100 cases, on so many questions.
+
+        n = (z_{α/2}·√ψ + z_β·√(ψ − δ²))² / δ²                         ψ = changed / questions, the discordant share
+        δ = √ψ · c,   c = (z_{α/2}·√n + z_β·√(n + z_β² − z_{α/2}²)) / (n + z_β²)          solved for δ
+
+    A change cannot be larger than the share of questions that changed. Where this δ is, so many questions as would have to change
+    count, all in one direction (ψ = δ): δ = c². It is an approximation by the normal distribution.
+
+    Args:
+        questions (`int`): n.
+        changed (`int`): Questions on which one model is right and the other wrong.
+
+    Returns:
+        δ in (0, 1]; 1 where no change could be shown on so few questions.
+
+    Source: Connor 1987, *Sample size for testing differences in proportions for the paired-sample design*, Biometrics 43:207-211.
+    """
+    alpha, beta = _normal_quantiles()
+    room = questions + beta**2 - alpha**2
+    if room <= 0:
+        return 1.0
+    factor = (alpha * math.sqrt(questions) + beta * math.sqrt(room)) / (questions + beta**2)
+    return min(1.0, max(factor * math.sqrt(changed / questions), factor**2))
+
+
+def detectable_change(before: ArrayLike, after: ArrayLike) -> float:
+    """
+    The smallest change of a mean score that a paired test at 5 % would find in 80 of 100 cases, on as many questions.
+
+        δ = (z_{α/2} + z_β) · s / √n                                             s: standard deviation of after − before
+
+    Returns:
+        δ in units of the score; NaN of one question, or if no score changed.
+
+    Source: Miller 2024, *Adding Error Bars to Evals*, https://arxiv.org/abs/2411.00640, its power analysis with one answer to each
+    question.
+    """
+    before, after = _pair(before, after)
+    spread = np.std(after - before, ddof=1) if len(before) > 1 else 0.0
+    return float(sum(_normal_quantiles()) * spread / math.sqrt(len(before))) if spread > 0 else math.nan
+
+
+def _normal_quantiles() -> tuple[float, float]:
+    """z_{α/2} and z_β."""
+    from scipy.stats import norm
+
+    return float(norm.ppf(1 - _LEVEL / 2)), float(norm.ppf(_POWER))
+
+
+def discoveries(p_values: Sequence[float], rate: float = _LEVEL) -> list[bool]:
+    """
+    Which of several tests still count when there are so many of them: of those, on average at most `rate` are false.
+
+    Source: Benjamini & Hochberg 1995, *Controlling the false discovery rate*; SciPy's `false_discovery_control`.
+    """
+    from scipy.stats import false_discovery_control
+
+    return [bool(p <= rate) for p in false_discovery_control(p_values)] if len(p_values) else []
 
 
 def resampling_weights(n: int, resamples: int = 2000, seed: int = 0) -> np.ndarray:

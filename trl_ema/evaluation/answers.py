@@ -10,6 +10,8 @@ TEXT = "text.json"
 # Loss and drift of the adapter at other scales.
 CURVE = "curve.json"
 GENERATIONS = "generations.jsonl"
+# What a model runs in unless its answers say otherwise.
+BACKEND = "transformers"
 
 
 def summarize(rows: list[dict]) -> dict:
@@ -22,7 +24,8 @@ def summarize(rows: list[dict]) -> dict:
         return sum(row[name] for row in rows) / len(rows)
 
     return {
-        "metric": rows[0]["metric"],
+        # Of a group's tasks not always the same.
+        "metric": ", ".join(dict.fromkeys(row["metric"] for row in rows)),
         "score": mean(rows, "score"),
         "chance": mean(rows, "chance"),
         "n": len(rows),
@@ -38,7 +41,8 @@ def paired_scores(before: str | Path, after: str | Path) -> tuple[list[float], l
         before, after (`str`): The `TASK.jsonl` files of two evaluations.
 
     Raises:
-        ValueError: The two were not asked the same questions in the same words.
+        ValueError: The two were not asked the same questions in the same words, are scored by different metrics, or come from two
+            backends, whose rounding alone changes answers.
     """
     rows = [{(r["task"], r["doc_id"], r["doc_hash"]): r for r in read_jsonl(path)} for path in (before, after)]
     ours, theirs = rows
@@ -49,4 +53,13 @@ def paired_scores(before: str | Path, after: str | Path) -> tuple[list[float], l
             "with the same prompt), so they cannot be compared. Evaluate both with the same `limit`, `sample`, `seed` and "
             "`num_fewshot`."
         )
+    for what, default, same in (
+        ("metric", None, "Evaluate both with the same `metric`."),
+        ("backend", BACKEND, "Evaluate both in one backend: the other's rounding alone changes answers."),
+    ):
+        kinds = [sorted({str(row.get(what, default)) for row in found.values()}) for found in rows]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"{before} and {after} cannot be compared: `{what}` is {', '.join(kinds[0])} there and {', '.join(kinds[1])} here. {same}"
+            )
     return [r["score"] for r in ours.values()], [theirs[q]["score"] for q in ours], list(ours.values())

@@ -1,28 +1,34 @@
 """lm-eval on a model that is in memory: one file of results and one of answers per task, resumable."""
 
+import copy
 import hashlib
 import json
+import os
 import random
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import psutil
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import read_json, write_json, write_jsonl
 from ..provenance import provenance
-from .answers import summarize
+from .answers import BACKEND, summarize
+from .metrics import chance_of, check_metric, full_name, metric_of, numbers_of
 from .models import evaluating
-from .settings import METRICS, TaskSettings
-from .tasks import check_tasks, leaves, quiet
+from .settings import LATER, TaskSettings, parse_tasks
+from .tasks import check_tasks, default_metric, definition, generates, leaves, quiet, task_manager
 
 
 if TYPE_CHECKING:
+    from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
 _LM_EVAL_LOGGERS = ("lm_eval.api.task", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.api.model")
@@ -30,8 +36,8 @@ _CPU_BATCH_SIZE = 16
 
 
 def evaluate_tasks(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel | PeftModel | LM",
+    tokenizer: PreTrainedTokenizerBase | None,
     tasks: Sequence[str],
     folder: str,
     *,
@@ -40,6 +46,7 @@ def evaluate_tasks(
     settings: TaskSettings | None = None,
     batch_size: int | str | None = None,
     about: dict | None = None,
+    backend: str = BACKEND,
 ) -> dict[str, dict]:
     """
     Runs lm-eval's tasks or groups and keeps the results in `folder`.
@@ -48,20 +55,22 @@ def evaluate_tasks(
     answer is kept as it comes, so an interrupted evaluation goes on at the next question.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): Evaluated as it is, with the adapter that is active.
+        model (`PreTrainedModel`, `PeftModel` or lm-eval's `LM`): Evaluated as it is, with the adapter that is active; or what lm-eval
+            asks in another backend, see [`load_vllm`]; then no tokenizer is needed.
         tasks (list of `str`): Names of lm-eval tasks or groups.
         folder (`str`): Gets `TASK.json` and `TASK.jsonl`, a line a question.
         model_id (`str`): What tells this model from others, such as [`fingerprint`].
         manager (`lm_eval.tasks.TaskManager`): See [`task_manager`].
         batch_size (`int` or `str`, *optional*): Found automatically by default.
         about (`dict`, *optional*): Kept with the results, such as the name of the model.
+        backend (`str`): What the model runs in; kept with each answer.
 
     Returns:
-        `dict`: For each task its `score` (mean of `metric` over the questions, in [0, 1]), `n`, `chance` (score of
+        `dict`: For each task its `score` (mean of `metric` over the questions), `n`, `chance` (score of
         guessing), `subtasks` (score and n of each) and lm-eval's own results.
 
     Raises:
-        ValueError: lm-eval knows no such task; the text lists near matches.
+        ValueError: lm-eval knows no such task (the text lists near matches), or the task has no one number per question.
     """
     settings = settings or TaskSettings()
     check_tasks(list(tasks), manager)
@@ -76,8 +85,8 @@ def evaluate_tasks(
         check_settings(name, settings, manager)
     for name in pending:
         path = Path(folder, f"{name}.json")
-        with evaluating(model):
-            results[name] = _run(model, tokenizer, name, path, keys[name], manager, settings, batch_size, about)
+        with _language_model(model, tokenizer, batch_size) as lm:
+            results[name] = _run(lm, name, path, keys[name], model_id, manager, settings, about, backend)
     return {name: results[name] for name in tasks}
 
 
@@ -85,31 +94,64 @@ def check_settings(name: str, settings: TaskSettings, manager: "TaskManager") ->
     """Raises `ValueError`, before anything is run, if the task cannot be asked or scored as `settings` say."""
     if settings.sample is not None:
         sample_questions(name, settings.sample, settings.seed, manager)
+    metric = settings.metric or default_metric(name, manager)
     for leaf in leaves(name, manager):
-        offered = [str(metric["metric"]) for metric in manager.task_index[leaf].cfg.get("metric_list") or ()]
-        if offered and not set(offered) & ({settings.metric} if settings.metric else set(METRICS)):
-            raise ValueError(_no_metric(leaf, offered, settings.metric))
+        check_metric(leaf, definition(leaf, manager), metric)
+    if settings.gen_kwargs and not generates(name, manager):
+        raise ValueError(
+            f"`gen_kwargs={settings.gen_kwargs}` say how answers are written, and in {name!r} they are chosen. Leave them out."
+        )
 
 
-def _no_metric(task: str, offered: Sequence[str], metric: str | None) -> str:
-    wanted = f"`{metric}`" if metric else "`acc` or `acc_norm`"
-    return (
-        f"Task {task!r} is scored by {list(offered)}; expected {wanted}, one number per question. Choose another `metric`, or "
-        "a multiple-choice task."
-    )
+def tasks_to_ask(
+    entries: Sequence[str], include_path: Sequence[str] = (), offline: bool | None = None
+) -> "tuple[TaskManager, dict[str, TaskSettings]]":
+    """
+    lm-eval's task manager, and the tasks written as `TASK` or `TASK:N` with their settings, after each is known to be there.
+
+    Raises:
+        ValueError: One of them cannot be asked, or has no one number per question.
+    """
+    tasks = parse_tasks("eval_tasks", entries)
+    manager = task_manager(offline, include_path)
+    check_tasks(list(tasks), manager)
+    for name, settings in tasks.items():
+        check_settings(name, settings, manager)
+    return manager, tasks
 
 
-def _run(model, tokenizer, name, path: Path, key, manager, settings, batch_size, about) -> dict:
-    from lm_eval import simple_evaluate
+@contextmanager
+def _language_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, batch_size: int | str | None
+) -> "Iterator[LM]":
+    """What lm-eval asks. Within this context a model is in eval mode; it leaves it, and the tokenizer, as they were."""
+    from lm_eval.api.model import LM
     from lm_eval.models.huggingface import HFLM
 
+    if isinstance(model, LM):
+        yield model
+        return
+    # A tie of weights belongs to loading. lm-eval asks for one more, of a model that may be in training.
+    untied = mock.patch.object(model, "tie_weights", lambda *args, **kwargs: None)
+    with evaluating(model), untied, quiet(*_LM_EVAL_LOGGERS):
+        size, device = batch_size or automatic_batch_size(model), model.device.type
+        # lm-eval computes in a precision of its own: without this it switches an autocast around it off.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        yield HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=size, mixed_precision_dtype=dtype)
+
+
+def _run(lm, name, path: Path, key, model_id, manager, settings: TaskSettings, about, backend) -> dict:
+    from lm_eval import simple_evaluate
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    answers = path.with_name(f".{name}.{key}")
+    # What a model answers is one thing, and which figure of it is the score another.
+    answers = path.with_name(f".{name}.{_key(model_id, name, replace(settings, metric=None))}")
     samples = sample_questions(name, settings.sample, settings.seed, manager) if settings.sample else None
     # lm-eval asks git for the commit of the folder that it runs in, and git complains on the screen where there is none.
     no_git = mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None)
-    with quiet(*_LM_EVAL_LOGGERS), no_git:
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or automatic_batch_size(model))
+    # It gives its results to the first process of a launch alone; here each has asked all of the questions itself.
+    alone = mock.patch.dict(os.environ, LOCAL_RANK="0")
+    with quiet(*_LM_EVAL_LOGGERS), no_git, alone:
         output = simple_evaluate(
             lm,
             tasks=[name],
@@ -117,15 +159,21 @@ def _run(model, tokenizer, name, path: Path, key, manager, settings, batch_size,
             limit=settings.limit,
             samples=samples,
             apply_chat_template=settings.apply_chat_template,
+            gen_kwargs=settings.gen_kwargs,
             use_cache=str(answers),
             bootstrap_iters=0,
             task_manager=manager,
             fewshot_random_seed=settings.seed,
         )
-    rows = [_row(task, sample, settings.metric) for task, found in output["samples"].items() for sample in found]
+    metric = settings.metric or default_metric(name, manager)
+    rows = [
+        row
+        for task, found in output["samples"].items()
+        for row in _rows(task, definition(task, manager), found, metric, backend)
+    ]
     result = {"key": key, "task": name, **summarize(rows), "settings": asdict(settings), "samples": samples}
     result |= {"lm_eval_version": version("lm_eval"), "lm_eval": {**output["results"], **output.get("groups", {})}}
-    result |= {"about": about, "provenance": provenance()}
+    result |= {"backend": backend, "about": about, "provenance": provenance()}
     write_jsonl(path.with_suffix(".jsonl"), rows)
     write_json(path, result)
     for leftover in path.parent.glob(f"{answers.name}*"):
@@ -133,24 +181,24 @@ def _run(model, tokenizer, name, path: Path, key, manager, settings, batch_size,
     return result
 
 
-def _row(task: str, sample: dict, metric: str | None) -> dict:
-    """What a paired comparison needs of lm-eval's record of a question."""
-    found = {name: float(sample[name]) for name in METRICS if name in sample["metrics"]}
-    metric = metric or next(iter(found), None)
-    if metric not in found:
-        raise ValueError(_no_metric(task, sample["metrics"], metric))
-    choices = len(sample["arguments"])
-    return {
-        "task": task,
-        "doc_id": sample["doc_id"],
-        "doc_hash": sample["doc_hash"],
-        "prompt_hash": sample["prompt_hash"],
-        **found,
-        "metric": metric,
-        "score": found[metric],
-        # lm-eval asks each option by itself; a task with one request has no options to guess from.
-        "chance": 1 / choices if choices > 1 else 0.0,
-    }
+def _rows(task: str, defined: dict, samples: list[dict], asked: str | None, backend: str) -> Iterator[dict]:
+    """What a paired comparison needs of lm-eval's records of a task's questions. Those of other filters are the same answers."""
+    metric, chosen = metric_of(task, defined, samples, asked)
+    for sample in samples:
+        if sample["filter"] != chosen:
+            continue
+        found = numbers_of(sample)
+        yield {
+            **found,
+            "task": task,
+            "doc_id": sample["doc_id"],
+            "doc_hash": sample["doc_hash"],
+            "prompt_hash": sample["prompt_hash"],
+            "metric": full_name(metric, chosen),
+            "score": found[metric],
+            "chance": chance_of(metric, sample),
+            "backend": backend,
+        }
 
 
 def sample_questions(name: str, n: int, seed: int, manager: "TaskManager") -> dict[str, list[int]]:
@@ -189,5 +237,6 @@ def automatic_batch_size(model: PreTrainedModel | PeftModel) -> int | str:
 
 
 def _key(model_id: str, task: str, settings: TaskSettings) -> str:
-    text = json.dumps([model_id, task, asdict(settings), version("lm_eval")], sort_keys=True)
+    options = {name: value for name, value in asdict(settings).items() if name not in LATER or value is not None}
+    text = json.dumps([model_id, task, options, version("lm_eval")], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

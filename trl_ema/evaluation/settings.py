@@ -1,6 +1,8 @@
 """What is to be measured of a model, read from a plan and checked. Light: a report reads it too."""
 
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,10 @@ from ..options import plain_count, plain_number, take_booleans
 from .answers import CURVE, GENERATIONS, TEXT
 
 
-METRICS = ("acc_norm", "acc")
+# A metric of lm-eval, and behind the @ one of the task's filters.
+_METRIC = r"[^\s@]+(@[^\s@]+)?"
+# Options that came later than the first answers: without them these keep their key.
+LATER = ("gen_kwargs",)
 # Entries of the file that loss and drift are kept in.
 _RESERVED = ("answered", "domain", "general", "generation", "key", "provenance")
 
@@ -26,7 +31,10 @@ class TaskSettings:
         sample (`int`, *optional*): So many questions of the whole task, drawn with `seed`, every subtask in its share.
         apply_chat_template (`bool`): Ask as a chat.
         seed (`int`): Of the sample and of the few-shot examples.
-        metric (`str`, *optional*): lm-eval's `acc` or `acc_norm` (by length); `acc_norm` by default where there is one.
+        metric (`str`, *optional*): What of lm-eval's figures of a question is its score, `metric` or `metric@filter`. By default
+            `acc_norm` where there is one, else `acc`, else the task's first; of its first filter.
+        gen_kwargs (`dict`, *optional*): How answers are generated, beside and instead of the task's own settings; a mapping, or the
+            text `key=value,key=value` or one in JSON.
     """
 
     num_fewshot: int | None = None
@@ -35,13 +43,16 @@ class TaskSettings:
     apply_chat_template: bool = False
     seed: int = 1234
     metric: str | None = None
+    gen_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         take_booleans(self)
-        if self.metric not in (None, *METRICS):
+        if self.metric is not None and not re.fullmatch(_METRIC, str(self.metric)):
             raise ValueError(
-                f"`metric` must be one of {METRICS}, got {self.metric!r}. Leave it out for the task's own."
+                f"`metric` must be the name of a metric, or `metric@filter`, got {self.metric!r}. Try `acc`, or "
+                "`exact_match@strict-match`, or leave it out for the task's own."
             )
+        object.__setattr__(self, "gen_kwargs", _gen_kwargs(self.gen_kwargs))  # of a frozen dataclass
         if self.limit is not None and self.sample is not None:
             raise ValueError(f"`limit={self.limit}` and `sample={self.sample}` both choose the questions. Give one.")
         if self.limit is not None:
@@ -121,6 +132,54 @@ class Suite:
         names += [GENERATIONS] if self.generation_tokens else []
         names += [CURVE] if curve and self.scales else []
         return [path for path in (Path(folder, name) for name in names) if not path.is_file()]
+
+
+def _gen_kwargs(given: Any) -> dict[str, Any] | None:
+    """The settings of generation as a mapping; none for an empty one."""
+    found = given
+    if isinstance(given, str):
+        try:
+            found = json.loads(given)
+        except ValueError:
+            pairs = [part.strip().partition("=") for part in given.split(",") if part.strip()]
+            found = {name: _value(value) for name, sign, value in pairs if name and sign}
+            found = found if len(found) == len(pairs) else given
+    if not isinstance(found, dict | None):
+        raise ValueError(
+            f"`gen_kwargs` is {given!r}; expected `key=value,key=value`, such as `max_gen_toks=64,temperature=0.5`, or a mapping."
+        )
+    return found or None
+
+
+def _value(text: str) -> Any:
+    """A number or a boolean where the text is one."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False}.get(text, text)
+
+
+def parse_tasks(name: str, entries: Sequence[str]) -> dict[str, TaskSettings]:
+    """
+    Tasks written as `TASK` (all its questions) or `TASK:N` (N of them, drawn with the seed).
+
+    Args:
+        name (`str`): Of the option, for the message.
+
+    Raises:
+        ValueError: An entry is neither, or a task stands there twice.
+    """
+    found: dict[str, TaskSettings] = {}
+    for entry in entries:
+        task, colon, count = str(entry).partition(":")
+        if not task or (colon and not re.fullmatch(r"[1-9]\d*", count)):
+            raise ValueError(
+                f"`{name}` has {entry!r}; expected a task, or `TASK:N` for N of its questions, such as `hellaswag:100`."
+            )
+        if task in found:
+            raise ValueError(f"`{name}` names the task {task!r} twice. Name each once.")
+        found[task] = TaskSettings(sample=int(count) if colon else None)
+    return found
 
 
 def _take_counts(settings: TaskSettings | Suite, least: dict[str, int]) -> None:

