@@ -285,6 +285,32 @@ def options_of_run(folder: str) -> tuple[TrainingScriptArguments, Any, ModelConf
     return parse(["--config", str(config)]) if config.is_file() else None
 
 
+def held_out_rows(run: str, options: tuple[TrainingScriptArguments, Any, ModelConfig] | None) -> Dataset:
+    """
+    The rows that the run in the folder `run` held out, found again.
+
+    Args:
+        options: What [`options_of_run`] tells of it.
+
+    Raises:
+        ValueError: It does not tell them, or they are not there any more.
+    """
+    if options is None:
+        raise ValueError(
+            f"{run} does not tell what it held out: it has neither a `metrics.json` with its data nor a `config.yaml`. Give rows with "
+            "`--dataset_name`."
+        )
+    args, settings, model_args = options
+    try:
+        _, untrained = load_tokenizer(model_args, settings.trust_remote_code)
+        return load_data(args, untrained, settings.dataset_text_field)[1]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The held-out rows of {run}, of {args.dataset_name or 'the offline demo'!r}, cannot be found again: {error} Give "
+            "rows with `--dataset_name`."
+        ) from error
+
+
 def _from_dict(kind: Any, values: dict) -> Any:
     """A dataclass from what it was written as; what another version had beside its fields is left out."""
     known = {f.name for f in fields(kind)}
