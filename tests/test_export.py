@@ -230,6 +230,7 @@ def test_generation_ends_at_the_token_that_was_trained_with(base, run, tmp_path)
 
 CONVERTER = """
 import json, pathlib, sys
+import conversion
 model, _, file, *rest = sys.argv[1:]
 pathlib.Path(file).write_text(json.dumps([sorted(p.name for p in pathlib.Path(model).iterdir()), rest]))
 """
@@ -241,10 +242,12 @@ def llama_cpp(tmp_path):
     folder = tmp_path / "llama cpp"
     folder.mkdir()
     (folder / gguf_files.CONVERT_MODEL).write_text(CONVERTER)
+    (folder / "conversion.py").touch()
     return folder
 
 
-def test_a_model_goes_through_the_converter_and_its_adapter_is_written_beside(run, llama_cpp, tmp_path):
+def test_a_model_goes_through_the_converter_and_its_adapter_is_written_beside(run, llama_cpp, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
     out = tmp_path / "out"
     done = export(
         run, "--to", "gguf", "--outtype", "q8_0", "--max_kl", 100, "--llama_cpp", llama_cpp, "--output_dir", out

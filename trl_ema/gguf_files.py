@@ -60,7 +60,10 @@ def adapter_command(converter: list[str], base: str, adapter: str, file: str) ->
 
 def convert(command: list[str], file: str) -> None:
     """Run a converter. Raises `ChildProcessError`, with its last words, if it fails or there is no `file` then."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"
+    }  # it imports what is beside it
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode or not os.path.isfile(file):
         words = "\n".join((done.stderr or done.stdout).strip().splitlines()[-3:])
         raise ChildProcessError(
