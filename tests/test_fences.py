@@ -93,6 +93,7 @@ CALLED = {
     "trl.models.utils._ForwardRedirection.__call__": "wrapper_module original_module method",
     "trl.trainer.sft_trainer.DataCollatorForLanguageModeling.__init__": "pad_token_id",
     "trl.trainer.utils.add_fused_lm_head": "model",
+    "trl.trainer.utils.create_model_from_path": "model_id",
     "trl.trainer.utils.get_config_model_id": "config",
     "trl.trainer.utils.maybe_gather_lm_head_ctx": "*params",
 }

@@ -203,7 +203,7 @@ class _Export:
         options = options_of_run(run)
         _, self.settings, model_args = options or (None, *settings_unknown())
         if args.scale != 1:
-            check_began_as_base(run, model_args)
+            check_began_as_base(run, options)
         self.source = run if args.mixture < 1 else str(teacher_of(run))
         # A LoRA that is a factor of its update; others are exported as they are.
         self.is_plain = unscalable_by(PeftConfig.from_pretrained(self.source)) is None

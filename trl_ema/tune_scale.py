@@ -144,7 +144,7 @@ def _dial(args: ScaleArguments, run: str, folder: str) -> tuple[Dial, PreTrained
     """The loaded base with the run's adapters, and the rows that it is measured on."""
     options = options_of_run(run)
     _, settings, model_args = options or (None, *settings_unknown())
-    check_began_as_base(run, model_args)
+    check_began_as_base(run, options)
     if args.load_in_4bit not in (None, model_args.load_in_4bit):
         model_args.load_in_4bit = model_args.use_bnb_nested_quant = bool(args.load_in_4bit)
     base = adapter_base(run, args.base)
@@ -182,11 +182,15 @@ def settings_unknown() -> tuple[Any, ModelConfig]:
     return SimpleNamespace(**defaults | known), ModelConfig(dtype="auto")
 
 
-def check_began_as_base(run: str, model_args: ModelConfig) -> None:
+def check_began_as_base(run: str, options: tuple[TrainingScriptArguments, Any, ModelConfig] | None) -> None:
     """Raises `ValueError` if the run went on from an adapter, so that another scale would also be one of what was trained before."""
-    if model_args.model_name_or_path is not None and is_adapter(model_args.model_name_or_path):
+    args, _, model_args = options or (None, *settings_unknown())
+    start = None if args is None else args.adapter_name_or_path
+    if start is None and model_args.model_name_or_path is not None and is_adapter(model_args.model_name_or_path):
+        start = model_args.model_name_or_path
+    if start is not None:
         raise ValueError(
-            f"The run in {run} went on from the adapter {model_args.model_name_or_path!r}: what was trained before would be scaled "
+            f"The run in {run} went on from the adapter {start!r}: what was trained before would be scaled "
             "with it, down to the base. Only an adapter that began as its base can be scaled."
         )
 
