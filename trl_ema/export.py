@@ -259,7 +259,8 @@ class _Export:
         """
         args = self.args
         self._write_beside(scratch)
-        figures, lines = None, []
+        figures: dict[str, Any] | None = None
+        lines: list[str] = []
         with tempfile.TemporaryDirectory(dir=scratch, prefix=".") as parts:
             adapter = scratch if args.to == "adapter" else os.path.join(parts, "adapter")
             self._write_adapter(adapter)
