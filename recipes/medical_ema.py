@@ -44,6 +44,7 @@ from trl_ema.options import changed
 from trl_ema.script import (
     describe_run,
     load_parts,
+    load_to_go_on,
     load_tokenizer,
     lora,
     parse,
@@ -61,6 +62,8 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
     start = time.perf_counter()
     args, training_args, model_args, *others = parse(arguments, *([] if subspace is None else [subspace]))
     say = print if training_args.process_index == 0 else lambda *_: None
+    if others and args.adapter_name_or_path is not None:
+        raise ValueError("A sub-space makes an adapter of its own. Leave out `--adapter_name_or_path` or `--subspace`.")
     check_output_dir(training_args.output_dir)
     checkpoint = resume_from(training_args)
     manager, tasks = None, {}
@@ -69,7 +72,8 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
 
     # Data: rows to learn, rows held out, and questions of general knowledge, for what is forgotten beside the domain
     with training_args.main_process_first(local=False, desc="model and data"):
-        model_name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
+        adapter = args.adapter_name_or_path
+        model_name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code, adapter)
         parts = load_parts(args, tokenizer, training_args.dataset_text_field)
     general = as_chat(Dataset.from_list(general_rows()), tokenizer)
     train, held_out = training_sets(parts, general, args, tokenizer, training_args)
@@ -84,6 +88,8 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
     model, peft_config, save = model_name, lora(model_args), EMARegularizedSFTTrainer.save_model
     if others:
         model, peft_config, save = others[0].make(model_name, tokenizer, training_args, model_args)
+    elif adapter is not None:  # the model before this training is base plus adapter
+        model, peft_config = load_to_go_on(adapter, model_name, tokenizer, training_args, model_args), None
 
     # Trainer: TRL's own, with the teacher of `MeanTeacherConfig`
     if training_args.metric_for_best_model in ("loss", "eval_loss"):  # of two sets that are evaluated
@@ -96,7 +102,7 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            quantization_config=quantization(model_args, training_args),
+            quantization_config=quantization(model_args, training_args) if isinstance(model, str) else None,
             peft_config=peft_config,
         )
     if args.drift_steps:

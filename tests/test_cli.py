@@ -71,14 +71,16 @@ def adapter(tiny_folder, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", ["train", "check", "evaluate", "compare", "report", "rehearse", "tune-scale"])
+@pytest.mark.parametrize(
+    "command", ["train", "check", "evaluate", "compare", "report", "rehearse", "tune-scale", "export"]
+)
 def test_each_command_has_a_help(command):
     assert f"trl-ema {command}" in trl_ema(command, "--help").stdout
 
 
 def test_the_help_shows_an_example_of_each_command():
     text = trl_ema("--help").stdout
-    for command in ("train", "check", "evaluate", "compare", "report", "rehearse", "tune-scale"):
+    for command in ("train", "check", "evaluate", "compare", "report", "rehearse", "tune-scale", "export"):
         assert f"trl-ema {command}" in text
 
 

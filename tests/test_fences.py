@@ -40,6 +40,10 @@ CALLED = {
     "deepspeed.utils.safe_set_full_optimizer_state": "param value optim_state_key",
     "deepspeed.utils.safe_set_local_fp32_param": "param value",
     "deepspeed.utils.safe_set_local_optimizer_state": "param value optim_state_key",
+    "gguf.GGUFWriter.__init__": "path arch",
+    "gguf.GGUFWriter.add_tensor": "name tensor",
+    "gguf.TensorNameMap.get_name": "key | try_suffixes",
+    "gguf.get_tensor_name_map": "arch n_blocks",
     "lm_eval.evaluator.get_git_commit_hash": "",
     "lm_eval.models.huggingface.HFLM.__init__": "| pretrained tokenizer batch_size mixed_precision_dtype",
     "lm_eval.simple_evaluate": (
@@ -55,6 +59,7 @@ CALLED = {
     "peft.get_peft_model_state_dict": "model state_dict adapter_name | save_embedding_layers",
     "peft.helpers.rescale_adapter_scale": "model multiplier",
     "peft.tuners.lora.Linear.get_delta_weight": "adapter",
+    "peft.tuners.tuners_utils.BaseTuner.merge_and_unload": "| safe_merge adapter_names",
     "peft.tuners.tuners_utils.BaseTuner.unload": "",
     "peft.tuners.tuners_utils.BaseTunerLayer._get_available_adapters": "",
     "peft.utils.load_peft_weights": "model_id device",
@@ -81,6 +86,7 @@ CALLED = {
         "gate_logits num_experts top_k attention_mask"
     ),
     "transformers.trainer_jit_checkpoint.JITCheckpointCallback.on_train_end": "args state control",
+    "transformers.trainer_utils.align_special_tokens": "model processing_class",
     "transformers.trainer_utils.get_last_checkpoint": "folder",
     "transformers.trainer_utils.sort_checkpoints": "output_dir | use_mtime",
     "trl.SFTTrainer._prepare_dataset": "dataset processing_class args | packing formatting_func dataset_name",
@@ -91,6 +97,7 @@ CALLED = {
     "trl.models.utils._ForwardRedirection.__call__": "wrapper_module original_module method",
     "trl.trainer.sft_trainer.DataCollatorForLanguageModeling.__init__": "pad_token_id",
     "trl.trainer.utils.add_fused_lm_head": "model",
+    "trl.trainer.utils.create_model_from_path": "model_id",
     "trl.trainer.utils.get_config_model_id": "config",
     "trl.trainer.utils.maybe_gather_lm_head_ctx": "*params",
 }
@@ -115,6 +122,8 @@ NAMED = {
     "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
         "_lazy_init_hp_params_optimizer_state optimizer single_partition_of_fp32_groups"
     ),
+    "gguf.GGUFType": "ADAPTER",
+    "gguf.MODEL_ARCH": "LLAMA QWEN2 QWEN3",
     "huggingface_hub.ModelCardData": "base_model eval_results model_name",
     "lm_eval.api.task.Task": "eval_docs",
     "lm_eval.evaluator": "LOCAL_RANK arguments doc_hash doc_id filter groups metrics prompt_hash results samples",

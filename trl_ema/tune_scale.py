@@ -19,8 +19,7 @@ from .evaluation.scaling import FIGURES, SCALES, Dial, check_run, check_scales, 
 from .extras import require
 from .files import check_output_dir
 from .options import plain_count, plain_number, take_booleans
-from .script import TrainingScriptArguments, data_of, load_held_out, options_of_run, quantization
-from .script import load_tokenizer as load_base_tokenizer
+from .script import TrainingScriptArguments, held_out_rows, options_of_run, quantization
 
 
 PICTURE = "scale.png"
@@ -143,18 +142,15 @@ def _check_free(folder: str) -> None:
 
 def _dial(args: ScaleArguments, run: str, folder: str) -> tuple[Dial, PreTrainedTokenizerBase]:
     """The loaded base with the run's adapters, and the rows that it is measured on."""
-    data_args, settings, model_args = options_of_run(run) or (None, *_unknown())
-    if model_args.model_name_or_path is not None and is_adapter(model_args.model_name_or_path):
-        raise ValueError(
-            f"The run in {run} went on from the adapter {model_args.model_name_or_path!r}: what was trained before would be scaled "
-            "with it, down to the base. Only an adapter that began as its base can be scaled."
-        )
+    options = options_of_run(run)
+    _, settings, model_args = options or (None, *settings_unknown())
+    check_began_as_base(run, options)
     if args.load_in_4bit not in (None, model_args.load_in_4bit):
         model_args.load_in_4bit = model_args.use_bnb_nested_quant = bool(args.load_in_4bit)
     base = adapter_base(run, args.base)
     revision = args.model_revision or adapter_revision(run) or model_args.model_revision
     tokenizer = load_tokenizer(base, run, revision, settings.trust_remote_code)
-    rows = _rows(args, run, data_args, settings, model_args, tokenizer)
+    rows = _rows(args, run, options, tokenizer)
     batches = {
         name: tokenized_batches(found, tokenizer, settings.max_length, args.batch_size, settings)
         for name, found in rows.items()
@@ -179,38 +175,37 @@ def _dial(args: ScaleArguments, run: str, folder: str) -> tuple[Dial, PreTrained
     return Dial(model, run, tokenizer, batches.pop(_HELD_OUT), batches, folder, model_id, about), tokenizer
 
 
-def _unknown() -> tuple[Any, ModelConfig]:
+def settings_unknown() -> tuple[Any, ModelConfig]:
     """Settings of a training that are not known: TRL's, and as `trl-ema evaluate` takes them."""
     defaults = {f.name: f.default for f in fields(SFTConfig)}
     known = {"max_length": 1024, "bf16": torch.cuda.is_available(), "fp16": False}
     return SimpleNamespace(**defaults | known), ModelConfig(dtype="auto")
 
 
+def check_began_as_base(run: str, options: tuple[TrainingScriptArguments, Any, ModelConfig] | None) -> None:
+    """Raises `ValueError` if the run went on from an adapter, so that another scale would also be one of what was trained before."""
+    args, _, model_args = options or (None, *settings_unknown())
+    start = None if args is None else args.adapter_name_or_path
+    if start is None and model_args.model_name_or_path is not None and is_adapter(model_args.model_name_or_path):
+        start = model_args.model_name_or_path
+    if start is not None:
+        raise ValueError(
+            f"The run in {run} went on from the adapter {start!r}: what was trained before would be scaled "
+            "with it, down to the base. Only an adapter that began as its base can be scaled."
+        )
+
+
 def _rows(
     args: ScaleArguments,
     run: str,
-    data_args: TrainingScriptArguments | None,
-    settings: Any,
-    model_args: ModelConfig,
+    options: tuple[TrainingScriptArguments, Any, ModelConfig] | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Dataset]:
     """Those whose loss is measured, and by name those for the drift."""
     if args.dataset_name is not None:
         held_out = _given(args, args.dataset_name, tokenizer)
-    elif data_args is None:
-        raise ValueError(
-            f"{run} does not tell what it held out: it has neither a `metrics.json` with its data nor a `config.yaml`. Give rows with "
-            "`--dataset_name`."
-        )
     else:
-        try:
-            _, untrained = load_base_tokenizer(model_args, settings.trust_remote_code)
-            held_out = load_held_out(data_args, untrained, settings.dataset_text_field)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"The held-out rows of {run}, of {data_of(data_args)!r}, cannot be found again: {error} Give "
-                "rows with `--dataset_name`."
-            ) from error
+        held_out = held_out_rows(run, options)
     rows = {_HELD_OUT: held_out, "general": data.as_chat(Dataset.from_list(general_rows()), tokenizer)}
     if args.drift_dataset is not None:
         rows["yours"] = _given(args, args.drift_dataset, tokenizer)

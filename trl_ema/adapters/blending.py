@@ -97,19 +97,75 @@ def mixed_adapter(student: Adapter, teacher: Adapter, mixture: float, scale: flo
     return config, tensors
 
 
+def plain_adapter(adapter: Adapter) -> Adapter:
+    r"""
+    The same adapter for readers that know `r` and a whole `lora_alpha` alone, such as vLLM, llama.cpp and Ollama: no patterns,
+    no rsLoRA, no fraction. Where it has any of these, with s the scaling of a layer and r the largest rank of all,
+
+        A' = [A; 0],  B' = [s·B, 0]  up to rank r,  lora_alpha = r
+
+    in float32; else it is handed back as it is.
+
+    Args:
+        adapter: See [`scaled_adapter`]. Plain LoRA.
+    """
+    config, tensors = copy.deepcopy(adapter[0]), adapter[1]
+    if getattr(config, "target_parameters", None):  # their factors are in another order
+        return adapter
+    whole = config.lora_alpha == int(config.lora_alpha)
+    if whole and not (config.use_rslora or config.alpha_pattern or config.rank_pattern):
+        config.lora_alpha = int(config.lora_alpha)
+        return config, tensors
+    ranks = {_layer(key): tensor.shape[0] for key, tensor in tensors.items() if _is_a(key)}
+    rank = max(ranks.values())
+    plain = {}
+    for key, tensor in tensors.items():
+        own = ranks.get(_layer(key), rank)
+        scaling = _alpha(config, key) / (math.sqrt(own) if config.use_rslora else own)
+        if _is_a(key):
+            tensor = _padded(tensor.float(), 0, rank)
+        elif key.endswith("lora_B.bias"):
+            tensor = scaling * tensor.float()
+        elif _is_b(key):
+            tensor = _padded(scaling * tensor.float(), 1, rank)
+        plain[key] = tensor
+    config.r = config.lora_alpha = rank
+    config.use_rslora, config.alpha_pattern, config.rank_pattern = False, {}, {}
+    return config, plain
+
+
+def _padded(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """With zeros up to `size` along `dim`."""
+    shape = list(tensor.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+
+
+def _layer(key: str) -> str:
+    """Name, in the base, of the layer whose tensor has this key."""
+    return key.removeprefix("base_model.model.").partition(".lora_")[0]
+
+
 def _alpha(config: Any, key: str) -> float:
     """The `lora_alpha` of the layer whose tensor has this key, as PEFT finds it."""
-    layer = key.removeprefix("base_model.model.").partition(".lora_")[0]
-    return config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), layer), config.lora_alpha)
+    return config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), _layer(key)), config.lora_alpha)
+
+
+def _is_a(key: str) -> bool:
+    return "lora_A" in key or "lora_embedding_A" in key
+
+
+def _is_b(key: str) -> bool:
+    return "lora_B" in key or "lora_embedding_B" in key
 
 
 def _joined(key: str, pair: tuple[torch.Tensor, torch.Tensor], shares: tuple[float, float]) -> torch.Tensor:
     """The tensor `key` of both adapters as one: A stacked, B side by side, what is no factor (the base's) as it is."""
-    if "lora_A" in key or "lora_embedding_A" in key:
+    if _is_a(key):
         return torch.cat(pair)
     scaled = [tensor * share for tensor, share in zip(pair, shares, strict=True)]
     if key.endswith("lora_B.bias"):
         return scaled[0] + scaled[1]
-    if "lora_B" in key or "lora_embedding_B" in key:
+    if _is_b(key):
         return torch.cat(scaled, dim=1)
     return pair[0]

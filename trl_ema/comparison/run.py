@@ -142,6 +142,11 @@ def _parsed(comparison: Comparison) -> dict[tuple[str, int], _Options]:
         for run, options in _runs(comparison).items():
             write_text(path, yaml.safe_dump(options))
             parsed[run] = parse(["--config", str(path)])
+            if parsed[run][0].adapter_name_or_path is not None:
+                raise ValueError(
+                    f"Arm {run[0]!r} goes on from an adapter, and a comparison measures every arm from its base. Leave out "
+                    "`adapter_name_or_path`; `trl-ema train` and `trl-ema evaluate --reference_adapter` measure such a run."
+                )
     return parsed
 
 

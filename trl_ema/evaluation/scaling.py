@@ -253,13 +253,7 @@ class Dial:
 
     def adapter(self, mixture: float, scale: float) -> Adapter:
         """That point as one plain adapter in PEFT's form: config and tensors."""
-        student = _read(self.run)
-        if mixture == 0:
-            return scaled_adapter(student, scale)
-        teacher = _read(str(teacher_of(self.run)))
-        if mixture == 1:
-            return scaled_adapter(teacher, scale)
-        return mixed_adapter(student, teacher, mixture, scale)
+        return adapter_at(self.run, mixture, scale)
 
     def write(self, point: dict, folder: str, tokenizer: PreTrainedTokenizerBase) -> float:
         """
@@ -270,7 +264,7 @@ class Dial:
         """
         where = point["mixture"], point["scale"]
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
-            _save(self.adapter(*where), scratch)
+            save_adapter(self.adapter(*where), scratch)
             apart = self._check_written(scratch, point)
             tokenizer.save_pretrained(folder)
             for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):  # with the last it is an adapter
@@ -353,11 +347,29 @@ def gains(points: Sequence[dict]) -> list[float]:
     return [(base - point["loss"]) / best if best > 0 else math.nan for point in points]
 
 
-def _read(folder: str) -> Adapter:
+def adapter_at(run: str, mixture: float, scale: float) -> Adapter:
+    """
+    scale · ((1 − m)·ΔW_student + m·ΔW_teacher) of the folder of a run as one plain adapter in PEFT's form: config and tensors.
+
+    Args:
+        run (`str`): See [`check_run`].
+        mixture (`float`): m, the teacher's share, in [0, 1].
+    """
+    if mixture == 0:
+        return scaled_adapter(read_adapter(run), scale)
+    teacher = read_adapter(str(teacher_of(run)))
+    if mixture == 1:
+        return scaled_adapter(teacher, scale)
+    return mixed_adapter(read_adapter(run), teacher, mixture, scale)
+
+
+def read_adapter(folder: str) -> Adapter:
+    """The adapter in `folder`: its config and its tensors, on the CPU."""
     return PeftConfig.from_pretrained(folder), load_peft_weights(folder, device="cpu")
 
 
-def _save(adapter: Adapter, folder: str) -> None:
+def save_adapter(adapter: Adapter, folder: str) -> None:
+    """Write an adapter that began as its base into `folder`, in PEFT's form."""
     config, tensors = copy.deepcopy(adapter[0]), adapter[1]
     config.init_lora_weights = True  # how a training began, which may want its data again
     config.inference_mode = True

@@ -1,0 +1,96 @@
+"""`trl-ema train --adapter_name_or_path`: the model before the training is base plus adapter, in every figure and as a teacher."""
+
+import pytest
+import torch
+import yaml
+from conftest import lora, qwen2_tokenizer
+from safetensors.torch import load_file
+from test_cli import trl_ema
+from test_scaling import write_run
+
+from trl_ema.comparison.plan import load_comparison
+from trl_ema.comparison.run import run_comparison
+from trl_ema.evaluation.drift import measure_drift, tokenized_batches
+from trl_ema.evaluation.models import load_base, with_adapter
+from trl_ema.files import read_json
+from trl_ema.script import held_out_rows, options_of_run
+
+
+QUICK = [
+    "--use_cpu", "true", "--bf16", "false", "--dtype", "float32", "--max_steps", 3, "--learning_rate", "1e-2", "--report_to", "none",
+    "--eval_samples", 6, "--eval_fraction", 0.2, "--generations", 0, "--max_length", 48, "--save_strategy", "no",
+    "--per_device_train_batch_size", 4, "--disable_tqdm", "true",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def start(tiny_folder, tmp_path_factory):
+    folder = write_run(tmp_path_factory.mktemp("start"), tiny_folder / "model", r=3, lora_alpha=5)
+    qwen2_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def train(*arguments, **options):
+    return trl_ema("train", *QUICK, *arguments, **options)
+
+
+def test_a_training_goes_on_and_measures_from_the_adapter(start, tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    rows = ["--dataset_name", tiny_folder / "data.jsonl"]
+    train("--adapter_name_or_path", start, *rows, "--teacher", "frozen", "--output_dir", out)
+    metrics = read_json(out / "metrics.json")
+    before, student = metrics["before"]["domain"], metrics["student"]["domain"]
+    assert before["kl_base_model"] == pytest.approx(0, abs=1e-6) and student["kl_base_model"] > 1e-3
+    model, tokenizer = load_base(str(tiny_folder / "model"), dtype=torch.float32)
+    model, _ = with_adapter(model, str(start))
+    held_out = held_out_rows(str(out), options_of_run(str(out)))
+    expected = measure_drift(model, tokenized_batches(held_out, tokenizer, 48))
+    assert before["loss"] == pytest.approx(expected["loss"], rel=1e-4) and student["loss"] < before["loss"]
+    # A frozen teacher is where it began; the student is another one, of the same rank and scaling.
+    teacher, began, now = (load_file(folder / "adapter_model.safetensors") for folder in (out / "teacher", start, out))
+    assert teacher.keys() == began.keys() == now.keys()
+    assert all(teacher[key].equal(began[key]) for key in began) and not all(now[key].equal(began[key]) for key in began)
+    config = read_json(out / "adapter_config.json")
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (3, 5, str(tiny_folder / "model"))
+    assert metrics["provenance"]["adapter"] == str(start)
+    assert f"| `adapter` | {start} |" in (out / "README.md").read_text()
+
+    done = trl_ema("export", out, "--scale", 0.5, check=False)
+    assert done.returncode == 1 and f"went on from the adapter {str(start)!r}" in done.stderr
+    done = trl_ema("export", out, "--to", "merged", "--dtype", "float32", "--output_dir", tmp_path / "merged")
+    assert "on 6 rows (held out by the run)" in done.stdout
+    merged, _ = load_base(str(tmp_path / "merged"), dtype=torch.float32)
+    again = measure_drift(merged, tokenized_batches(held_out, tokenizer, 48))
+    assert again["loss"] == pytest.approx(student["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter_name_or_path", "none"], "`adapter_name_or_path='none'` holds no adapter (adapter_config.json is missing)"),
+        (["--adapter_name_or_path", "run", "--model_name_or_path", "some/base"], "not on 'some/base'"),
+        (["--model_name_or_path", "run"], "`model_name_or_path='run'` is an adapter. To go on from it give it as `--adapter_name_or_path`"),
+    ],
+)  # fmt: skip
+def test_what_is_no_start_is_refused_in_a_line(tiny_folder, tmp_path, arguments, message):
+    lora(base_model_name_or_path=str(tiny_folder / "model")).save_pretrained(tmp_path / "run")
+    done = train(
+        *arguments, "--dataset_name", tiny_folder / "data.jsonl", "--output_dir", "x", check=False, cwd=tmp_path
+    )
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_comparison_begins_at_the_base(start, tiny_folder, tmp_path):
+    training = {"model_name_or_path": str(tiny_folder / "model"), "dataset_name": str(tiny_folder / "data.jsonl")}
+    training |= {"use_cpu": True, "bf16": False, "max_steps": 1, "adapter_name_or_path": str(start)}
+    plan = {
+        "output_dir": str(tmp_path / "out"),
+        "training": training,
+        "arms": {"sft": {"teacher": "none"}},
+        "reference": "sft",
+    }
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    with pytest.raises(
+        ValueError, match="Arm 'sft' goes on from an adapter, and a comparison measures every arm from its base"
+    ):
+        run_comparison(load_comparison(str(tmp_path / "plan.yaml"), None))
