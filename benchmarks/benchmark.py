@@ -170,7 +170,9 @@ def make_trainer(arm: str, args, folder: str):
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     if arm in OURS:
-        return EMARegularizedSFTTrainer(model, MeanTeacherConfig(**OURS[arm], **options), **common)
+        length = min(tokens, MeanTeacherConfig.rehearsal_num_tokens)
+        own = OURS[arm] | ({"rehearsal_num_tokens": length} if arm == "rehearsal" else {})
+        return EMARegularizedSFTTrainer(model, MeanTeacherConfig(**own, **options), **common)
     trainer = (SFTTrainer if arm == "sft" else _peer(arm, args))(model, SFTConfig(**options), **common)
     if args.nf4 and not args.bf16:
         # TRL makes the adapter bfloat16 here, ours leaves it in float32: the same work for all.

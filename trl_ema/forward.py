@@ -417,8 +417,8 @@ def _student_pass(model: Any, args: tuple, inputs: dict, parts: Parts | None) ->
     config, ids = model.config.get_text_config(), inputs["input_ids"]
     if parts is None or not parts.are_better_apart(ids):
         outputs = model.base_model(*args, **inputs)
-        own = None if parts is None else parts.own
-        return outputs.last_hidden_state, _load_balancing_loss(config, outputs, inputs, own)
+        number = None if parts is None else parts.own
+        return outputs.last_hidden_state, _load_balancing_loss(config, outputs, inputs, number)
     assert parts.lengths is not None
     own_length, length = parts.lengths
     own_inputs = _cut(inputs, slice(parts.own), own_length)

@@ -69,7 +69,8 @@ class RegularizedForward:
         if self.changes:
             number, width = num_sequences(**inputs), inputs["input_ids"].shape[1]
             further = [divergence.length for _, found in of_further_rows for divergence in found]
-            lengths = None if None in further else (width, max(further))
+            known = [length for length in further if length is not None]
+            lengths = (width, max(known)) if known and len(known) == len(further) else None
             for divergence in (divergence for _, found in of_own_rows for divergence in found):
                 divergence.sequences = list(range(number)) if divergence.sequences is None else divergence.sequences
                 divergence.length = None if lengths is None else width
