@@ -67,9 +67,16 @@ _NOT_SEEN = (
 
 @dataclass
 class Refusals:
-    """What a training would refuse, in the order in which it is found, each once."""
+    """
+    What a training would refuse, in the order in which it is found, each once.
+
+    Args:
+        found: The refusals.
+        unseen: What could not be looked at, since an operation takes values that a model without weights does not have.
+    """
 
     found: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
 
     @contextmanager
     def collected(self) -> Iterator[None]:
@@ -77,8 +84,10 @@ class Refusals:
         try:
             yield
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-            if str(error) not in self.found:
-                self.found.append(str(error))
+            hollow = isinstance(error, RuntimeError) and "meta" in str(error)
+            kept = self.unseen if hollow else self.found
+            if str(error) not in kept:
+                kept.append(str(error))
 
 
 @dataclass(frozen=True)
@@ -316,11 +325,13 @@ class TrainerWithoutWeights(EMARegularizedSFTTrainer):
     def _move_model_to_device(self, model: Any, device: Any) -> None:
         """There is nothing to move."""
 
-    def _regularize(self, rehearsal_dataset: Any) -> None:
+    def attach_regularizers(self, rehearsal_dataset: Any) -> None:
+        """All of them; those that know the model by its weights are made to look at their options alone."""
         args = self.args
         rehearses, fisher = args.rehearsal_weight, args.ewc_weight
-        with changed(args, rehearsal_weight=0.0, ewc_weight=0.0):  # which know the model by its weights
-            super()._regularize(None)
+        # The device of what they add: PEFT leaves it on the CPU.
+        with changed(args, rehearsal_weight=0.0, ewc_weight=0.0), torch.device("meta"):
+            super().attach_regularizers(None)
         if not rehearses and not fisher:
             return
         own = None
@@ -601,6 +612,8 @@ def _size(number: float) -> str:
 
 def _print_end(refusals: Refusals) -> None:
     print(f"\n{_NOT_SEEN}")
+    for reason in refusals.unseen:
+        print(f"Nor was the trainer looked at to its end: {reason}")
     if not refusals.found:
         print("\n`trl-ema train` would start.")
         return
