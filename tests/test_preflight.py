@@ -124,7 +124,7 @@ def test_a_large_data_set_is_looked_at_in_part_and_a_stream_at_its_beginning(wor
     told = said(check(workplace, *streaming, "--max_steps", "7"))
     assert "7 optimizer steps of 8 rows" in told and "; a stream" in told and " data a stream 8 72 " in told
     refused = check(workplace, *streaming, check=False)
-    assert refused.returncode == 1 and "max_steps must be set to a positive value" in refused.stdout
+    assert refused.returncode == 1 and "steps must be known in advance" in refused.stdout
 
 
 def test_a_mixture_with_odd_columns_is_looked_at_part_by_part(workplace):
@@ -220,7 +220,7 @@ def test_options_and_models_that_cannot_be_are_refused_in_a_line(workplace):
     "method",
     [
         ["--teacher", "frozen"],
-        ["--teacher", "none", "--rehearsal_weight", "2", "--rehearsal_num_tokens", "16"],
+        ["--teacher", "none", "--rehearsal_weight", "2", "--rehearsal_num_tokens", "32"],
         ["--ewc_weight", "1", "--l2_weight", "1"],
     ],
 )
@@ -258,6 +258,12 @@ def test_steps_and_bytes_are_those_of_the_trainer_that_trains(make_trainer, tmp_
         assert preflight.bytes_to_write(hollow, checkpoint=checkpoint) == preflight.bytes_to_write(
             real, checkpoint=checkpoint
         )
+
+
+def test_penalties_save_as_much_as_in_a_training(make_trainer, tmp_path):
+    weights = dict(l1_weight=1e-5, l2_weight=1e-2)
+    real, hollow = make_trainer(**weights), without_weights(tmp_path, make_trainer().processing_class, **weights)
+    assert sum(r.bytes_to_save() for r in real.regularizers) == sum(r.bytes_to_save() for r in hollow.regularizers) > 0
 
 
 def without_weights(folder, tokenizer, **changes):

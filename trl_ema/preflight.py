@@ -34,7 +34,9 @@ from .losses import IGNORE_INDEX
 from .measurement import DriftCallback, Measurement, TrainedDrift
 from .memory import NF4, Bytes, Sizes, memory
 from .options import changed
+from .regularizers.base import Regularizer
 from .regularizers.own_texts import sampling_of
+from .regularizers.penalties import EWC, L2SP, L1Penalty
 from .regularizers.rehearsal import Rehearsal
 from .schedules import half_life_to_decay
 from .script import (
@@ -319,6 +321,18 @@ def training_rows(
 # The trainer
 
 
+class _Penalties(Regularizer):
+    """In the place of penalties: what they save, `copies` in float32 of all that is trained."""
+
+    name = "penalties"
+
+    def __init__(self, model: Any, copies: int):
+        self.bytes = 4 * copies * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def bytes_to_save(self) -> int:
+        return self.bytes
+
+
 class TrainerWithoutWeights(EMARegularizedSFTTrainer):
     """The trainer over a base that has shapes alone (torch's `meta` device): it checks all that it checks, and cannot train."""
 
@@ -330,8 +344,14 @@ class TrainerWithoutWeights(EMARegularizedSFTTrainer):
         args = self.args
         rehearses, fisher = args.rehearsal_weight, args.ewc_weight
         # The device of what they add: PEFT leaves it on the CPU.
-        with changed(args, rehearsal_weight=0.0, ewc_weight=0.0), torch.device("meta"):
+        without = dict.fromkeys(("rehearsal_weight", "l1_weight", "l2_weight", "ewc_weight"), 0.0)
+        penalties = [
+            kind for kind, weight in ((L1Penalty, args.l1_weight), (L2SP, args.l2_weight), (EWC, fisher)) if weight
+        ]
+        with changed(args, **without), torch.device("meta"):
             super().attach_regularizers(None)
+        if penalties:
+            self.regularizers.append(_Penalties(self.model, sum(len(kind.kept) for kind in penalties)))
         if not rehearses and not fisher:
             return
         own = None
@@ -356,7 +376,7 @@ def model_without_weights(name: str, model_args: ModelConfig, training_args: Mea
     trust = training_args.trust_remote_code
     with hub_errors("model", base):
         config = AutoConfig.from_pretrained(base, revision=model_args.model_revision, trust_remote_code=trust)
-    dtype = model_args.dtype
+    dtype: Any = model_args.dtype
     if dtype in ("auto", None):
         dtype = config.dtype or torch.float32
     options: dict[str, Any] = {"dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype}
@@ -388,7 +408,7 @@ def trainer_without_weights(
         with changed(args, max_train_samples=limit):
             train, evals = training_sets(samples, general, args, tokenizer, training_args)  # type: ignore[assignment]
     quantization(model_args, training_args)
-    made = {"assistant_only_loss": False} if len(samples) > 1 else {}
+    made: dict[str, Any] = {"assistant_only_loss": False} if len(samples) > 1 else {}
     best = training_args.metric_for_best_model
     if best in ("loss", "eval_loss"):
         made["metric_for_best_model"] = "eval_domain_loss"
@@ -548,8 +568,8 @@ def _print_data(parts: list[LoadedPart], figures: list[RowFigures], tokenizer: P
         row for rows in itertools.zip_longest(*(found.kept[:_SHOWN_ROWS] for found in figures)) for row in rows if row
     ]
     print(f"\nAs the model sees them, what is trained on {how}:")
-    for number, row in enumerate(rows[:_SHOWN_ROWS], 1):
-        print(f"\n--- row {number}, {len(row[0])} tokens\n{shown_row(*row, tokenizer, colours)}")
+    for number, (ids, labels) in enumerate(rows[:_SHOWN_ROWS], 1):
+        print(f"\n--- row {number}, {len(ids)} tokens\n{shown_row(ids, labels, tokenizer, colours)}")
 
 
 def _print_run(trainer: Any, rows: int | None, launch: Launch) -> None:
