@@ -170,7 +170,7 @@ def test_a_mixture_with_odd_columns_is_looked_at_part_by_part(workplace):
                 "--rehearsal_num_texts",
                 "1",
                 "--rehearsal_num_tokens",
-                "16",
+                "32",
             ],
             "1 texts are fewer than the 4 that a micro-batch rehearses",
         ),
