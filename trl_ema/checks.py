@@ -61,7 +61,7 @@ def check_before_loading(
     if rehearsal_dataset is not None:
         _check_rehearsal_dataset(rehearsal_dataset, args)
     _check_peft_config(peft_config)
-    given = model.active_peft_config if isinstance(model, torch.nn.Module) and is_peft_model(model) else None
+    given: Any = model.active_peft_config if isinstance(model, torch.nn.Module) and is_peft_model(model) else None
     adapter = peft_config if peft_config is not None else given
     if adapter is not None:
         _check_not_on_head(adapter)
