@@ -158,7 +158,7 @@ NAMED = {
     "transformers.Gemma2Config": "final_logit_softcapping",
     "transformers.GraniteConfig": "logits_scaling",
     "transformers.GenerationConfig": "eos_token_id",
-    "transformers.LlamaConfig": "bos_token_id max_position_embeddings",
+    "transformers.LlamaConfig": "bos_token_id max_position_embeddings num_hidden_layers",
     "transformers.MixtralConfig": "num_experts_per_tok num_local_experts",
     "transformers.PreTrainedModel": "config generation_config quantization_config tie_weights",
     "transformers.PretrainedConfig": "_attn_implementation _attn_implementation_internal _commit_hash _name_or_path get_text_config",

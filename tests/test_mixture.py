@@ -13,6 +13,7 @@ from conftest import adapter_weights, logged, rows
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cli import trl_ema
 from trl.scripts.utils import DatasetConfig
 
 from trl_ema.data import (
@@ -248,6 +249,24 @@ def test_a_mixture_trains_logs_each_part_and_goes_on_where_it_was(files, tokeniz
         again = make_trainer(args=args_of_training, data=train, eval_dataset=sets)
     again.train(resume_from_checkpoint=f"{args_of_training.output_dir}/checkpoint-2")
     assert all(weight.equal(expected[name]) for name, weight in adapter_weights(again).items())
+
+
+def test_the_main_job_trains_on_a_mixture_and_tells_its_parts(files, tiny_folder):
+    block = {
+        "datasets": [
+            {"path": str(files / "answers.jsonl"), "fraction": 0.8},
+            {"path": str(files / "odd.csv"), "columns": {"prompt": "Frage", "completion": "Antwort"}, "fraction": 0.2},
+        ],
+        "replay_dataset": str(files / "talks.jsonl"), "replay_fraction": 0.25, "eval_fraction": 0.2, "max_train_samples": 40,
+        "model_name_or_path": str(tiny_folder / "model"), "output_dir": str(files / "out"), "max_steps": 2, "max_length": 64,
+        "use_cpu": True, "bf16": False, "report_to": "none", "generation_tokens": 2, "save_strategy": "no", "eval_samples": 4,
+    }  # fmt: skip
+    (files / "config.yaml").write_text(yaml.safe_dump(block))
+    done = trl_ema("train", "--config", files / "config.yaml")
+    assert done.stdout.startswith("40 training rows, 8 held out.") and "held-out loss, talks" in done.stdout
+    metrics = json.loads((files / "out" / "metrics.json").read_text())
+    assert {"domain", "general", "answers", "odd", "talks"} == metrics["student"].keys()
+    assert len(metrics["generations"]) == 3 and metrics["provenance"]["data"].endswith("(replayed, 0.25 of all rows)")
 
 
 def test_a_single_entry_of_datasets_is_that_data_set(files, tokenizer):

@@ -397,8 +397,8 @@ def test_no_two_rooms_import_each_other():
     tuple(graphlib.TopologicalSorter(rooms).static_order())
 
 
-def test_the_trainer_is_known_to_what_measures_its_model_alone():
-    assert {name for name, imported in GRAPH.items() if "trainer" in imported} == {"measurement"}
+def test_the_trainer_is_known_to_what_measures_its_model_or_looks_at_it_beforehand_alone():
+    assert {name for name, imported in GRAPH.items() if "trainer" in imported} == {"measurement", "preflight"}
     assert {"losses", "schedules", "regularizers.teacher"} <= reached_from("trainer")
 
 

@@ -34,7 +34,9 @@ from .losses import IGNORE_INDEX
 from .measurement import DriftCallback, Measurement, TrainedDrift
 from .memory import NF4, Bytes, Sizes, memory
 from .options import changed
+from .regularizers.base import Regularizer
 from .regularizers.own_texts import sampling_of
+from .regularizers.penalties import EWC, L2SP, L1Penalty
 from .regularizers.rehearsal import Rehearsal
 from .schedules import half_life_to_decay
 from .script import (
@@ -67,9 +69,16 @@ _NOT_SEEN = (
 
 @dataclass
 class Refusals:
-    """What a training would refuse, in the order in which it is found, each once."""
+    """
+    What a training would refuse, in the order in which it is found, each once.
+
+    Args:
+        found: The refusals.
+        unseen: What could not be looked at, since an operation takes values that a model without weights does not have.
+    """
 
     found: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
 
     @contextmanager
     def collected(self) -> Iterator[None]:
@@ -77,8 +86,10 @@ class Refusals:
         try:
             yield
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-            if str(error) not in self.found:
-                self.found.append(str(error))
+            hollow = isinstance(error, RuntimeError) and "meta" in str(error)
+            kept = self.unseen if hollow else self.found
+            if str(error) not in kept:
+                kept.append(str(error))
 
 
 @dataclass(frozen=True)
@@ -310,17 +321,37 @@ def training_rows(
 # The trainer
 
 
+class _Penalties(Regularizer):
+    """In the place of penalties: what they save, `copies` in float32 of all that is trained."""
+
+    name = "penalties"
+
+    def __init__(self, model: Any, copies: int):
+        self.bytes = 4 * copies * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def bytes_to_save(self) -> int:
+        return self.bytes
+
+
 class TrainerWithoutWeights(EMARegularizedSFTTrainer):
     """The trainer over a base that has shapes alone (torch's `meta` device): it checks all that it checks, and cannot train."""
 
     def _move_model_to_device(self, model: Any, device: Any) -> None:
         """There is nothing to move."""
 
-    def _regularize(self, rehearsal_dataset: Any) -> None:
+    def attach_regularizers(self, rehearsal_dataset: Any) -> None:
+        """All of them; those that know the model by its weights are made to look at their options alone."""
         args = self.args
         rehearses, fisher = args.rehearsal_weight, args.ewc_weight
-        with changed(args, rehearsal_weight=0.0, ewc_weight=0.0):  # which know the model by its weights
-            super()._regularize(None)
+        # The device of what they add: PEFT leaves it on the CPU.
+        without = dict.fromkeys(("rehearsal_weight", "l1_weight", "l2_weight", "ewc_weight"), 0.0)
+        penalties = [
+            kind for kind, weight in ((L1Penalty, args.l1_weight), (L2SP, args.l2_weight), (EWC, fisher)) if weight
+        ]
+        with changed(args, **without), torch.device("meta"):
+            super().attach_regularizers(None)
+        if penalties:
+            self.regularizers.append(_Penalties(self.model, sum(len(kind.kept) for kind in penalties)))
         if not rehearses and not fisher:
             return
         own = None
@@ -345,7 +376,7 @@ def model_without_weights(name: str, model_args: ModelConfig, training_args: Mea
     trust = training_args.trust_remote_code
     with hub_errors("model", base):
         config = AutoConfig.from_pretrained(base, revision=model_args.model_revision, trust_remote_code=trust)
-    dtype = model_args.dtype
+    dtype: Any = model_args.dtype
     if dtype in ("auto", None):
         dtype = config.dtype or torch.float32
     options: dict[str, Any] = {"dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype}
@@ -377,7 +408,7 @@ def trainer_without_weights(
         with changed(args, max_train_samples=limit):
             train, evals = training_sets(samples, general, args, tokenizer, training_args)  # type: ignore[assignment]
     quantization(model_args, training_args)
-    made = {"assistant_only_loss": False} if len(samples) > 1 else {}
+    made: dict[str, Any] = {"assistant_only_loss": False} if len(samples) > 1 else {}
     best = training_args.metric_for_best_model
     if best in ("loss", "eval_loss"):
         made["metric_for_best_model"] = "eval_domain_loss"
@@ -537,8 +568,8 @@ def _print_data(parts: list[LoadedPart], figures: list[RowFigures], tokenizer: P
         row for rows in itertools.zip_longest(*(found.kept[:_SHOWN_ROWS] for found in figures)) for row in rows if row
     ]
     print(f"\nAs the model sees them, what is trained on {how}:")
-    for number, row in enumerate(rows[:_SHOWN_ROWS], 1):
-        print(f"\n--- row {number}, {len(row[0])} tokens\n{shown_row(*row, tokenizer, colours)}")
+    for number, (ids, labels) in enumerate(rows[:_SHOWN_ROWS], 1):
+        print(f"\n--- row {number}, {len(ids)} tokens\n{shown_row(ids, labels, tokenizer, colours)}")
 
 
 def _print_run(trainer: Any, rows: int | None, launch: Launch) -> None:
@@ -601,6 +632,8 @@ def _size(number: float) -> str:
 
 def _print_end(refusals: Refusals) -> None:
     print(f"\n{_NOT_SEEN}")
+    for reason in refusals.unseen:
+        print(f"Nor was the trainer looked at to its end: {reason}")
     if not refusals.found:
         print("\n`trl-ema train` would start.")
         return

@@ -122,7 +122,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         self.model_card_results: list[EvalResult] = []  # figures for its metadata
         self.ce_mean, self._penalty_is_due = TokenMean(), False
         self.regularizers = self._claim.regularizers
-        self._regularize(rehearsal_dataset)
+        self.attach_regularizers(rehearsal_dataset)
         if args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint or args.max_drift is not None:
             check_free_space(self, checkpoint=True)
         self._init_checkpoints()
@@ -130,7 +130,8 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         # First, so that whatever saves or measures at the end of a step finds the teacher moved.
         self.callback_handler.callbacks.insert(0, RegularizerCallback(self))
 
-    def _regularize(self, rehearsal_dataset):
+    def attach_regularizers(self, rehearsal_dataset: Any) -> None:
+        """The last of the constructor: whatever holds the student back, on its model."""
         self._name, self._paper = method_of(self.args)  # for TRL's part of the model card
         if self.args.needs_fused_forward:
             refuse_parallelism(self.accelerator.parallelism_config)
