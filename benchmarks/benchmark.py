@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ OURS = {
     "ema": dict(teacher="ema", ema_decay=0.999),
     "ema, a quarter": dict(teacher="ema", ema_decay=0.999, kl_fraction=0.25),
     "frozen": dict(teacher="frozen"),
+    "rehearsal": dict(teacher="none", rehearsal_weight=4.0, rehearsal_num_texts=64),
     # Draws no sequence: TRL's own head multiplies ignored tokens too where there is no Triton, ours does not.
     "no pass of the teacher": dict(teacher="ema", ema_decay=0.999, kl_fraction=1e-9),
 }
@@ -220,11 +222,17 @@ class Stepper:
         trainer.create_optimizer()
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         self.batch = next(iter(trainer.get_train_dataloader()))
+        self.regularizers = getattr(trainer, "regularizers", [])
+        for regularizer in self.regularizers:  # which lets the model write its texts
+            regularizer.begin(trainer)
 
     def __call__(self, rows: int | None = None) -> None:
         """A step on the first `rows` sequences of the batch, by default on all."""
         batch = dict(self.batch) if rows is None else {key: value[:rows] for key, value in self.batch.items()}
         items = (batch["labels"][:, 1:] != -100).sum()
+        trainer = self.trainer
+        for regularizer in self.regularizers:
+            regularizer.before_step([batch], trainer.state.global_step, trainer.args.device, trainer.accelerator.gather)
         self.trainer.training_step(self.model, batch, items)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -241,6 +249,8 @@ STEP_GOALS = {
     ("ema, a quarter", "sft", True): 1.08,
     ("frozen", "sft", False): 1.20,
     ("frozen", "sft", True): 1.20,
+    ("rehearsal", "sft", False): 1.30,
+    ("rehearsal", "sft", True): 1.30,
 }
 SECOND_MODEL_GOALS = {"smollm2": 0.70, "qwen2": 0.60}
 
@@ -270,10 +280,31 @@ def step(args) -> list[Figure]:
         floor = operations[arm] / operations["sft"]
         name = f"step, {arm} / SFTTrainer ({title}; operations {floor:.2f})"
         found.append(ratio(name, STEP_GOALS.get((arm, "sft", args.checkpointing)), seconds[arm], seconds["sft"]))
+    if "rehearsal" in arms:
+        found.append(_writing(arms["rehearsal"], seconds["sft"], title))
     for peer in set(PEERS) & set(args.arms) if "ema" in args.arms else ():
         goal = SECOND_MODEL_GOALS.get(args.model) if peer == "second model" else None
         found.append(ratio(f"step, ema / {peer} ({title})", goal, seconds["ema"], seconds[peer]))
     return found
+
+
+def _writing(stepper: Stepper, seconds_of_step: list[float], title: str) -> Figure:
+    """Time in which the model writes the default number of texts, over that of 1,000 steps of plain SFT."""
+    from trl_ema import MeanTeacherConfig
+    from trl_ema.texts import write_texts
+
+    own = stepper.regularizers[0].own
+    number = MeanTeacherConfig.rehearsal_num_texts
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        texts = write_texts(
+            own.model, own.tokenizer, own.sampling, f"{folder}/texts.safetensors", before=own.start.activate,
+            fingerprint=own.fingerprint,
+        )  # fmt: skip
+        seconds = (time.perf_counter() - start) * number / len(texts.ids)
+    tokens = own.sampling.num_tokens
+    name = f"writing {number} texts of {tokens} tokens / 1,000 steps of SFTTrainer ({title})"
+    return ratio(name, 0.10, [seconds], [1000 * statistics.median(seconds_of_step)])
 
 
 def _product(stepper: Stepper) -> tuple[Callable[[], object], int]:
@@ -457,7 +488,7 @@ def memory(args) -> list[Figure]:
     """Peak memory over the loaded model, at 152k words: each trainer in fresh processes, in turn."""
     found = []
     for tokens in (512, 2048):
-        arms = ("sft", "ema", "second model") if tokens == 2048 else ("sft", "ema")
+        arms = ("sft", "ema", "rehearsal", "second model") if tokens == 2048 else ("sft", "ema")
         peaks: dict[str, list[float]] = {arm: [] for arm in arms}
         for _ in range(args.memory_repetitions):
             for arm in arms:
@@ -465,6 +496,9 @@ def memory(args) -> list[Figure]:
                 peaks[arm].append(_fresh("memory-of", arm, *options))
         title = f"2-layer Qwen2-1.5B, {tokens} tokens"
         found.append(ratio(f"peak memory over the model, ema / SFTTrainer ({title})", 1.01, peaks["ema"], peaks["sft"]))
+        if "rehearsal" in peaks:
+            name = f"peak memory over the model, rehearsal / SFTTrainer ({title})"
+            found.append(ratio(name, 1.02, peaks["rehearsal"], peaks["sft"]))
         if "second model" in peaks:
             name = f"peak memory over the model, ema / second model ({title})"
             found.append(ratio(name, 0.40, peaks["ema"], peaks["second model"]))

@@ -64,7 +64,8 @@ def comparison(tiny_folder, tmp_path_factory):
     """The folder of a comparison that was run to its end."""
     folder = tmp_path_factory.mktemp("comparison")
     plan = load_comparison(write_plan(tiny_folder), str(folder / "out"))
-    run_comparison(plan)
+    run_comparison(plan, seeds=[0])
+    run_comparison(plan, jobs=2)
     write_report(plan.output_dir)
     return plan
 
@@ -103,6 +104,12 @@ def test_runs_differ_by_seed_and_share_the_held_out_rows(comparison: Comparison)
             tuple(json.loads(line)["prompt"] for line in (folder / "generations.jsonl").read_text().splitlines())
         )
     assert len(losses) == 2 and len(prompts) == 1
+
+
+def test_trainings_at_once_say_what_they_say_in_their_folders(comparison: Comparison):
+    for arm in comparison.trained():
+        first, second = (Path(comparison.folder(arm.name, seed), "train.log") for seed in (0, 1))
+        assert "Saved the student to" in second.read_text() and not first.exists()
 
 
 def test_what_is_done_is_not_done_again(comparison: Comparison, monkeypatch):

@@ -137,7 +137,7 @@ def write_measured(
 
 
 def test_runs_that_were_trained_elsewhere_are_measured_and_nothing_is_trained(runs, monkeypatch):
-    monkeypatch.setattr("trl_ema.comparison.run._train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr("trl_ema.comparison.run.train", lambda *args, **kwargs: pytest.fail("trained"))
     root = Path(runs.output_dir)
     assert not (root / "ema-3").exists() and not list(root.rglob("config.yaml"))
     measured = sorted(str(path.parent.relative_to(root)) for path in root.rglob("text.json"))
@@ -210,7 +210,7 @@ def test_the_command_measures_alone_and_takes_a_method_for_its_arms(runs, tmp_pa
     folder = tmp_path / "out"
     for arm in ("sft-1", "sft-0.5", "ema-1"):
         shutil.copytree(runs.folder(arm, 0), folder / arm / "seed_0", ignore=shutil.ignore_patterns("evaluation"))
-    monkeypatch.setattr("trl_ema.comparison.run._train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr("trl_ema.comparison.run.train", lambda *args, **kwargs: pytest.fail("trained"))
     plan = str(Path(runs.output_dir).parent / "plan.yaml")
     compare(["--config", plan, "--output_dir", str(folder), "--evaluate_only", "--arms", "sft"])
     assert f"Report: {folder}/report.html" in capsys.readouterr().out

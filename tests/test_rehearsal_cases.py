@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from trl_ema.forward import Parts
 from trl_ema.regularizers.own_texts import FILE
 from trl_ema.regularizers.rehearsal import _with_documents, _with_rows
 from trl_ema.texts import Sampling, write_texts
@@ -155,6 +156,57 @@ def test_the_loss_is_that_of_the_two_batches_apart(rehearsing, case):  # noqa: F
     if options.pop("gone_on_from", False):
         model, adapter = get_peft_model(model, adapter), None
     check(rehearsing(model=model, peft_config=adapter, **options))
+
+
+APART = {
+    "long rows": (40, {}, {(4, 40), (2, 12)}),
+    "short rows": (4, {}, {(4, 4), (2, 12)}),
+    "of one length": (12, {}, {(6, 12), (2, 12)}),
+    "experts": (
+        40, dict(model=dict(model_type="qwen3_moe") | FAMILIES["qwen3_moe"], router_aux_loss_coef=0.1), {(4, 40), (2, 12)},
+    ),
+    "checkpointing": (40, dict(gradient_checkpointing=True), {(4, 40), (2, 12)}),
+    "to a multiple": (40, dict(pad_to_multiple_of=8), {(4, 40), (2, 16)}),
+    # Whose pass is over both, padded alike.
+    "beside a frozen teacher": (40, dict(teacher="frozen", kl_weight=0.0), {(4, 40), (2, 12), (6, 40)}),
+    "beside an EMA teacher": (40, dict(teacher="ema", kl_weight=0.0), {(4, 40), (2, 12)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", APART)
+def test_rows_and_texts_of_other_lengths_are_not_padded_alike(rehearsing, case):  # noqa: F811
+    length, options, expected = APART[case]
+    options = dict(options)
+    model = tiny_model(**options.pop("model", {}))
+    data = rows(8).map(lambda row, i: {"input_ids": [5 + (i + j) % 30 for j in range(length)]}, with_indices=True)
+    data = data.map(lambda row: {"labels": row["input_ids"]}).select_columns(["input_ids", "labels"])
+    trainer = rehearsing(
+        model=model,
+        data=data,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        learning_rate=0.03,
+        max_length=None,
+        **options,
+    )
+    shapes = []
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    check(trainer)
+    # Those of the two batches apart too; texts are written by five.
+    assert {shape for shape in shapes if shape[0] in (2, 4, 6)} == expected | {(4, length)}
+
+
+def test_what_is_passed_over_apart_must_be_worth_a_pass():
+    def better(parts, *shape, device="cpu"):
+        return parts.are_better_apart(torch.empty(*shape, device=device))
+
+    assert better(Parts(4, (40, 12), apart=True), 6, 40)
+    assert not better(Parts(4, (40, 37), apart=True), 6, 40)  # 6 of 240
+    assert not better(Parts(4, (40, 12)), 6, 40) and not better(Parts(4, apart=True), 6, 40)
+    # Where kernels are started ahead, no few tokens are.
+    assert not better(Parts(4, (40, 12), apart=True), 6, 40, device="meta")
+    assert better(Parts(8, (1024, 96), apart=True), 12, 1024, device="meta")
 
 
 def test_a_4bit_model_is_held_to_itself_in_4_bits(rehearsing, nf4_model):  # noqa: F811

@@ -432,12 +432,13 @@ def compare(arguments: list[str]) -> None:
         action="store_true",
         help="train nothing: measure the runs that are done, and write the report",
     )
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once, each on a GPU of its own; default: 1")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     require("report", "jinja2", "matplotlib", "scipy")
     comparison = load_comparison(args.config, args.output_dir)
     check_output_dir(comparison.output_dir)
-    run_comparison(comparison, args.arms, args.seeds, args.evaluate_only)
+    run_comparison(comparison, args.arms, args.seeds, args.evaluate_only, args.jobs)
     print(f"Report: {write_report(comparison.output_dir)}")
     if comparison.trackers:
         log_report(comparison.output_dir, comparison.trackers, comparison.project)

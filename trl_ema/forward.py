@@ -44,6 +44,7 @@ class Divergence:
         tokens (`str`): Which predictions, see [`divergence_mask`].
         sequences (`list[int]`, *optional*): Numbers of [`sequence_numbers`], those that the teacher sees; all by default.
         options: `direction`, `mixture` and `temperature` of [`fused_linear_cross_entropy_kl`].
+        length (`int`, *optional*): No row of `sequences` has a token behind so many: a pass over them alone ends there.
         times (`torch.Tensor`, *optional*): λ is multiplied by it: a whole number on the device, which the host reads, of a term with
             `sequences`, where it waits in any case. FSDP2 casts whatever is not whole to its own precision on the way in.
     """
@@ -53,11 +54,38 @@ class Divergence:
     tokens: str = "loss"
     sequences: list[int] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    length: int | None = None
     times: torch.Tensor | None = None
 
 
 # Beside it there is the cross-entropy alone.
 _NONE = Divergence(None, 0.0, sequences=[])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """
+    What of a micro-batch the student's own data are: its first sequences; further ones are behind them.
+
+    Args:
+        own (`int`): Their number.
+        lengths (`tuple` of `int`, *optional*): Of padded rows, how many tokens those of its own have at most, and the further ones.
+        apart (`bool`): Whether the student may pass over both one after the other, where that is less work than padding them alike.
+            Not where weights are sharded: ranks that gather together would do so another number of times.
+    """
+
+    own: int
+    lengths: tuple[int, int] | None = None
+    apart: bool = False
+
+    def are_better_apart(self, ids: torch.Tensor) -> bool:
+        """Whether two passes are less work than one over all of `ids`, `(batch, seq_len)`."""
+        if not self.apart or self.lengths is None:
+            return False
+        own, further = self.own * self.lengths[0], (len(ids) - self.own) * self.lengths[1]
+        saved = ids.numel() - own - further
+        # A GPU starts the kernels of a pass in the time of some thousand tokens: estimated, not measured.
+        return 10 * saved >= ids.numel() and (ids.device.type == "cpu" or saved >= 2048)
 
 
 @dataclass
@@ -226,7 +254,7 @@ def logit_transform(config: Any) -> LogitTransform:
 def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False, eaft: bool = False) -> None:
     """
     Patch `model.forward`: with `fused_lm_head=True` and a list of `divergences` it returns a [`RegularizedOutput`], else what
-    it returned before. `num_own` is the number of sequences, the first ones, that are the student's own data.
+    it returned before. `parts` ([`Parts`]) tells the student's own data from further rows, where there are any.
 
     Args:
         model (`PreTrainedModel`): The base model inside the `PeftModel`, already patched by `add_fused_lm_head`.
@@ -238,7 +266,7 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False, eaft: 
 
     # `generate` validates its arguments against this signature.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, divergences=None, num_own=None, **kwargs):
+    def forward(self, *args, fused_lm_head=False, divergences=None, parts=None, **kwargs):
         if divergences is None:
             return fused_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
         # With the first goes the cross-entropy of the labels, whose weight is 1.
@@ -246,7 +274,7 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False, eaft: 
         asked = [*own, *divergences]
         taught = _teach(self, asked, args, kwargs)
         labels = kwargs.pop("labels")
-        outputs = self.base_model(*args, **kwargs)
+        states, aux_loss = _student_pass(self, args, kwargs, parts)
         head = self.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)
         own_heads = [(None, None) if one.head[0] is weight else one.head for one in taught]
@@ -257,7 +285,7 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False, eaft: 
                 tokens, replayed = one.tokens, i > 0 and divergence.teacher is None
                 positions = tokens.student if i == 0 else tokens.student[: tokens.number]
                 targets = _select(kwargs["input_ids"] if replayed else labels, positions + 1).to(weight.device)
-                hidden = _select(outputs.last_hidden_state, positions).to(weight.device)
+                hidden = _select(states, positions).to(weight.device)
                 fused = _fused_loss(
                     hidden,
                     hidden[:0].detach() if one.hidden is None else one.hidden.to(weight.device),
@@ -282,7 +310,7 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False, eaft: 
             entropy=first.entropy,
             is_top1=first.top1_hits,
             label_mask=(targets != IGNORE_INDEX).sum(),
-            aux_loss=_load_balancing_loss(text_config, outputs, kwargs, num_own),
+            aux_loss=aux_loss,
             ce_loss=first.ce_loss,
             divergences=torch.stack([sums for *_, sums in found])[len(own) :],
         )
@@ -313,7 +341,8 @@ def _teach(model: Any, divergences: list[Divergence], args: tuple, inputs: dict)
             places = tokens.flatten().cumsum(0) - 1
         assert first.teacher is not None
         with first.teacher.activate(), torch.no_grad():
-            hidden = model.base_model(*args, **_teacher_inputs(taught_inputs)).last_hidden_state
+            length = max((divergences[i].length or math.inf for i in numbers), default=math.inf) if seen else math.inf
+            hidden = _hidden_states(model, args, _teacher_inputs(taught_inputs), length)
             head = model.get_output_embeddings()
             own_head = head.weight, getattr(head, "bias", None)
             if (
@@ -363,6 +392,41 @@ def _teacher_inputs(inputs: dict) -> dict:
     """Without labels, and without the router's logits, of which the teacher has no use."""
     inputs = {key: value for key, value in inputs.items() if key != "labels"}
     return inputs | {"output_router_logits": False} if "output_router_logits" in inputs else inputs
+
+
+def _hidden_states(model: Any, args: tuple, inputs: dict, length: float) -> torch.Tensor:
+    """`(batch, seq_len, hidden_size)`; 0 behind the first so many tokens of each row, which are not computed."""
+    width = inputs["input_ids"].shape[1]
+    if length >= width:
+        return model.base_model(*args, **inputs).last_hidden_state
+    hidden = model.base_model(*args, **_cut(inputs, slice(None), int(length))).last_hidden_state
+    return torch.nn.functional.pad(hidden, (0, 0, 0, width - int(length)))
+
+
+def _cut(inputs: dict, rows: slice, length: int) -> dict:
+    """Some rows of padded `inputs`, and of these so many tokens."""
+    shape = inputs["input_ids"].shape
+    return {
+        key: value[rows, :length] if isinstance(value, torch.Tensor) and value.shape[:2] == shape else value
+        for key, value in inputs.items()
+    }
+
+
+def _student_pass(model: Any, args: tuple, inputs: dict, parts: Parts | None) -> tuple[torch.Tensor, Any]:
+    """Hidden states, `(batch, seq_len, hidden_size)`, and the load-balancing loss of the student's own rows."""
+    config, ids = model.config.get_text_config(), inputs["input_ids"]
+    if parts is None or not parts.are_better_apart(ids):
+        outputs = model.base_model(*args, **inputs)
+        own = None if parts is None else parts.own
+        return outputs.last_hidden_state, _load_balancing_loss(config, outputs, inputs, own)
+    assert parts.lengths is not None
+    own_length, length = parts.lengths
+    own_inputs = _cut(inputs, slice(parts.own), own_length)
+    outputs = model.base_model(*args, **own_inputs)
+    own = torch.nn.functional.pad(outputs.last_hidden_state, (0, 0, 0, ids.shape[1] - own_length))
+    rest = _cut(_teacher_inputs(inputs), slice(parts.own, None), ids.shape[1])
+    states = torch.cat([own, _hidden_states(model, args, rest, length)])
+    return states, _load_balancing_loss(config, outputs, own_inputs, None)
 
 
 def _load_balancing_loss(config: Any, outputs: Any, inputs: dict, num_own: int | None) -> Any:

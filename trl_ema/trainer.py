@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from .adapters.fitness import base_changed_by, refuse_leftovers
@@ -193,8 +194,9 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         self.check_is_owner()
         step, loss_type, fused = self.state.global_step, self.args.loss_type, self.args.needs_fused_forward
         forward = RegularizedForward(
-            model, self.regularizers, inputs, step, num_items_in_batch, self.ce_mean.add, fused
-        )
+            model, self.regularizers, inputs, step, num_items_in_batch, self.ce_mean.add, fused,
+            sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
+        )  # fmt: skip
         if forward.divergences:
             check_fused_forward(self.args)
         if fused:

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,9 @@ CAPTIONS = {
     "the scale of their adapters, of the methods in colour; an arrow where the adapter lies outside. Thick: the front of each method, "
     "flat beyond its last point; dashed: of a control. The drift axis is a square root. Fronts are drawn from the rows that their "
     "settings were chosen on, which flatters methods with many settings: the table does not.",
-    "tradeoff": "Domain gain against forgetting. Up and left is better; the base model is the origin. Bars: 95 % intervals, "
-    "over questions and seeds (of one seed: over questions alone). The line is the Pareto front.",
+    "tradeoff": "Domain gain against forgetting, and against drift. Up and left is better; the base model is the origin, which may lie "
+    "outside. Bars: 95 % intervals, over questions and seeds (of one seed: over questions alone), which go on where they end in an "
+    "arrow. The line is the Pareto front.",
     "tasks": "Change of each task's score against the base on the same questions, with 95 % intervals over questions and seeds (of one "
     "seed: over questions alone).",
     "subjects": "Change of the score by subject. Few questions each where the task was sampled.",
@@ -206,39 +208,56 @@ def _tradeoff(summary: dict, colors: dict[str, str]) -> "Figure | None":
     points = [point for point in _points_shown(summary) if point["forgetting"]]
     if not points:
         return None
-    methods, named = method_of(summary), set()
-    figure, axes = _new_figure(5.4, 4.6)
-    ax = axes[0, 0]
-    ax.axhline(0, color=_INK, alpha=0.25, linewidth=0.8)
-    ax.axvline(0, color=_INK, alpha=0.25, linewidth=0.8)
+    labels = {
+        "forgetting": "forgetting: mean drop over the retention tasks, points of accuracy",
+        "drift": "drift: KL(base ‖ model) on general text, nats per token",
+    }
+    figure, axes = _new_figure(10, 5.2, 1, 2, sharey=True)
+    for ax, against in zip(axes[0], labels, strict=True):
+        _plane(ax, points, against, colors, {} if points == everything else method_of(summary))
+        ax.set_xlabel(labels[against])
     front = [(100 * p["forgetting"]["mean"], p["domain_gain"]["mean"]) for p in everything if p["on_front"]]
     front += [(0.0, 0.0)] if summary["base"]["on_front"] else []
-    ax.plot(*zip(*sorted(front), strict=True), color=_INK, alpha=0.5, linewidth=1, linestyle="--", zorder=1)
-    ax.plot(0, 0, marker="*", markersize=12, color=_INK, linestyle="none", label="base")
-    for point in points:
-        x, y = 100 * point["forgetting"]["mean"], point["domain_gain"]["mean"]
-        color, role = colors[point["arm"]], point["role"]
-        marker = {"student": "o", "teacher": "D"}.get(role, "s")
-        x_error, y_error = _bars(in_points(point["forgetting"])), _bars(point["domain_gain"])
-        ax.errorbar(x, y, xerr=x_error, yerr=y_error, color=color, alpha=0.35, linewidth=1, capsize=0)
-        shade = float(role.removeprefix("scale_")) if role.startswith("scale_") else 1.0
-        # Of many, one name for each method.
-        label = point["label"] if points == everything else methods[point["arm"]]
-        ax.plot(
-            x,
-            y,
-            marker=marker,
-            markersize=7,
-            color=color,
-            alpha=0.4 + 0.6 * shade,
-            linestyle="none",
-            label=None if label in named else label,
-        )
-        named.add(label)
-    ax.set_xlabel("forgetting: mean drop over the retention tasks, points of accuracy")
-    ax.set_ylabel("domain gain: held-out loss, nats per token")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, handletextpad=0.3, columnspacing=1.2)
+    axes[0, 0].plot(*zip(*sorted(front), strict=True), color=_INK, alpha=0.5, linewidth=1, linestyle="--", zorder=1)
+    axes[0, 0].set_ylabel("domain gain: held-out loss, nats per token")
+    handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, fontsize=8, handletextpad=0.3)
     return figure
+
+
+def _plane(ax: Any, points: list[dict], against: str, colors: dict[str, str], methods: dict[str, str]) -> None:
+    """Gain over forgetting or drift, as far as the points reach: of longer intervals an arrow shows that they go on."""
+
+    def across(point: dict) -> dict:
+        return in_points(point["forgetting"]) if against == "forgetting" else point["drift"]["general"]["kl_base_model"]
+
+    limits = [_limits(f["mean"] for f in found) for found in (map(across, points), (p["domain_gain"] for p in points))]
+    ax.set(xlim=limits[0], ylim=limits[1])
+    if all(low <= 0 <= high for low, high in limits):
+        ax.plot(0, 0, marker="*", markersize=12, color=_INK, linestyle="none", label="base")
+    ax.axhline(0, color=_INK, alpha=0.25, linewidth=0.8)
+    ax.axvline(0, color=_INK, alpha=0.25, linewidth=0.8)
+    for point in points:
+        x, y, role = across(point), point["domain_gain"], point["role"]
+        style: Any = {"color": colors[point["arm"]], "alpha": 0.4}
+        ax.errorbar(x["mean"], y["mean"], xerr=_bars(x), yerr=_bars(y), linewidth=1, capsize=0, **style)
+        for i, (figure, (low, high)) in enumerate(zip((x, y), limits, strict=True)):
+            for end, limit, marker in (("low", low, "<v"[i]), ("high", high, ">^"[i])):
+                if not is_absent(figure[end]) and not low <= figure[end] <= high:
+                    at = (limit, y["mean"]) if i == 0 else (x["mean"], limit)
+                    ax.plot(*at, marker=marker, markersize=5, clip_on=False, **style)
+        shade = float(role.removeprefix("scale_")) if role.startswith("scale_") else 1.0
+        ax.plot(
+            x["mean"], y["mean"], marker={"student": "o", "teacher": "D"}.get(role, "s"), markersize=8, color=style["color"],
+            alpha=0.4 + 0.6 * shade, linestyle="none", label=methods.get(point["arm"], point["label"]),
+        )  # fmt: skip
+
+
+def _limits(values: Iterable[float]) -> tuple[float, float]:
+    """Of an axis that shows them all, with room around."""
+    low, high = (found := sorted(values))[0], found[-1]
+    room = 0.2 * (high - low) or 0.2 * abs(high) or 0.1
+    return low - room, high + room
 
 
 def _fronts(summary: dict, colors: dict[str, str]) -> "Figure | None":

@@ -30,6 +30,7 @@ _KEYS = {
     "controls": list,
     "seeds": list,
     "evaluation": dict,
+    "launch": dict,
 }
 # Held-out rows that a map needs at least: settings are chosen on one half of them and measured on the other.
 LEAST_ROWS = 4
@@ -153,6 +154,8 @@ class Comparison:
         plain_sft (`tuple`, *optional*): The arms that are plain SFT, as [`run_comparison`] understood their options. A report,
             which knows no TRL, reads it from the kept plan; a plan that was not run does not know.
         averaged (`tuple`, *optional*): The arms whose teacher is an average of the student, likewise.
+        launch (`dict`, *optional*): How accelerate launches each training: `accelerate_config`, as `trl-ema train` takes it, and
+            options of the launcher such as `num_processes`.
     """
 
     output_dir: str
@@ -165,6 +168,7 @@ class Comparison:
     controls: tuple[str, ...] | None = None
     plain_sft: tuple[str, ...] | None = None
     averaged: tuple[str, ...] | None = None
+    launch: dict | None = None
 
     def folder(self, arm: str, seed: int) -> str:
         """Where an arm's run with this seed lies."""
@@ -231,6 +235,10 @@ class Comparison:
     def is_trained(self, arm: str, seed: int) -> bool:
         """Whether this run is done."""
         return os.path.isfile(os.path.join(self.folder(arm, seed), "metrics.json"))
+
+    def is_to_be_trained(self, arm: Arm, seed: int) -> bool:
+        """Whether this is a run, and not done yet."""
+        return arm.interpolate is None and not self.is_trained(arm.name, seed)
 
     def trained(self) -> list[Arm]:
         """The arms that are trained, in order."""
@@ -317,7 +325,13 @@ def _comparison(plan: dict, path: str, output_dir: str | None) -> Comparison:
         suite=Suite.from_dict(plan.get("evaluation") or {}),
         reference=plan.get("reference"),
         controls=None if plan.get("controls") is None else tuple(plan["controls"]),
+        launch=plan.get("launch"),
     )
+    if comparison.launch is not None and not comparison.launch.get("accelerate_config"):
+        raise ValueError(
+            f"`launch` in {path} has no `accelerate_config`. Give the name of a packaged one, or a file, and what else the launcher "
+            "takes: `launch: {accelerate_config: multi_gpu, num_processes: 4}`."
+        )
     reserved = [key for key in _RESERVED if key in comparison.training]
     if reserved:
         raise ValueError(

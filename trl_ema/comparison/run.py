@@ -2,8 +2,6 @@
 
 import logging
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -35,6 +33,7 @@ from ..extras import require
 from ..files import write_json, write_text
 from ..script import TrainingScriptArguments, load_data, load_tokenizer, parse, quantization, sources
 from .plan import BASE, PLAN, Arm, Comparison
+from .training import check_jobs, train, train_together
 
 
 if TYPE_CHECKING:
@@ -50,6 +49,7 @@ def run_comparison(
     arms: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     evaluate_only: bool = False,
+    jobs: int = 1,
 ) -> None:
     """
     Train and evaluate whatever of the comparison is not done yet; each run in a process of its own.
@@ -59,6 +59,7 @@ def run_comparison(
     Args:
         arms, seeds (*optional*): Do only these now; all of the plan by default. A method stands for all of its arms.
         evaluate_only (`bool`): Train nothing: evaluate the runs that are done, such as those that were trained elsewhere.
+        jobs (`int`): Trainings at once, one on each GPU; then they are all trained before the first is evaluated.
 
     Raises:
         ValueError: Something of the plan cannot be done, or not beside what is done already. Nothing was trained then.
@@ -71,6 +72,7 @@ def run_comparison(
         unknown = [one for one in asked if one not in planned]
         if unknown:
             raise ValueError(f"The comparison has no {name} {unknown}; expected some of {list(planned)}.")
+    check_jobs(comparison, jobs)
     seeds = comparison.seeds if seeds is None else seeds
     chosen = [arm for arm in comparison.arms.values() if arms is None or {arm.name, arm.method} & {*arms}]
     if not evaluate_only:
@@ -88,23 +90,17 @@ def run_comparison(
     write_json(Path(comparison.output_dir, PLAN), _plan(comparison, first))
     evaluator = _Evaluator(comparison, first, manager)
     evaluator.base()
+    if jobs > 1 and not evaluate_only:
+        evaluator.release()
+        train_together(comparison, [(arm, seed) for seed in seeds for arm in chosen], jobs)
     for seed in seeds:
         # What interpolates comes after what is trained.
         for arm in sorted(chosen, key=lambda arm: arm.interpolate is not None):
-            if not evaluate_only:
-                _train(comparison, arm, seed, evaluator)
+            if not evaluate_only and comparison.is_to_be_trained(arm, seed):
+                evaluator.release()
+                train(comparison, arm, seed)
             if comparison.is_trained(arm.interpolate or arm.name, seed):
                 _evaluate(comparison, arm, seed, evaluator)
-
-
-def _train(comparison: Comparison, arm: Arm, seed: int, evaluator: "_Evaluator") -> None:
-    if arm.interpolate is None and not comparison.is_trained(arm.name, seed):
-        logger.info("Training %s, seed %d", arm.name, seed)
-        evaluator.release()
-        config = os.path.join(comparison.folder(arm.name, seed), "config.yaml")
-        # Weights & Biases takes these from nowhere else.
-        groups = {"WANDB_PROJECT": comparison.project, "WANDB_RUN_GROUP": arm.name} | os.environ
-        subprocess.run([sys.executable, "-m", "trl_ema", "train", "--config", config], check=True, env=groups)
 
 
 def _evaluate(comparison: Comparison, arm: Arm, seed: int, evaluator: "_Evaluator") -> None:
@@ -204,6 +200,7 @@ def _plan(comparison: Comparison, first: _Options) -> dict:
         "plain_sft": comparison.plain_sft,
         "averaged": comparison.averaged,
         "seeds": list(comparison.seeds),
+        "launch": comparison.launch,
         "evaluation": asdict(comparison.suite),
         **sources(args, model_args),
     }

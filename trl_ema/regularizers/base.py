@@ -51,7 +51,7 @@ class Regularizer:
     def add_rows(self, inputs: Inputs, step: int, num_items: torch.Tensor | None) -> tuple[Inputs, list[Divergence]]:
         """
         The micro-batch with further rows behind, padded alike (of a packed one: further documents), and their own terms, whose
-        `sequences` are those rows'. The labels of these are −100: `num_items` does not count them.
+        `sequences` are those rows', and whose `length`, of padded ones, is that of the longest. The labels of these are −100: `num_items` does not count them.
         """
         return inputs, []
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..forward import num_sequences
+from ..forward import Parts, num_sequences
 from .base import Gather, Inputs, Regularizer
 
 
@@ -40,6 +40,7 @@ class RegularizedForward:
         num_items (`torch.Tensor`, *optional*): What TRL divides the loss by.
         observe_ce (callable): Called with Σ CE and the number of labelled tokens.
         fused (`bool`): Whether the forward is patched and computes the loss, with divergences or without.
+        sharded (`bool`): Whether the model's weights are gathered for each pass over them, by all ranks together.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class RegularizedForward:
         num_items: torch.Tensor | None,
         observe_ce: Callable[[torch.Tensor, torch.Tensor], None],
         fused: bool,
+        sharded: bool = False,
     ):
         self.model, self.observe_ce, self.fused = model, observe_ce, fused
         of_own_rows = [(regularizer, regularizer.divergences(inputs, step, num_items)) for regularizer in regularizers]
@@ -61,18 +63,22 @@ class RegularizedForward:
         self.changes = (
             {} if batch is inputs else {name: batch[name] for name in batch if batch[name] is not inputs.get(name)}
         )
-        self.num_own = num_sequences(**inputs) if self.changes else None  # further rows are behind them
-        if self.num_own is not None:
-            own = list(range(self.num_own))
-            for divergence in (divergence for _, found in of_own_rows for divergence in found):
-                divergence.sequences = own if divergence.sequences is None else divergence.sequences
         self.asked = [*of_own_rows, *of_further_rows]
         self.divergences = [divergence for _, found in self.asked for divergence in found]
+        self.parts = None
+        if self.changes:
+            number, width = num_sequences(**inputs), inputs["input_ids"].shape[1]
+            further = [divergence.length for _, found in of_further_rows for divergence in found]
+            lengths = None if None in further else (width, max(further))
+            for divergence in (divergence for _, found in of_own_rows for divergence in found):
+                divergence.sequences = list(range(number)) if divergence.sequences is None else divergence.sequences
+                divergence.length = None if lengths is None else width
+            self.parts = Parts(number, lengths, apart=not sharded)
 
     def __call__(self, **inputs: Any) -> Any:
         if not self.fused:
             return self.model(**(inputs | self.changes))
-        outputs = self.model(**(inputs | self.changes), divergences=self.divergences, num_own=self.num_own)
+        outputs = self.model(**(inputs | self.changes), divergences=self.divergences, parts=self.parts)
         self.observe_ce(outputs.ce_loss, outputs.label_mask)
         sums = list(outputs.divergences)
         for regularizer, found in self.asked:

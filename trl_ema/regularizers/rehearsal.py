@@ -209,7 +209,9 @@ class Rehearsal(Regularizer):
         batch = _with_documents(inputs, texts) if packed else _with_rows(inputs, texts, self.pad)
         teacher = self.start if self.args.rehearsal_loss == "kl" else None
         chosen = list(range(own, own + len(texts)))
-        return batch, [Divergence(teacher, weight / predicted, "all", chosen, times=times)]
+        multiple = self.args.pad_to_multiple_of or 1
+        length = None if packed else -(-max(map(len, texts)) // multiple) * multiple
+        return batch, [Divergence(teacher, weight / predicted, "all", chosen, length=length, times=times)]
 
     @property
     def watches_drift(self) -> bool:

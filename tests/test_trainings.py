@@ -1,0 +1,102 @@
+"""How the trainings of a comparison are started."""
+
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from trl_ema.comparison import training
+from trl_ema.comparison.plan import load_comparison
+from trl_ema.comparison.training import check_jobs, train, train_together
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """A comparison of three arms, none of them trained."""
+
+    def make(more=""):
+        path = tmp_path / "plan.yaml"
+        path.write_text(f"output_dir: {tmp_path}/out\narms: {{a: {{}}, b: {{}}, c: {{}}}}\n{more}")
+        found = load_comparison(str(path))
+        for arm in found.arms:
+            Path(found.folder(arm, 0)).mkdir(parents=True, exist_ok=True)
+        return found
+
+    return make
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What was started, with its environment; the arm `b` fails."""
+    found = []
+
+    def run(command, check, env, stdout=None, stderr=None):
+        found.append((command, env, threading.get_ident()))
+        time.sleep(0.2)
+        if "/b/" in command[-1]:
+            raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return found
+
+
+def test_a_training_is_launched_as_the_plan_says(plan, started):
+    comparison = plan("launch: {accelerate_config: zero2, num_processes: 4}")
+    train(comparison, comparison.arms["a"], 0)
+    ((command, env, _),) = started
+    config = ["--config", f"{comparison.folder('a', 0)}/config.yaml"]
+    assert command[1:] == ["-m", "trl_ema", "train", "--accelerate_config", "zero2", "--num_processes", "4", *config]
+    assert (env["WANDB_PROJECT"], env["WANDB_RUN_GROUP"]) == ("out", "a")
+
+
+def test_trainings_at_once_share_the_gpus(plan, started, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    comparison = plan()
+    Path(comparison.folder("b", 0), "metrics.json").touch()  # done
+    train_together(comparison, [(arm, 0) for arm in comparison.arms.values()], 2)
+    assert {env["CUDA_VISIBLE_DEVICES"] for _, env, _ in started} == {"3", "5"}
+    assert len({thread for *_, thread in started}) == 2
+
+
+def test_trainings_at_once_share_the_cores(plan, started, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(7))
+    comparison = plan()
+    train_together(comparison, [(comparison.arms["a"], 0)], 3)
+    assert started[0][1]["OMP_NUM_THREADS"] == "2"
+
+
+def test_after_a_failure_no_other_training_begins(plan, started):
+    comparison = plan()
+    runs = [(comparison.arms[name], 0) for name in ("b", "a", "c")]
+    with pytest.raises(ValueError, match=r"training of b, seed 0, failed; what it said is in .*b/seed_0/train.log"):
+        train_together(comparison, runs, 1)
+    assert len(started) < 3
+
+
+@pytest.mark.parametrize(
+    "jobs, more, message",
+    [
+        (0, "", "`jobs` must be at least 1, got 0"),
+        (3, "", "`jobs=3` trainings have 2 GPUs"),
+        (
+            2,
+            "launch: {accelerate_config: zero2}",
+            "`jobs=2` gives each training one GPU, and `launch` in the plan gives it",
+        ),
+        (1, "launch: {accelerate_config: zero9}", "`accelerate_config='zero9'` is neither a file nor a packaged"),
+    ],
+)
+def test_what_cannot_be_started_is_refused(plan, monkeypatch, jobs, more, message):
+    monkeypatch.setattr(training, "_devices", lambda: ["0", "1"])
+    with pytest.raises(ValueError, match=message):
+        check_jobs(plan(more), jobs)
+
+
+def test_a_launch_without_a_configuration_is_refused(plan):
+    with pytest.raises(ValueError, match="`launch` in .* has no `accelerate_config`. Give the name of a packaged one"):
+        plan("launch: {num_processes: 4}")

@@ -1,0 +1,111 @@
+"""The trainings of a comparison: each in a process of its own, one after the other or several at once, on one GPU or on all."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+from tqdm import tqdm
+
+from .plan import Arm, Comparison
+
+
+logger = logging.getLogger(__name__)
+
+LOG = "train.log"
+
+
+def check_jobs(comparison: Comparison, jobs: int) -> None:
+    """Raises `ValueError` if the trainings cannot be started so many at once, or as the plan launches them."""
+    if jobs < 1:
+        raise ValueError(f"`jobs` must be at least 1, got {jobs}. It counts trainings at once.")
+    if comparison.launch is not None:
+        # Imports TRL's parser: not for a report.
+        from ..launch import accelerate_config_file
+
+        accelerate_config_file(str(comparison.launch["accelerate_config"]))
+        if jobs > 1:
+            raise ValueError(
+                f"`jobs={jobs}` gives each training one GPU, and `launch` in the plan gives it several. Leave out one of them."
+            )
+    devices = _devices()
+    if jobs > 1 and devices and jobs > len(devices):
+        raise ValueError(
+            f"`jobs={jobs}` trainings have {len(devices)} GPUs. Give at most as many, or a plan with `launch` to train each on all."
+        )
+
+
+def train(comparison: Comparison, arm: Arm, seed: int, log: Path | None = None, **environment: str) -> None:
+    """
+    Train one run, or go on with it.
+
+    Args:
+        log (`Path`, *optional*): Where what it says goes, behind what is there.
+
+    Raises:
+        subprocess.CalledProcessError: It failed.
+    """
+    logger.info("Training %s, seed %d", arm.name, seed)
+    config = os.path.join(comparison.folder(arm.name, seed), "config.yaml")
+    launch = [word for name, value in (comparison.launch or {}).items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "trl_ema", "train", *launch, "--config", config]
+    # Weights & Biases takes these from nowhere else.
+    groups = {"WANDB_PROJECT": comparison.project, "WANDB_RUN_GROUP": arm.name} | os.environ | environment
+    if log is None:
+        subprocess.run(command, check=True, env=groups)
+        return
+    with open(log, "ab") as file:
+        subprocess.run(command, check=True, env=groups, stdout=file, stderr=subprocess.STDOUT)
+
+
+def train_together(comparison: Comparison, runs: Sequence[tuple[Arm, int]], jobs: int) -> None:
+    """
+    Train what of the `runs` is not done yet, so many at once; each says what it says in `train.log` in its folder. After one has
+    failed, those that have begun are finished, and no other is begun.
+    """
+    todo = [(arm, seed) for arm, seed in runs if comparison.is_to_be_trained(arm, seed)]
+    places: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for place in range(jobs):
+        places.put(_share(place, jobs))
+
+    def run(arm: Arm, seed: int) -> None:
+        share = places.get()
+        try:
+            train(comparison, arm, seed, Path(comparison.folder(arm.name, seed), LOG), **share)
+        finally:
+            places.put(share)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run, *one): one for one in todo}
+        for future in tqdm(as_completed(futures), total=len(futures), desc="Trainings"):
+            try:
+                future.result()
+            except subprocess.CalledProcessError as error:
+                pool.shutdown(wait=True, cancel_futures=True)
+                arm, seed = futures[future]
+                log = Path(comparison.folder(arm.name, seed), LOG)
+                raise ValueError(
+                    f"The training of {arm.name}, seed {seed}, failed; what it said is in {log}. The others are kept: run `trl-ema "
+                    "compare` again once it is mended."
+                ) from error
+
+
+def _devices() -> list[str]:
+    """Of the GPUs that this process may use, as a process that is to use one of them must be told."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        return visible.split(",")
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _share(place: int, jobs: int) -> dict[str, str]:
+    """The part of the machine that one of so many jobs gets: a GPU, or without any its share of the cores."""
+    if torch.cuda.device_count():
+        return {"CUDA_VISIBLE_DEVICES": _devices()[place]}
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
