@@ -296,7 +296,7 @@ def leaves(name: str, manager: "TaskManager") -> Iterator[str]:
 
 def _leaves_of_child(child: Any, manager: "TaskManager") -> Iterator[str]:
     """Of a name within a group, of one with options, or of a group that stands within the group's own file."""
-    inner = child.get("task", child.get("group")) if isinstance(child, dict) else child
+    inner: Any = child.get("task", child.get("group")) if isinstance(child, dict) else child
     if isinstance(inner, list):
         for one in inner:
             yield from _leaves_of_child(one, manager)
