@@ -1,5 +1,8 @@
 """`trl-ema train --adapter_name_or_path`: the model before the training is base plus adapter, in every figure and as a teacher."""
 
+import runpy
+from dataclasses import make_dataclass
+
 import pytest
 import torch
 import yaml
@@ -12,7 +15,7 @@ from trl_ema.comparison.plan import load_comparison
 from trl_ema.comparison.run import run_comparison
 from trl_ema.evaluation.drift import measure_drift, tokenized_batches
 from trl_ema.evaluation.models import load_base, with_adapter
-from trl_ema.files import read_json
+from trl_ema.files import read_json, shipped
 from trl_ema.script import held_out_rows, options_of_run
 
 
@@ -53,7 +56,7 @@ def test_a_training_goes_on_and_measures_from_the_adapter(start, tiny_folder, tm
     config = read_json(out / "adapter_config.json")
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (3, 5, str(tiny_folder / "model"))
     assert metrics["provenance"]["adapter"] == str(start)
-    assert f"| `adapter` | {start} |" in (out / "README.md").read_text()
+    assert f"| `adapter` | {start.name} |" in (out / "README.md").read_text()
 
     done = trl_ema("export", out, "--scale", 0.5, check=False)
     assert done.returncode == 1 and f"went on from the adapter {str(start)!r}" in done.stderr
@@ -78,6 +81,13 @@ def test_what_is_no_start_is_refused_in_a_line(tiny_folder, tmp_path, arguments,
         *arguments, "--dataset_name", tiny_folder / "data.jsonl", "--output_dir", "x", check=False, cwd=tmp_path
     )
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_sub_space_makes_an_adapter_of_its_own(start, tmp_path):
+    main = runpy.run_path(str(shipped("recipes") / "medical_ema.py"))["main"]
+    arguments = [*map(str, QUICK), "--adapter_name_or_path", str(start), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="Leave out `--adapter_name_or_path` or `--subspace`"):
+        main(arguments, make_dataclass("Options", [("subspace", str, "osf")]))
 
 
 def test_a_comparison_begins_at_the_base(start, tiny_folder, tmp_path):

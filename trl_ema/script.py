@@ -571,7 +571,8 @@ def load_to_go_on(
         base, tokenizer: See [`load_tokenizer`].
         training_args ([`MeanTeacherConfig`]): Its `model_init_kwargs` are used up: the trainer loads nothing.
     """
-    options = {"trust_remote_code": training_args.trust_remote_code, **(training_args.model_init_kwargs or {})}
+    options: dict[str, Any] = {"trust_remote_code": training_args.trust_remote_code}
+    options |= cast(dict, training_args.model_init_kwargs or {})
     options["revision"] = models.adapter_revision(adapter) or model_args.model_revision
     training_args.model_init_kwargs = None
     config = quantization(model_args, training_args)
