@@ -171,7 +171,9 @@ def make_trainer(arm: str, args, folder: str):
     )
     if arm in OURS:
         length = min(tokens, MeanTeacherConfig.rehearsal_num_tokens)
-        own = OURS[arm] | ({"rehearsal_num_tokens": length} if arm == "rehearsal" else {})
+        own = dict(OURS[arm])
+        if arm == "rehearsal":  # in few tokens there is no room for a chat
+            own |= {"rehearsal_num_tokens": length, "rehearsal_chat": None if length >= 64 else False}
         return EMARegularizedSFTTrainer(model, MeanTeacherConfig(**own, **options), **common)
     trainer = (SFTTrainer if arm == "sft" else _peer(arm, args))(model, SFTConfig(**options), **common)
     if args.nf4 and not args.bf16:
