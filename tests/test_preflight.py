@@ -9,6 +9,7 @@ import pytest
 import yaml
 from conftest import lora, rows, tiny_config
 from datasets import Dataset
+from peft import get_peft_model
 from test_cli import trl_ema
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
@@ -67,6 +68,28 @@ def test_a_training_that_would_start_is_shown_and_leaves_nothing(workplace):
     assert "4 checkpoint(s) of " in told and " data 64 16 64 " in told and "0.0 % 0.0 %" in told
     assert told.count("--- row ") == 3 and "⟦" in told and "\033" not in told
     assert told.endswith("`trl-ema train` would start.")
+
+
+def test_an_adapter_that_is_gone_on_from_is_the_one_that_counts(workplace):
+    base = AutoModelForCausalLM.from_pretrained(workplace / "model")
+    get_peft_model(base, lora(r=3)).save_pretrained(workplace / "first")
+    arguments = ["--dataset_name", "data.jsonl", "--max_steps", "2", "--adapter_name_or_path"]
+    done = trl_ema("check", *QUICK, *arguments, "first", cwd=workplace)
+    assert "adapter: first" in said(done) and said(done).endswith("`trl-ema train` would start.")
+    done = trl_ema(
+        "check",
+        *QUICK,
+        *arguments,
+        "model",
+        "--eval_tasks",
+        "no_such_task",
+        "--eval_tasks_steps",
+        "1",
+        cwd=workplace,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "`adapter_name_or_path='model'` holds no adapter" in said(done) and "no_such_task" in said(done)
 
 
 def test_rows_are_shown_as_they_are_trained_on(tokenizer):

