@@ -71,7 +71,7 @@ def test_settings_of_a_task_are_read_as_training_options_are():
     given = TaskSettings(num_fewshot=np.int64(5), sample=20.0, apply_chat_template="false", seed=7.0)  # type: ignore[arg-type]
     assert given == TaskSettings(num_fewshot=5, sample=20, apply_chat_template=False, seed=7)
     assert [type(value) for value in dataclasses.asdict(given).values()] == [
-        int, type(None), int, bool, int, type(None),
+        int, type(None), int, bool, int, type(None), type(None),
     ]  # fmt: skip
     assert type(TaskSettings(limit=np.float64(0.5)).limit) is float and type(TaskSettings(limit=10).limit) is int
 

@@ -192,7 +192,8 @@ def test_the_jobs_own_numbers_are_read_from_any_library(make):
     assert len(numbers) >= 4
     for name in numbers:
         for value in (np.int64(7), np.float32(7), 7.0, torch.tensor(7)):
-            found = getattr(make(**{name: value}), name)
+            beside = {"eval_tasks": ["hellaswag"]} if name == "eval_tasks_steps" else {}  # which belong together
+            found = getattr(make(**{name: value}, **beside), name)
             assert found == 7 and type(found) is int, name
         for value in ("3", True, np.bool_(True), [3]):
             with pytest.raises(TypeError, match=f"`{name}` must be a number, got "):

@@ -330,9 +330,8 @@ def training_rows(
 class _Penalties(Regularizer):
     """In the place of penalties: what they save, `copies` in float32 of all that is trained."""
 
-    name = "penalties"
-
     def __init__(self, model: Any, copies: int):
+        self.name = "penalties"
         self.bytes = 4 * copies * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def bytes_to_save(self) -> int:

@@ -86,7 +86,13 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"), [("frozen", "zero3"), ("frozen", "fsdp2"), ("none", "fsdp2_sharded"), ("every token", "zero3")]
+    ("kind", "mode"),
+    [
+        ("frozen", "zero3"),
+        ("frozen", "fsdp2"),
+        ("none", "fsdp2_sharded"),
+        pytest.param("every token", "zero3", marks=pytest.mark.slow),
+    ],
 )
 def test_other_teachers_too(tiny_folder, kind, mode):
     options, keys, adapters = OTHERS[kind]
@@ -134,7 +140,10 @@ def test_deepspeed_in_bfloat16_averages_and_resumes_in_float32(tiny_folder, mode
         torch.testing.assert_close(logged(one, key), logged(whole, key), rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize(("mode", "to"), [("ddp", "a rank"), ("zero3", "a rank"), ("ddp", "the launcher")])
+@pytest.mark.parametrize(
+    ("mode", "to"),
+    [("ddp", "a rank"), ("zero3", "a rank"), pytest.param("ddp", "the launcher", marks=pytest.mark.slow)],
+)
 def test_a_signal_stops_all_ranks_at_one_step(runs, tiny_folder, mode, to):
     output = f"{mode}_signalled_{to.split()[-1]}"
     line, environment = command(mode, tiny_folder, output, enable_jit_checkpoint=True, measure=False)
@@ -182,11 +191,11 @@ def test_two_machines_train_as_one_process_does(runs, tiny_folder):
         ("one", "ddp"),
         ("zero2", "one"),
         ("one", "zero3"),
-        ("zero3", "zero2"),
-        ("zero2", "zero3_alone"),
+        pytest.param("zero3", "zero2", marks=pytest.mark.slow),
+        pytest.param("zero2", "zero3_alone", marks=pytest.mark.slow),
         ("fsdp2", "one"),
         ("one", "fsdp2"),
-        ("zero2", "fsdp2_sharded"),
+        pytest.param("zero2", "fsdp2_sharded", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_resumes_under_another_launch(runs, tiny_folder, before, after):
