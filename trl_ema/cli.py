@@ -415,7 +415,6 @@ def compare(arguments: list[str]) -> None:
     from .comparison.plan import DEFAULT_CONFIG, load_comparison
     from .comparison.report import write_report
     from .comparison.run import run_comparison
-    from .comparison.trackers import log_report
     from .extras import require
     from .files import check_output_dir
 
@@ -444,6 +443,8 @@ def compare(arguments: list[str]) -> None:
     run_comparison(comparison, args.arms, args.seeds, args.evaluate_only, args.jobs)
     print(f"Report: {write_report(comparison.output_dir)}")
     if comparison.trackers:
+        from .comparison.trackers import log_report  # which needs matplotlib
+
         log_report(comparison.output_dir, comparison.trackers, comparison.project)
 
 
