@@ -75,7 +75,7 @@ def check_before_loading(
                 "tokens of the rows, which its virtual tokens are none of. Use a `LoraConfig`, or leave both out."
             )
     if args.teacher != "none":
-        _check_peft(model, peft_config, args.teacher_anchor)
+        _check_peft(model, peft_config is not None, adapter, args.teacher_anchor)
     elif peft_config is not None:
         _warn_of_what_cannot_be_loaded(peft_config)
 
@@ -119,12 +119,12 @@ def _check_peft_config(peft_config: Any) -> None:
         raise TypeError(f"`peft_config` must be a config of PEFT, got `{type(peft_config).__name__}`. {hint}")
 
 
-def _check_peft(model: Any, peft_config: Any, anchor: float) -> None:
-    if peft_config is None and (not isinstance(model, torch.nn.Module) or not is_peft_model(model)):
+def _check_peft(model: Any, is_new: bool, adapter: Any, anchor: float) -> None:
+    if adapter is None:
         raise ValueError(NO_ADAPTER)
-    if peft_config is None:
+    if not is_new:
         student_name(model, earlier_teacher=has_earlier_teacher(model))
-    check_adapter(peft_config if peft_config is not None else model.active_peft_config, anchor)
+    check_adapter(adapter, anchor)
 
 
 def _check_not_on_head(peft_config: Any) -> None:

@@ -416,7 +416,7 @@ def trainer_without_weights(
     if args.adapter_name_or_path is not None:  # that of the adapter counts
         peft_config = PeftConfig.from_pretrained(args.adapter_name_or_path)
         peft_config.inference_mode = False
-    made: dict[str, Any] = {"assistant_only_loss": False} if len(samples) > 1 else {}
+    made: dict[str, Any] = {"assistant_only_loss": False} if args.is_mixture else {}
     best = training_args.metric_for_best_model
     if best in ("loss", "eval_loss"):
         made["metric_for_best_model"] = "eval_domain_loss"
