@@ -3,12 +3,15 @@
 import json
 import os
 import sys
+import tempfile
 
 
 # Before any hub library is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+_trackio = tempfile.TemporaryDirectory()  # goes with the process
+os.environ["TRACKIO_DIR"] = _trackio.name  # which trackio reads when TRL imports it
 # `pytest -m gpu`, or TRL_EMA_TESTS_ON=cuda for the whole suite on a GPU. The workers of xdist have other arguments, but inherit this.
 if any("gpu" in argument and "not gpu" not in argument for argument in sys.argv):
     os.environ.setdefault("TRL_EMA_TESTS_ON", "gpu")
