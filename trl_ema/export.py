@@ -139,7 +139,7 @@ class ExportArguments:
         self._warn_about_ignored()
 
     def _warn_about_ignored(self) -> None:
-        unread = () if self.to == "gguf" else _OF_GGUF
+        unread: tuple[str, ...] = () if self.to == "gguf" else _OF_GGUF
         if self.to == "adapter":
             unread += _OF_MERGING
         if self.to == "adapter" or self.dataset_name is None:

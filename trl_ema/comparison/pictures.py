@@ -430,8 +430,8 @@ def _subject_bars(summary: dict, colors: dict[str, str]) -> "Figure | None":
     for ax, point in zip(axes[0], points, strict=True):
         changes = [100 * point["tasks"][group]["subtasks"].get(subject, 0) for group, subject in subjects]
         # Most are 0 where few questions each were asked: a bar that cannot be seen makes the page larger.
-        places, changes = zip(*[(i, x) for i, x in enumerate(changes) if x] or [(0, 0)], strict=True)
-        ax.barh(places, changes, color=colors[point["arm"]], alpha=0.85)
+        places = [i for i, change in enumerate(changes) if change]
+        ax.barh(places, [changes[i] for i in places], color=colors[point["arm"]], alpha=0.85)
         ax.axvline(0, color=_INK, linewidth=0.8)
         ax.set_title(_title(point["label"]), fontsize=8)
         ax.tick_params(axis="x", labelsize=7)
