@@ -328,7 +328,7 @@ def _fronts(summary: dict, colors: dict[str, str]) -> "Figure | None":
 
 def _name_axes(ax: Any, found: dict, drawn: set[str]) -> None:
     """What the map shows, and of which methods it shows nothing."""
-    label, texts = found["reference"]["label"], found["texts"]
+    label, texts = found["reference"]["label"], found["drift_on"]
     absent = [entry["method"] for entry in found["methods"] if entry["method"] not in drawn]
     note = "\n" + textwrap.fill(f"no gain within this drift: {', '.join(absent)}", 70) if absent else ""
     where = "on general text" if len(texts) == 1 else f"over {len(texts)} texts"
