@@ -162,11 +162,9 @@ def test_the_table_of_the_readme_is_of_the_kept_map():
         ("plain SFT", "sft-1", 1, "the domain alone counts"),
         ("the same, adapter × 0.75", "sft-1", 0.75, "to mend a run, without training again"),
         ("the same, adapter × 0.5", "sft-1", 0.5, "likewise"),
-        ("at half the rate", "sft-0.5", 1, "no better than to scale"),
         ("**rehearsal, weight 4**", "rehearsal-4-1", 1, "**first choice**"),
         ("weight 4, twice the rate", "rehearsal-4-2", 1, "for more gain"),
         ("the same, adapter × 0.75", "rehearsal-4-2", 0.75, "for less drift"),
-        ("weight 1", "rehearsal-1-1", 1, "drifts twice as much"),
         ("weight 10", "rehearsal-10-1", 1, "for least drift"),
         ("its texts trained on as data", "replay-1-1", 1, "dominated by rehearsal"),
         ("EMA teacher, weight 3, its student", "ema-3-1", 1, "dominated by rehearsal"),
@@ -196,13 +194,22 @@ def of_the_map():
     other, reference = (
         next(m for m in the_map()["map"]["methods"] if m["method"] == name) for name in ("rehearsal", "sft")
     )
-    assert reference["gain_at"]["0.1"]["mean"] < 0.55 and other["ahead"]["sft"]["low"] > 0
+    assert other["ahead"]["sft"]["low"] > 0
+    others = [
+        m
+        for m in the_map()["map"]["methods"]
+        if not m["method"].startswith(("rehearsal", "replay")) and not m["obstacle"]
+    ]
+    assert (
+        max(m["gain_at"]["0.1"]["mean"] for m in others) < 0.66
+    )  # "nothing but the model's own words comes near"
     near = ways()["rehearsal-4-1"]["by_text"][the_map()["map"]["texts"].index("general")]
     assert 0.2 < near < 0.3  # "to a quarter"
     return [
         f"rehearsal keeps {one['gain']:.0%} of what plain SFT learns at {one['drift']:.0%} of its drift".replace(
             "%", " %"
         ),
+        f"at the best of its rates and scales, keeps {reference['gain_at']['0.1']['mean']:.0%}".replace("%", " %"),
         f"{two['gain']:.0%} at twice the learning rate, at {two['drift']:.0%}".replace("%", " %"),
         f"where plain SFT loses {number(100 * point('sft')['forgetting']['mean'], 1)} points "
         f"({span(point('sft')['forgetting'], 1, 100)})",
@@ -648,9 +655,9 @@ def a_run(tiny_folder, tmp_path, monkeypatch, request):
     (code,) = blocks("README.md")
     assert len([line for line in code.splitlines() if line]) <= 14
     code = code.replace("Qwen/Qwen2.5-0.5B-Instruct", str(tiny_folder / "model"))
-    options = "max_steps=2, bf16=False, use_cpu=True, rehearsal_num_texts=8, rehearsal_num_tokens=24, logging_steps=1"
+    options = "max_steps=2, bf16=False, use_cpu=True, rehearsal_num_texts=8, rehearsal_num_tokens=32, logging_steps=1"
     code = code.replace('MeanTeacherConfig("out",', f'MeanTeacherConfig("out", {options},')
-    code = code.replace('teacher="none"', f'teacher="{request.param}"')
+    code = code.replace('teacher="none"', f'teacher="{getattr(request, "param", "none")}"')
     scope = {}
     exec(code, scope)
     return scope["trainer"]

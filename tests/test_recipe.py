@@ -78,7 +78,7 @@ def test_a_shipped_config_runs_on_its_architecture(workplace, name):
     config = ROOT / "recipes" / "configs" / f"{name}.yaml"
     arguments = ["--config", str(config), "--model_name_or_path", "model", "--dataset_name", "data.jsonl"]
     arguments += ["--eval_fraction", "0.2", "--generations", "0"]
-    texts = ["--rehearsal_num_texts", "16", "--rehearsal_num_tokens", "24"] if name == "qwen2_1.5b_qlora" else []
+    texts = ["--rehearsal_num_texts", "16", "--rehearsal_num_tokens", "32"] if name == "qwen2_1.5b_qlora" else []
     launch(*arguments, *texts, *QUICK, "--output_dir", name, cwd=workplace)
     metrics = json.loads((workplace / name / "metrics.json").read_text())
     assert metrics["provenance"]["arguments"]["gradient_accumulation_steps"] == 2
