@@ -220,7 +220,7 @@ def test_a_report_is_the_same_from_its_figures_alone_which_hold_no_text(comparis
     write_report(str(tmp_path))
     names = {path.name for path in tmp_path.iterdir()}
     # Without a map: six rows are too few for one.
-    pictures = {f"{name}.png" for name in CAPTIONS if name != "front"}
+    pictures = {f"{name}.png" for name in CAPTIONS if name not in ("front", "stages")}
     assert names == {"comparison.json", "report.md", "report.html", *pictures}
     assert all((tmp_path / name).read_bytes() == (folder / name).read_bytes() for name in names)
     generations = [json.loads(line) for line in (folder / "base" / "generations.jsonl").read_text().splitlines()]
