@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import yaml
 from conftest import rows
 from test_comparison import check_tags
 
+from trl_ema.cli import train
 from trl_ema.comparison import run as running
 from trl_ema.comparison.figures import summarize_comparison
 from trl_ema.comparison.plan import load_comparison
@@ -20,9 +22,10 @@ from trl_ema.comparison.run import run_comparison
 from trl_ema.comparison.statistics import backward_transfer, forward_transfer, stage_forgetting
 from trl_ema.comparison.trackers import _figures
 from trl_ema.comparison.training import START, train_together
+from trl_ema.evaluation.answers import summarize
 from trl_ema.evaluation.drift import measure_drift, tokenized_batches
 from trl_ema.evaluation.models import load_base, with_adapter
-from trl_ema.files import read_json, write_json
+from trl_ema.files import read_json, write_json, write_jsonl
 from trl_ema.script import held_out_rows, options_of_run
 
 
@@ -34,7 +37,11 @@ PLAN = {
         model_name_or_path="model", dataset_name="data.jsonl", disable_tqdm=True,
     ),
     "stages": [{"name": "first"}, {"name": "second", "dataset_name": "texts.jsonl", "max_steps": 4}],
-    "arms": {"sft": {"teacher": "none"}, "ema": {"teacher": "ema", "learning_rate_scale": 0.5}},
+    "arms": {
+        "sft": {"teacher": "none"},
+        "ema": {"teacher": "ema", "learning_rate_scale": 0.5},
+        "half": {"interpolate": "sft", "scales": [0.5]},
+    },
     "seeds": [0],
     "evaluation": {"domain_samples": 6, "generation_tokens": 0, "scales": [0.5]},
 }  # fmt: skip
@@ -64,12 +71,30 @@ def plan(tiny_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def comparison(plan, tmp_path_factory):
+def in_this_process():
+    """A context in which the trainings of a comparison are the real ones, but no processes of their own."""
+    start = subprocess.run
+
+    def run(command, **options):
+        return train(command[4:]) if "trl_ema" in command else start(command, **options)
+
+    @contextmanager
+    def context():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(subprocess, "run", run)
+            yield
+
+    return context
+
+
+@pytest.fixture(scope="module")
+def comparison(plan, in_this_process, tmp_path_factory):
     """One that was run to its end: its first stage alone, then both."""
     found = load_comparison(plan, str(tmp_path_factory.mktemp("stages") / "out"))
-    run_comparison(found, arms=["sft"], stages=["first"])
-    assert sorted(path.parent.name for path in Path(found.output_dir).rglob("metrics.json")) == ["first"]
-    run_comparison(found, jobs=2)
+    with in_this_process():
+        run_comparison(found, arms=["sft"], stages=["first"])
+        assert sorted(path.parent.name for path in Path(found.output_dir).rglob("metrics.json")) == ["first"]
+        run_comparison(found)
     write_report(found.output_dir)
     return found
 
@@ -101,7 +126,6 @@ def test_each_stage_goes_on_from_the_adapter_of_the_one_before(comparison):
     assert "adapter_name_or_path" not in yaml.safe_load((first / "config.yaml").read_text())
     assert yaml.safe_load((folders(comparison, "ema")[1] / "config.yaml").read_text())["learning_rate"] == 1e-2
     assert read_json(second / "metrics.json")["provenance"]["adapter"] == str(first)
-    # The second one, which began at the first, is nearer to it than to the base.
     assert [len(read_json(folder / "metrics.json")["log"]) for folder in (first, second)] == [4, 5]
 
 
@@ -111,7 +135,7 @@ def test_every_domain_is_measured_after_every_stage_from_the_base(comparison, ti
     assert not summary["missing"]
     stages = summary["stages"]
     assert stages["names"] == ["first", "second"]
-    assert [way["label"] for way in stages["ways"]] == ["sft", "ema", "ema, teacher"]
+    assert [way["label"] for way in stages["ways"]] == ["sft", "ema", "ema, teacher", "half, × 0.5"]
     held_out, settings = [], []
     for folder in folders(comparison):
         options = options_of_run(str(folder))
@@ -169,6 +193,32 @@ def test_a_report_tells_the_stages(comparison, tmp_path):
     assert _figures(summary)["ema, teacher"]["backward transfer"] is not None
 
 
+def test_tasks_are_told_after_each_stage(copied):
+    """Four questions, answered as it is written here: two right before, three after the first stage and one after the second."""
+    folder = Path(copied.output_dir)
+    plan = read_json(folder / "plan.json")
+    plan["evaluation"]["retention_tasks"] = {"quiz": {}}
+    write_json(folder / "plan.json", plan)
+    for place, right in [(folder / "base", 2)] + [
+        (way, 3 if way.parts[-3] == "first" else 1) for way in folder.glob("*/seed_0/*/evaluation/*")
+    ]:
+        same = {"task": "quiz", "doc_hash": "x", "prompt_hash": "y", "metric": "acc", "chance": 0.25}
+        answers = [{"doc_id": i, "score": float(i < right), **same} for i in range(4)]
+        write_jsonl(place / "quiz.jsonl", answers)
+        write_json(place / "quiz.json", summarize(answers) | {"settings": {}})
+    write_report(copied.output_dir)
+    way = read_json(folder / "comparison.json")["stages"]["ways"][1]
+    assert [stage["tasks"]["quiz"]["mean"] for stage in way["after"]] == [0.75, 0.25]
+    found = [
+        line.split(" | ") for line in (folder / "report.md").read_text().splitlines() if line.startswith("| ema | ")
+    ]
+    assert [(cells[1], cells[-1][:5]) for cells in found if cells[1] in ("first", "second")] == [
+        ("first", "0.750"),
+        ("second", "0.250"),
+    ]
+    check_tags((folder / "report.html").read_text())
+
+
 def test_what_is_done_is_not_done_again_and_what_is_not_goes_on(comparison, copied, nothing_trained):
     run_comparison(copied)  # in another place
     assert not nothing_trained
@@ -201,18 +251,24 @@ def test_a_stage_that_fails_is_named(copied, monkeypatch):
         train_together(copied, [(copied.arms["sft"], 0)], 2)
 
 
-@pytest.mark.slow
-def test_an_interrupted_stage_goes_on_as_if_it_had_not_been(comparison, plan, tiny_folder, tmp_path):
+def test_an_interrupted_stage_goes_on_as_if_it_had_not_been(in_this_process, tiny_folder, tmp_path):
     """Trained with checkpoints, cut off after the second step, and gone on with: the same weights."""
-    changed = write_plan(tiny_folder, tmp_path, training=PLAN["training"] | {"save_strategy": "steps", "save_steps": 2})
+    training, evaluation = PLAN["training"] | {"save_strategy": "steps", "save_steps": 2}, {"generation_tokens": 0}
+    changed = write_plan(tiny_folder, tmp_path, training=training, evaluation=evaluation)
     found = load_comparison(changed, str(tmp_path / "out"))
-    run_comparison(found, arms=["sft"])
+    with in_this_process():
+        run_comparison(found, arms=["sft"])
     second = folders(found)[1]
     whole = (second / "adapter_model.safetensors").read_bytes()
     for name in ("metrics.json", "adapter_model.safetensors", "checkpoint-4"):
         path = second / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    run_comparison(found, arms=["sft"])
+    kept = second / "checkpoint-2" / "trainer_state.json"
+    written = kept.stat().st_mtime_ns
+    with in_this_process():
+        run_comparison(found, arms=["sft"])
+    assert read_json(second / "metrics.json")["provenance"]["steps"] == 4
+    assert kept.stat().st_mtime_ns == written  # which a new training would have written again
     assert (second / "adapter_model.safetensors").read_bytes() == whole
 
 
@@ -304,7 +360,7 @@ def test_stages_with_a_mistake_are_refused(tiny_folder, tmp_path, changes, messa
     [
         ({"stages": [{"name": "a"}, {"name": "b", "max_step": 2}]}, "options of sft, seed 0, stage b, cannot be: .*max_step"),
         ({"stages": [{"name": "a"}, {"name": "b", "lora_r": 2}]}, r"Stage 'b' sets \['lora_r'\]: model, adapter and method stay the same"),
-        ({"stages": [{"name": "a"}, {"name": "b", "teacher": "none"}]}, r"Stage 'b' sets \['teacher'\]: model, adapter and"),
+        ({"stages": [{"name": "a"}, {"name": "b", "teacher": "none"}], "arms": {"x": {}}}, r"Stage 'b' sets \['teacher'\]: model, adapter and"),
         (
             {"arms": {"x": {"teacher": "none", "rehearsal_weight": 1, "rehearsal_texts": "t.safetensors"}}},
             "x, seed 0, stage second, has `rehearsal_texts='t.safetensors'`, texts of one model, and each stage begins with another",
@@ -367,7 +423,7 @@ def test_several_seeds_have_the_mean_of_their_own_forgetting(comparison, plan, t
     shutil.copytree(comparison.output_dir, folder)
     kept = read_json(folder / "plan.json")
     write_json(folder / "plan.json", kept | {"seeds": [0, 1]})
-    for arm in ("sft", "ema"):
+    for arm in ("sft", "ema", "half"):
         shutil.copytree(folder / arm / "seed_0", folder / arm / "seed_1")
     path = folder / "sft" / "seed_1" / "second" / "evaluation" / "student" / "text.json"
     text = read_json(path)

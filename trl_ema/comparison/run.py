@@ -150,12 +150,12 @@ def _parsed(comparison: Comparison) -> list[dict[tuple[str, int], _Options]]:
     _check_options_of_stages(comparison)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "config.yaml")
-        parsed = []
+        parsed: list[dict[tuple[str, int], _Options]] = []
         for stage in comparison.by_stage():
             parsed.append({})
-            for run, options in _runs(stage).items():
+            for (arm, seed), options in _runs(stage).items():
                 write_text(path, yaml.safe_dump(options))
-                parsed[-1][run] = _understand(stage, *run, path)
+                parsed[-1][arm, seed] = _understand(stage, arm, seed, path)
     return parsed
 
 
@@ -245,7 +245,7 @@ def _checked_tasks(suite: Suite) -> "TaskManager | None":
 
 def _plan(comparison: Comparison, by_stage: list[_Options]) -> dict:
     args, _, model_args = by_stage[0]
-    found = {
+    found: dict[str, Any] = {
         "training": comparison.training,
         "arms": comparison.written,
         "reference": comparison.reference,
@@ -258,8 +258,9 @@ def _plan(comparison: Comparison, by_stage: list[_Options]) -> dict:
         **sources(args, model_args),
     }
     if comparison.stages:
-        data = [f"{one.name}: {data_of(args)}" for one, (args, *_) in zip(comparison.stages, by_stage, strict=True)]
-        found |= {"stages": [stage.written for stage in comparison.stages], "data": "; ".join(data)}
+        names = [stage.name for stage in comparison.stages]
+        learned = [f"{name}: {data_of(options[0])}" for name, options in zip(names, by_stage, strict=True)]
+        found |= {"stages": [stage.written for stage in comparison.stages], "data": "; ".join(learned)}
     return found
 
 
