@@ -1,5 +1,5 @@
 """
-The data of the map of methods (frontier_definitions.yaml), from sets that the package does not bring.
+The data of the map of methods (frontier_definitions.yaml, frontier_medquad.yaml), from sets that the package does not bring.
 
     python benchmarks/frontier.py --sets FOLDER --output_dir runs/frontier/data
 
@@ -25,7 +25,7 @@ from trl_ema.files import write_jsonl
 from trl_ema.offline import demo_model
 
 
-ROWS, TOKENS = 40, 80  # of each source of drift
+ROWS, TOKENS = 16, 80  # of each source of drift
 
 
 def medquad(sets: Path, split: str) -> list[dict]:

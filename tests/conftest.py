@@ -1,14 +1,18 @@
 """Tiny models, tokenizers and data, made on the spot: nothing is downloaded and nothing is left behind."""
 
+import atexit
 import json
 import os
+import shutil
 import sys
+import tempfile
 
 
 # Before any hub library is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # which trackio reads when TRL imports it
 # `pytest -m gpu`, or TRL_EMA_TESTS_ON=cuda for the whole suite on a GPU. The workers of xdist have other arguments, but inherit this.
 if any("gpu" in argument and "not gpu" not in argument for argument in sys.argv):
     os.environ.setdefault("TRL_EMA_TESTS_ON", "gpu")
@@ -27,6 +31,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
 
+
+atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 WORDS = [
     "a",

@@ -598,6 +598,12 @@ def test_losses_on_other_tokens_are_refused(comparison: Comparison, tmp_path):
         ({"evaluation": {"scales": [0.5, 0.5]}}, "must be different factors above 0"),
         ({"evaluation": {"drift_data": ["a.jsonl"]}}, r"`drift_data` is \['a.jsonl'\]; expected files by name"),
         ({"evaluation": {"drift_data": {"domain": "a.jsonl"}}}, "`drift_data` has a text named 'domain'; use letters"),
+        ({"evaluation": {"drift_on": "general"}}, r"`drift_on` is 'general'; expected a list of different texts"),
+        (
+            {"evaluation": {"drift_data": {"a": "a.jsonl"}, "drift_on": ["b"]}},
+            r"`drift_on` names \['b'\]; expected some of \['general', 'a'\]",
+        ),
+        ({"evaluation": {"bf16": "yes"}}, "`bf16` of the evaluation is 'yes'; expected true or false"),
         ({"seeds": 3}, r"`seeds` in .* is 3; expected a list such as \[0, 1, 2\]"),
         (
             {"evaluation": {"retention_tasks": ["arc_easy"]}},

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import gzip
 import io
 import json
@@ -1024,6 +1025,30 @@ def test_the_base_s_passes_are_kept_for_the_next_model_bit_for_bit(tokenizer, tm
         found = text.measure(model, str(tmp_path / run), run, kept=kept)
         assert len(passes) == expected
         assert all(found[name] == plain[name] for name in ("domain", "general"))
+
+
+def test_loss_and_drift_under_bfloat16_autocast_are_those_of_its_hidden_states(tokenizer, tmp_path):
+    model = get_peft_model(tiny_model(), lora(init_lora_weights=False))
+    suite = Suite(generation_tokens=0, batch_size=6, bf16=True, scales=[0.5])
+    text = HeldOutText(tokenizer, suite, rows(6), rows(4, seed=5))
+    kept = {}
+    found = text.measure(model, str(tmp_path), "a", kept=kept)
+    plain = HeldOutText(tokenizer, dataclasses.replace(suite, bf16=False), rows(6), rows(4, seed=5)).measure(
+        model, str(tmp_path), "a"
+    )
+    assert found["key"] != plain["key"]  # measured anew
+    (batch,) = text.batches["domain"]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        now = model.base_model.model.model(**{k: v for k, v in batch.items() if k != "labels"}).last_hidden_state
+    head = model.get_output_embeddings().weight
+    log_p = (now.double() @ head.double().t()).log_softmax(-1)[:, :-1]
+    labels = batch["labels"][:, 1:]
+    rows_, columns = torch.nonzero(labels != -100, as_tuple=True)
+    expected = -log_p[rows_, columns, labels[rows_, columns]].mean().item()
+    assert found["domain"]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert found["domain"]["loss"] != pytest.approx(plain["domain"]["loss"], rel=1e-6)
+    text.trace(model, str(tmp_path), "a", kept=kept)
+    assert read_json(tmp_path / "curve.json")["key"][-1] == "bf16"
 
 
 @pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga", "loftq"])

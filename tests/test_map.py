@@ -136,6 +136,25 @@ def write_measured(
             write(student / "curve.json", {"key": [arm, "rows"], "unscalable": None, "scales": curve})
 
 
+def test_the_drift_of_a_map_is_that_on_the_texts_it_names(tmp_path):
+    def measured(name, **evaluation):
+        given = {"retention_tasks": {}, "domain_tasks": {}, "generation_tokens": 0, "scales": [0.25, 0.5, 0.75]}
+        given |= {"drift_data": {"other": "x.jsonl"}} | evaluation
+        write_measured(tmp_path / name, evaluation=given)
+        summary = summarize_comparison(str(tmp_path / name))
+        return summary["map"], Path(write_report(str(tmp_path / name))).read_text()
+
+    (both, page), (other, page_of_other) = measured("both"), measured("other", drift_on=["other"])
+    texts = read_json(
+        tmp_path / "both" / both["reference"]["label"] / "seed_0" / "evaluation" / "student" / "text.json"
+    )
+    drift = {name: texts[name]["kl_base_model"] for name in ("general", "other")}
+    assert both["reference"]["drift"] == pytest.approx(np.mean(list(drift.values())))
+    assert other["reference"]["drift"] == pytest.approx(drift["other"])
+    assert both["texts"] == other["texts"] == ["general", "other"] and other["drift_on"] == ["other"]
+    assert "on general and other text, their mean" in page and "on other text." in page_of_other
+
+
 def test_runs_that_were_trained_elsewhere_are_measured_and_nothing_is_trained(runs, monkeypatch):
     monkeypatch.setattr("trl_ema.comparison.run.train", lambda *args, **kwargs: pytest.fail("trained"))
     root = Path(runs.output_dir)

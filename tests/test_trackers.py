@@ -15,14 +15,12 @@ from trl_ema.files import read_json
 KEPT = Path(__file__).parents[1] / "recipes" / "results" / "smollm2_medical"
 
 
-@pytest.fixture(scope="module")
-def trackio(tmp_path_factory):
-    """It reads where to write when it is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
-        import trackio
+@pytest.fixture
+def trackio():
+    """Where it writes is set in `conftest.py`."""
+    import trackio
 
-        yield trackio
+    return trackio
 
 
 def events(folder):

@@ -169,6 +169,7 @@ class _Base:
 
     def __init__(self, folder: Path, suite: Suite):
         self.folder, self.retention_tasks, self.texts = folder, list(suite.retention_tasks), suite.general_texts
+        self.drift_on = suite.drift_on
         self.tasks = {name: read_json(folder / f"{name}.json") for name in suite.tasks}
         self.text = read_json(folder / TEXT)
         rows = {name: read_jsonl(folder / f"{name}.jsonl") for name in self.tasks}
@@ -305,7 +306,7 @@ def _reference(points: list[_Point], base: "_Base", comparison: Comparison) -> _
         return point is best or not (found["mean"] > 0 if math.isnan(found["low"]) else found["low"] > 0)
 
     def drift(point: _Point) -> float:
-        return float(np.mean([text[name]["kl_base_model"] for text in point.texts.values() for name in base.texts]))
+        return float(np.mean([text[name]["kl_base_model"] for text in point.texts.values() for name in base.drift_on]))
 
     return min(filter(is_near, plain), key=drift)
 
@@ -332,7 +333,7 @@ def _map(points: list[_Point], base: "_Base", reference: _Point | None, comparis
             name for name in comparison.methods if all(arm in plain for method, arm in sources if method == name)
         )
     planned = {name: sum(method == name for method, _ in sources) for name in comparison.methods}
-    found = summarize_map(Fronts(settings, _rows(base.text, names), own), planned, controls)
+    found = summarize_map(Fronts(settings, _rows(base.text, names), own, base.drift_on), planned, controls)
     return found | {"unscalable": {point.label: point.unscalable for point in points if point.unscalable}}
 
 

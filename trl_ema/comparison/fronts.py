@@ -74,7 +74,14 @@ class _Sample:
     stay paired.
     """
 
-    def __init__(self, base: dict[str, np.ndarray], reference: Setting, half: int | None, resamples: int):
+    def __init__(
+        self,
+        base: dict[str, np.ndarray],
+        reference: Setting,
+        drift_on: list[str] | None,
+        half: int | None,
+        resamples: int,
+    ):
         self.reference = reference
         self.rows = {
             name: np.arange(len(rows)) if half is None else np.arange(half, len(rows), 2) for name, rows in base.items()
@@ -84,6 +91,7 @@ class _Sample:
             for i, (name, rows) in enumerate(self.rows.items())
         }
         self.texts = [name for name in base if name != "domain"]
+        self.drift_on = drift_on or self.texts
         self.base_loss = self._mean("domain", base["domain"], _LOSS)
         self._found: dict[tuple[Setting, float, int], _Amount] = {}
 
@@ -97,7 +105,7 @@ class _Sample:
         key = (setting, scale, seed)
         if key not in self._found:
             rows = setting.rows[scale][seed]
-            drifts = [self._mean(name, rows[name], _DRIFT) for name in self.texts]
+            drifts = [self._mean(name, rows[name], _DRIFT) for name in self.drift_on]
             self._found[key] = _Amount(
                 self.base_loss - self._mean("domain", rows["domain"], _LOSS), np.mean(drifts, axis=0)
             )
@@ -177,16 +185,24 @@ class Fronts:
         settings (`list[Setting]`): Of all methods.
         base (`dict`): Rows of the base, by text.
         reference ([`Setting`]): Its gain and drift are 1.
+        drift_on (`list[str]`, *optional*): The texts whose mean is the drift; all but the domain's by default.
     """
 
-    def __init__(self, settings: list[Setting], base: dict[str, np.ndarray], reference: Setting, resamples: int = 2000):
+    def __init__(
+        self,
+        settings: list[Setting],
+        base: dict[str, np.ndarray],
+        reference: Setting,
+        drift_on: list[str] | None = None,
+        resamples: int = 2000,
+    ):
         self.reference = reference
         self.methods = {
             name: _Method(name, [setting for setting in settings if setting.method == name], reference.seeds)
             for name in dict.fromkeys(setting.method for setting in settings)
         }
-        self.whole = _Sample(base, reference, None, 0)
-        self.halves = [_Sample(base, reference, half, resamples) for half in _HALVES]
+        self.whole = _Sample(base, reference, drift_on, None, 0)
+        self.halves = [_Sample(base, reference, drift_on, half, resamples) for half in _HALVES]
         self._measured: dict[tuple[str, tuple[int, ...]], dict[int, np.ndarray]] = {}
 
     def obstacle(self) -> str | None:
@@ -284,6 +300,7 @@ def summarize_map(fronts: Fronts, planned: dict[str, int], controls: Sequence[st
             "label": fronts.reference.label, "gain": float(unit.gain[0]), "drift": float(unit.drift[0]), "seeds": seeds,
         },
         "texts": fronts.whole.texts,
+        "drift_on": fronts.whole.drift_on,
         "controls": names,
         "methods": sorted(methods, key=lambda entry: -np.nan_to_num(entry["hypervolume"]["mean"])),
     }  # fmt: skip

@@ -216,7 +216,7 @@ def _at_scales(way: dict, scales: list[str]) -> list[str]:
 
 def _map_text(found: dict) -> str:
     """What the figures of the map are."""
-    reference, texts = found["reference"], " and ".join(found["texts"])
+    reference, texts = found["reference"], " and ".join(found["drift_on"])
     several = any(len(method["hypervolume"]["seeds"]) > 1 for method in found["methods"])
     seeds = (
         "Where there are several seeds they are also chosen on the others than the one they are measured on. "
@@ -225,7 +225,7 @@ def _map_text(found: dict) -> str:
     )
     return (
         f"Gain: fall of the held-out loss. Drift: KL(base ‖ model) in nats per token on {texts} text"
-        f"{', their mean' if len(found['texts']) > 1 else ''}. Both in % of those of {reference['label']} "
+        f"{', their mean' if len(found['drift_on']) > 1 else ''}. Both in % of those of {reference['label']} "
         f"({reference['gain']:.3f} and {reference['drift']:.3f} nats). A method's front is the largest gain that any of its settings "
         "has at each drift, along the setting's own scales (straight in the root of drift), averaged teachers among them. Which "
         "setting is used at which drift is chosen on one half of the rows and measured on the other, and the other way round. "

@@ -373,6 +373,8 @@ class _Evaluator:
             trust_remote_code=training_args.trust_remote_code,
             device_map={"": training_args.device},
         )
+        if model_args.attn_implementation is not None:
+            self.options["attn_implementation"] = model_args.attn_implementation
         held_out = load_held_out(args, self.tokenizer, training_args.dataset_text_field)
         others: dict[str, Any] = {}
         settings_of_stages: dict[str, MeanTeacherConfig] = {}

@@ -77,21 +77,26 @@ class Suite:
         domain_tasks (`dict`): The same for the domain.
         drift_data (`dict`): Name to a file (or hub name) of further general texts for loss and drift, beside the built-in
             `general` rows.
+        drift_on (`list[str]`, *optional*): Those of these texts, `general` among them, whose mean is the drift of the map. All of
+            them by default.
         scales (`tuple`): Factors of each adapter's update at which loss and drift are measured too, beside 1.
         domain_samples (`int`): Held-out rows for loss, drift and generations.
         generation_tokens (`int`): Tokens per generated answer; 0 for no generations.
         max_length (`int`): Tokens per row of the loss and the drift.
         batch_size (`int`, *optional*): Found automatically by default.
+        bf16 (`bool`): Loss and drift under bfloat16 autocast, as a training with `bf16` runs; the head's products as without it.
     """
 
     retention_tasks: dict[str, TaskSettings] = field(default_factory=dict)
     domain_tasks: dict[str, TaskSettings] = field(default_factory=dict)
     drift_data: dict[str, str] = field(default_factory=dict)
+    drift_on: list[str] = field(default_factory=list)
     scales: tuple[float, ...] = ()
     domain_samples: int = 128
     generation_tokens: int = 48
     max_length: int = 1024
     batch_size: int | None = None
+    bf16: bool = False
 
     @classmethod
     def from_dict(cls, options: dict) -> "Suite":
@@ -111,11 +116,14 @@ class Suite:
     def __post_init__(self) -> None:
         _take_counts(self, {"domain_samples": 1, "generation_tokens": 0, "max_length": 2, "batch_size": 1})
         object.__setattr__(self, "drift_data", _drift_data(self.drift_data or {}))
+        object.__setattr__(self, "drift_on", _drift_on(self.drift_on, self.general_texts))
         object.__setattr__(self, "scales", _scales(self.scales or ()))
+        if not isinstance(self.bf16, bool):
+            raise ValueError(f"`bf16` of the evaluation is {self.bf16!r}; expected true or false.")
 
     @property
     def general_texts(self) -> list[str]:
-        """Names of the texts that drift away from the domain is measured on."""
+        """Names of the texts that loss and drift away from the domain are measured on."""
         return ["general", *self.drift_data]
 
     @property
@@ -202,6 +210,15 @@ def _drift_data(files: Any) -> dict[str, str]:
                 f"`drift_data` has a text named {name!r}; use letters, digits, `_`, `-` and `.`, and none of {_RESERVED}."
             )
     return {str(name): path for name, path in files.items()}
+
+
+def _drift_on(names: Any, texts: list[str]) -> list[str]:
+    if names is not None and (not isinstance(names, list | tuple) or len(set(map(str, names))) < len(names)):
+        raise ValueError(f"`drift_on` is {names!r}; expected a list of different texts, such as {texts}.")
+    unknown = [name for name in names or () if name not in texts]
+    if unknown:
+        raise ValueError(f"`drift_on` names {unknown}; expected some of {texts}, `general` and those of `drift_data`.")
+    return list(names or texts)
 
 
 def _scales(scales: Any) -> tuple[float, ...]:

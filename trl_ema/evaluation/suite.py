@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
@@ -109,7 +110,7 @@ class HeldOutText:
                 starting point: exact, and half of the work.
         """
         path, partial = Path(folder, TEXT), Path(folder, PARTIAL)
-        key = [model_id, self._digest(), self.suite.generation_tokens, self.suite.max_length, _ROWS]
+        key = [model_id, self._digest(), self.suite.generation_tokens, self.suite.max_length, _ROWS, *self._precision]
         if path.is_file() and read_json(path)["key"] == key:
             return read_json(path)
         result = read_json(partial) if partial.is_file() else {}
@@ -117,7 +118,7 @@ class HeldOutText:
             result = {"key": key, "provenance": provenance() | {"questions": questions}}
         for name, batches in self.batches.items():
             if name not in result:
-                result[name] = _loss_and_drift(model, f"{name} text", batches, reference, kept)
+                result[name] = self._loss_and_drift(model, f"{name} text", batches, reference, kept)
                 write_json(partial, result)
         if self.prompts is not None:
             answers = self._answers(model, result, partial)
@@ -139,7 +140,8 @@ class HeldOutText:
         Args:
             model_id, reference, kept: See [`measure`].
         """
-        path, key = Path(folder, CURVE), [model_id, self._digest(), self.suite.max_length, _ROWS]
+        path = Path(folder, CURVE)
+        key = [model_id, self._digest(), self.suite.max_length, _ROWS, *self._precision]
         result = read_json(path) if path.is_file() else {}
         if result.get("key") != key:
             obstacle = next(filter(None, map(unscalable_by, adapter_configs(model))), None)
@@ -149,10 +151,22 @@ class HeldOutText:
             if f"{scale:g}" not in result["scales"]:
                 with rescale_adapter_scale(model, scale):
                     result["scales"][f"{scale:g}"] = {
-                        name: _loss_and_drift(model, f"{name} text × {scale:g}", batches, reference, kept, ("forward",))
+                        name: self._loss_and_drift(
+                            model, f"{name} text × {scale:g}", batches, reference, kept, ("forward",)
+                        )
                         for name, batches in self.batches.items()
                     }
                 write_json(path, result)
+
+    @property
+    def _precision(self) -> list[str]:
+        """What is said of it in a file's key: nothing of the model's own."""
+        return ["bf16"] if self.suite.bf16 else []
+
+    def _loss_and_drift(self, model: Any, *args: Any) -> dict:
+        device = model.get_input_embeddings().weight.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.suite.bf16):
+            return _loss_and_drift(model, *args)
 
     def _answers(self, model: PreTrainedModel | PeftModel, result: dict, partial: Path) -> list[str]:
         path = partial.with_name(GENERATIONS)
