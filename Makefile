@@ -1,4 +1,4 @@
-# make demo      the main job: a real model learns medicine under a mean teacher (about ten minutes on 2 cores)
+# make demo      the main job: a real model learns medicine and rehearses what it knew (about ten minutes on 2 cores)
 # make quick     the tests of the inner loop: under two minutes on 2 cores, no launches
 # make test      the test suite
 # make lint      ruff and mypy

@@ -1,8 +1,8 @@
 """
-Adapt a language model to medicine under a mean teacher, and see what it learned and what it kept.
+Adapt a language model to medicine, by rehearsal or under a mean teacher, and see what it learned and what it kept.
 
-With no arguments, the offline demo: SmolLM2-135M-Instruct in 4-bit NF4 learns medical definitions, in about ten minutes
-on 2 CPU cores.
+With no arguments, the offline demo: SmolLM2-135M-Instruct in 4-bit NF4 learns medical definitions and rehearses
+what it knew, in about ten minutes on 2 CPU cores.
 
     accelerate launch recipes/medical_ema.py
 

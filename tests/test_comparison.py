@@ -19,9 +19,9 @@ from trl_ema import MeanTeacherConfig
 from trl_ema.adapters.names import TEACHER_NAME
 from trl_ema.cli import train
 from trl_ema.comparison.figures import CURVES, summarize_comparison
-from trl_ema.comparison.pictures import CAPTIONS, COLORS, _curve_grid, _subject_bars, _task_bars, _tradeoff
+from trl_ema.comparison.pictures import CAPTIONS, COLORS, _curve_grid, _drift, _subject_bars, _task_bars, _tradeoff
 from trl_ema.comparison.plan import DEFAULT_CONFIG, Comparison, load_comparison
-from trl_ema.comparison.report import write_report
+from trl_ema.comparison.report import _in_short, write_report
 from trl_ema.comparison.run import _Evaluator, _understood, run_comparison
 from trl_ema.evaluation.models import is_adapter, load_base
 from trl_ema.evaluation.tasks import check_tasks, mmlu_subjects, task_manager
@@ -392,9 +392,9 @@ def test_long_curves_are_thinned(comparison: Comparison, tmp_path):
 def test_the_page_stands_alone_and_its_pictures_show_the_figures(comparison: Comparison):
     page = Path(comparison.output_dir, "report.html").read_text()
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|url\((?!#)|@import""", page)
-    pictures = dict(
-        zip(("tradeoff", "tasks", "curves", "subjects"), re.findall(r"<svg.*?</svg>", page, re.DOTALL), strict=True)
-    )
+    names = ("tradeoff", "drift", "tasks", "curves", "subjects")
+    pictures = dict(zip(names, re.findall(r"<svg.*?</svg>", page, re.DOTALL), strict=True))
+    assert all(f'role="img" aria-label="{CAPTIONS[name]}"' in page.replace("&#39;", "'") for name in names)
     assert all("currentColor" in picture for picture in pictures.values())
     ids = re.findall(r'\bid="([^"]*)"', page)
     assert len(ids) == len(set(ids))
@@ -415,22 +415,27 @@ def test_the_page_stands_alone_and_its_pictures_show_the_figures(comparison: Com
     arms = [("sft", 1), ("ema", 2), ("sft_low_lr", 1), ("sft_interpolated", 1)]
     for (_, uses), color in zip(arms, COLORS, strict=False):
         assert pictures["tasks"].count(f"fill: {color}") >= 2 * uses
-        assert pictures["tradeoff"].count(color) >= uses
+        assert pictures["tradeoff"].count(color) >= uses and pictures["drift"].count(color) >= uses
     assert all(pictures["curves"].count(f"stroke: {color}") >= 2 for color in COLORS[:3])
     text = Path(comparison.output_dir, "report.md").read_text()
-    assert "| ema, teacher" in text and "![Domain gain against forgetting](tradeoff.png)" in text
+    assert "| ema, teacher" in text and all(f"![{CAPTIONS[name]}]({name}.png)" in text for name in names)
     assert "- commit: " in text and "learning_rate_scale: 0.1" in text
     json.loads(Path(comparison.output_dir, "comparison.json").read_text(), parse_constant=pytest.fail)
 
 
-@pytest.mark.parametrize("name", ["tradeoff", "tasks", "subjects", "curves"])
+@pytest.mark.parametrize("name", ["tradeoff", "drift", "tasks", "subjects", "curves"])
 def test_no_label_of_a_large_comparison_lies_on_another(comparison: Comparison, name):
     summary = large(json.loads(Path(comparison.output_dir, "comparison.json").read_text()))
     colors = {arm: COLORS[i] for i, arm in enumerate(summary["plan"]["arms"])}
-    draw = {"tradeoff": _tradeoff, "tasks": _task_bars, "subjects": _subject_bars, "curves": _curve_grid}[name]
-    figure = draw(summary, colors)
+    draw = {
+        "tradeoff": _tradeoff, "drift": _drift, "tasks": _task_bars, "subjects": _subject_bars, "curves": _curve_grid,
+    }  # fmt: skip
+    figure = draw[name](summary, colors)
     figure.canvas.draw()
     titles = [ax.title for ax in figure.axes if ax.get_visible() and ax.title.get_text()]
+    titles += [text for legend in figure.legends for text in legend.get_texts()]
+    titles += [label for ax in figure.axes for label in (ax.xaxis.label, ax.yaxis.label) if label.get_text()]
+    assert titles
     boxes = [title.get_window_extent() for title in titles]
     assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
     for box in boxes:
@@ -495,12 +500,22 @@ def test_a_report_names_the_parts_that_are_missing(comparison: Comparison, tmp_p
     ]
     assert "no arc_easy.jsonl)" in summary["missing"][1]
     assert "Missing: ema, seed 1: not trained" in caplog.text
-    assert "ema, seed 1: not trained" in (folder / "report.html").read_text()
+    page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    assert page.index("ema, seed 1: not trained") > page.index("<h2>Missing</h2>") > page.index("<h2>Provenance</h2>")
+    assert text.index("ema, seed 1: not trained") > text.index("## Missing") > text.index("## Provenance")
+    assert '4 of 8 (arms × seeds) are measured whole: <a href="#missing">' in page and 'id="missing"' in page
+    assert "4 of 8 (arms × seeds) are measured whole: [what is missing](#missing)" in text
     # Half an evaluation is no point: its mean would be over other tasks. And every row says how many seeds it has.
     assert {point["label"]: point["seeds"] for point in summary["points"]} == {
         "sft": [0], "ema": [0], "sft_low_lr": [0, 1], "sft_interpolated, × 0.5": [1],
     }  # fmt: skip
-    assert re.search(r"^\| ema( \*)? \| 1 \|", (folder / "report.md").read_text(), re.MULTILINE)
+    assert re.search(r"^\| ema( \*)? \| 1 \|", text, re.MULTILINE)
+
+
+def test_many_missing_parts_are_told_by_method():
+    few, many = {"sft": ["sft-1, seed 0: not trained"]}, [f"ema-{i}, seed 0: not trained" for i in range(20)]
+    assert _in_short(few) == few["sft"]
+    assert _in_short(few | {"ema": many})[1] == "ema, 20 parts, the first: ema-0, seed 0: not trained"
 
 
 def test_a_report_without_a_point_has_no_picture_of_an_earlier_one(comparison: Comparison, tmp_path):

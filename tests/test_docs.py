@@ -132,43 +132,81 @@ def on_gpu(key, field=None, digits=2):
     return ", ".join(number(run if field is None else run[field], digits) for run in runs)
 
 
+@cache
+def the_map():
+    return json.loads((RESULTS / "frontier" / "definitions_seed_0.json").read_text(encoding="utf-8"))
+
+
+@cache
+def ways():
+    """The settings of all methods, by label."""
+    return {way["label"]: way for method in the_map()["map"]["methods"] for way in method["ways"]}
+
+
+def point_of_the_map(label, scale):
+    return next(found for found in ways()[label]["points"] if found["scale"] == scale)
+
+
+def on_the_map(label, scale):
+    """Gain, drift, and, of the adapter itself, drift on the built-in questions, in %."""
+    found = point_of_the_map(label, scale)
+    near = number(100 * ways()[label]["by_text"][the_map()["map"]["texts"].index("general")], 0) if scale == 1 else ""
+    return number(100 * found["gain"], 0), number(100 * found["drift"], 1), near
+
+
 # Tables
 
 
-def test_the_table_of_the_readme_is_of_the_kept_comparison():
-    arms = [
-        ("1e-3", "plain SFT", "sft_low_lr", "**first: lower the learning rate**"),
-        ("", "EMA, student", "ema_low_lr", "for less drift: ship the student"),
-        ("", "EMA, teacher", "ema_low_lr, teacher", "for least drift"),
-        ("5e-3", "plain SFT", "sft", "never: it forgets"),
-        ("", "the same, adapter × 0.5, one seed", "sft_interpolated, × 0.5", "to mend a run that forgot"),
-        ("", "the same, adapter × 0.25, one seed", "sft_interpolated, × 0.25", "likewise, for less drift"),
-        ("", "EMA, student", "ema", "dominated by its teacher"),
-        ("", "EMA, teacher", "ema, teacher", "dominated by SFT × 0.5"),
-        ("", "the same, `teacher_anchor=0.5`", "ema_anchored, teacher", "no better than scaling SFT back (one seed)"),
-        ("", "frozen teacher", "frozen", "dominated by SFT × 0.5"),
+def test_the_table_of_the_readme_is_of_the_kept_map():
+    rows_of = [
+        ("plain SFT", "sft-1", 1, "the domain alone counts"),
+        ("the same, adapter × 0.75", "sft-1", 0.75, "to mend a run, without training again"),
+        ("the same, adapter × 0.5", "sft-1", 0.5, "likewise"),
+        ("at half the rate", "sft-0.5", 1, "no better than to scale"),
+        ("**rehearsal, weight 4**", "rehearsal-4-1", 1, "**first choice**"),
+        ("weight 4, twice the rate", "rehearsal-4-2", 1, "for more gain"),
+        ("the same, adapter × 0.75", "rehearsal-4-2", 0.75, "for less drift"),
+        ("weight 1", "rehearsal-1-1", 1, "drifts twice as much"),
+        ("weight 10", "rehearsal-10-1", 1, "for least drift"),
+        ("its texts trained on as data", "replay-1-1", 1, "dominated by rehearsal"),
+        ("EMA teacher, weight 3, its student", "ema-3-1", 1, "dominated by rehearsal"),
+        ("the teacher itself", "ema-3-1, teacher", 1, "dominated by rehearsal"),
+        ("frozen teacher, weight 1", "frozen-1-1", 1, "dominated by rehearsal"),
     ]
-    for _, name, arm, _ in arms:
-        few = 2 if "low_lr" in arm or "anchored" in arm else 3
-        assert len(point(arm)["seeds"]) == (1 if "one seed" in name else few)
-    lines = [(rate, name, gain(arm), drop(arm), drift(arm), when) for rate, name, arm, when in arms]
+    lines = [(name, *on_the_map(label, scale), when) for name, label, scale, when in rows_of]
     assert table(*lines) in text_of("README.md")
-    half, quarter = "sft_interpolated, × 0.5", "sft_interpolated, × 0.25"
-    for better, worse in (("ema, teacher", "ema"), (half, "ema, teacher"), (half, "frozen")):
-        assert all(sign * (measure(better) - measure(worse)) > 0 for sign, measure in MEASURES)
-    # More gain for the adapter that is scaled back, and of the others nothing clear.
-    assert point(quarter)["domain_gain"]["mean"] > point("ema_anchored, teacher")["domain_gain"]["mean"]
-    assert drift(quarter) == drift("ema_anchored, teacher")
-    bounds = [point(arm)["forgetting"] for arm in (quarter, "ema_anchored, teacher")]
-    assert bounds[1]["low"] < bounds[0]["mean"] < bounds[1]["high"]
+    best = point_of_the_map("rehearsal-4-2", 0.75)
+    for label in (
+        "replay-1-1",
+        "ema-3-1",
+        "ema-3-1, teacher",
+        "frozen-1-1",
+    ):  # there is a point of more gain and less drift
+        found = point_of_the_map(label, 1)
+        of_rehearsal = [
+            p for name in ("rehearsal-1-1", "rehearsal-4-1", "rehearsal-4-2") for p in ways()[name]["points"]
+        ]
+        assert any(p["gain"] > found["gain"] and p["drift"] < found["drift"] for p in of_rehearsal), label
+    assert best["drift"] < point_of_the_map("rehearsal-4-1", 1)["drift"]
 
 
-# What is good, with its sign.
-MEASURES = [
-    (1, lambda arm: point(arm)["domain_gain"]["mean"]),
-    (-1, lambda arm: point(arm)["forgetting"]["mean"]),
-    (-1, lambda arm: point(arm)["drift"]["general"]["kl_base_model"]["mean"]),
-]
+def of_the_map():
+    """Rehearsal, and the most that plain SFT keeps at no more drift, along the scales of any of its settings."""
+    one, two = point_of_the_map("rehearsal-4-1", 1), point_of_the_map("rehearsal-4-2", 1)
+    other, reference = (
+        next(m for m in the_map()["map"]["methods"] if m["method"] == name) for name in ("rehearsal", "sft")
+    )
+    assert reference["gain_at"]["0.1"]["mean"] < 0.55 and other["ahead"]["sft"]["low"] > 0
+    near = ways()["rehearsal-4-1"]["by_text"][the_map()["map"]["texts"].index("general")]
+    assert 0.2 < near < 0.3  # "to a quarter"
+    return [
+        f"rehearsal keeps {one['gain']:.0%} of what plain SFT learns at {one['drift']:.0%} of its drift".replace(
+            "%", " %"
+        ),
+        f"{two['gain']:.0%} at twice the learning rate, at {two['drift']:.0%}".replace("%", " %"),
+        f"where plain SFT loses {number(100 * point('sft')['forgetting']['mean'], 1)} points "
+        f"({span(point('sft')['forgetting'], 1, 100)})",
+    ]
 
 
 def test_the_table_of_the_comparison_is_of_its_figures():
@@ -291,21 +329,6 @@ def of_the_card():
     return ema, nf4, now, before, quarter_nf4
 
 
-def of_the_readme():
-    ema, nf4, now, before, quarter_nf4 = of_the_card()
-    frozen, default = half_life()["teacher=frozen"], half_life()[f"ema_half_life={DEFAULT_HALF_LIFE}"]
-    teacher = half_life()[f"teacher of {DEFAULT_HALF_LIFE}"]
-    questions = sum(task["n"] for task in comparison()["base"]["tasks"].values())
-    return [
-        f"A step takes {ema} × SFT's ({nf4} × over NF4 with checkpointing), with `kl_fraction=0.25` {now} × ({before} before a "
-        f"wait was removed; over NF4 {quarter_nf4} ×, measured before that)",
-        f"the frozen teacher's student kept {frozen[1]} of SFT's gain and avoided {frozen[3]} of its drift",
-        f"the EMA teacher's, at the default half-life, {default[1]} and {default[3]}, and that teacher itself {teacher[1]} and "
-        f"{teacher[3]}",
-        f"with 2 or 3 seeds and {questions} questions",
-    ]
-
-
 def of_the_benchmark():
     small, large = "(smollm2, 4 × 128 tokens", "(qwen2, 4 × 128 tokens"
     ema, nf4, now, before, quarter_nf4 = of_the_card()
@@ -402,7 +425,7 @@ def of_the_options():
 
 
 CLAIMS = {
-    "README.md": [of_the_readme],
+    "README.md": [of_the_map],
     "docs/comparison.md": [from_comparison],
     "docs/options.md": [of_the_options],
     "docs/performance.md": [of_kl_fraction, of_the_benchmark, of_the_gpu, of_what_resists],
@@ -432,7 +455,7 @@ BY_HAND = {
 }
 # Sections whose tables are held to their figures, by the tests above or by `benchmarks/ranks.py table` (tests/test_package.py).
 WITH_CHECKED_TABLES = {
-    "README.md": ["Which method, which adapter, and when no teacher"],
+    "README.md": ["Which method, and when none"],
     "docs/comparison.md": ["What a comparison showed"],
     "docs/options.md": [""],  # the defaults
     "docs/performance.md": ["In short", "A run", "On a GPU", "Goals that resist"],
@@ -617,24 +640,30 @@ def blocks(page):
 
 
 @pytest.fixture
-def a_run(tiny_folder, tmp_path, monkeypatch):
-    """The ten lines of the README, on a tiny model, in a folder that is the current one."""
+def a_run(tiny_folder, tmp_path, monkeypatch, request):
+    """The ten lines of the README, on a tiny model, in a folder that is the current one; the fixture's parameter is the teacher."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.load_dataset", lambda name, split: rows(4))
     (code,) = blocks("README.md")
     assert len([line for line in code.splitlines() if line]) <= 14
     code = code.replace("Qwen/Qwen2.5-0.5B-Instruct", str(tiny_folder / "model"))
-    code = code.replace('MeanTeacherConfig("out",', 'MeanTeacherConfig("out", max_steps=2, bf16=False, use_cpu=True,')
+    options = "max_steps=2, bf16=False, use_cpu=True, rehearsal_num_texts=8, rehearsal_num_tokens=24, logging_steps=1"
+    code = code.replace('MeanTeacherConfig("out",', f'MeanTeacherConfig("out", {options},')
+    code = code.replace('teacher="none"', f'teacher="{request.param}"')
     scope = {}
     exec(code, scope)
     return scope["trainer"]
 
 
+@pytest.mark.parametrize("a_run", ["none"], indirect=True)
 def test_the_ten_lines_run_and_learn_at_a_rate_for_adapters(a_run):
     assert 1e-4 <= a_run.args.learning_rate <= 2e-4
-    assert {"adapter_config.json", "teacher"} <= {path.name for path in Path("out").iterdir()}
+    assert len([row for row in a_run.state.log_history if "rehearsal_kl" in row]) == 2
+    assert Path("out", "adapter_config.json").is_file() and not Path("out", "teacher").exists()
 
 
+@pytest.mark.parametrize("a_run", ["ema"], indirect=True)
 def test_adapters_load_merge_and_scale_as_described(a_run):
     loading, merging, scaling = blocks("docs/adapters.md")
     scope = {}

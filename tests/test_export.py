@@ -220,7 +220,8 @@ def test_generation_ends_at_the_token_that_was_trained_with(base, run, tmp_path)
     tokenizer.save_pretrained(another)
     before = GenerationConfig.from_pretrained(base).eos_token_id
     for form in ("adapter", "merged"):
-        export(another, "--to", form, "--output_dir", tmp_path / form, "--max_kl", 100)
+        bound = ["--max_kl", 100] if form == "merged" else []
+        export(another, "--to", form, "--output_dir", tmp_path / form, *bound)
         found = GenerationConfig.from_pretrained(tmp_path / form).eos_token_id
         assert sorted(found) == sorted([tokenizer.eos_token_id, before])
 
@@ -441,6 +442,32 @@ def test_bad_input_is_refused_in_a_line_before_a_model_is_loaded(base, tmp_path,
     done = export(*arguments, check=False, cwd=tmp_path)
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "merged", "outtype": "f16"}, "`to='merged'`, `dataset_name=None`: `outtype='f16'`."),
+        ({"to": "merged", "seed": 1}, "`to='merged'`, `dataset_name=None`: `seed=1`."),
+        ({"to": "gguf", "dataset_split": "test"}, "`to='gguf'`, `dataset_name=None`: `dataset_split='test'`."),
+        (
+            {"to": "adapter", "dtype": "float32", "max_kl": 0.1, "dataset_name": "x", "llama_cpp": "y"},
+            "`to='adapter'`: `dtype='float32'`, `max_kl=0.1`, `dataset_name='x'`, `llama_cpp='y'`.",
+        ),
+    ],
+)
+def test_options_that_an_export_does_not_read_are_named(options, message):
+    with pytest.warns(UserWarning, match=re.escape(f"Ignored with {message}")):
+        ExportArguments(**options)
+
+
+def test_every_option_is_read_by_some_export():
+    """Nothing is said to be ignored where it is read."""
+    changed = {"dtype": "float16", "device": "cpu", "max_kl": 0.1, "dataset_samples": 8, "batch_size": 2}
+    rows = {"dataset_name": "x", "dataset_split": "test", "drop_incomplete_rows": True, "seed": 1}
+    ExportArguments(to="merged", **changed, **rows)
+    ExportArguments(to="gguf", outtype="f16", llama_cpp="y", **changed, **rows)
+    ExportArguments(to="adapter", adapter="teacher", scale=0.5, output_dir="x", base="y", model_revision="z")
 
 
 def test_a_run_that_went_on_from_an_adapter_is_not_scaled(base, tmp_path):

@@ -168,7 +168,7 @@ def test_an_unknown_file_of_options_is_refused_with_those_that_there_are():
         parse(["--config", "qwen3"])
     assert str(error.value) == (
         "`config='qwen3'` is neither a file nor a packaged configuration. Give the path of a YAML file, or one of "
-        "qwen2_1.5b_qlora, qwen2_1.5b_qlora_ddp, qwen2_7b_lora_sharded."
+        "qwen2_1.5b_qlora, qwen2_1.5b_qlora_ddp, qwen2_1.5b_qlora_study, qwen2_7b_lora_sharded."
     )
 
 

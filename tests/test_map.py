@@ -506,7 +506,7 @@ def test_the_names_of_many_methods_lie_beside_their_fronts(tmp_path):
     many = {"sft": METHODS["sft"]} | {
         f"method_{i}": {f"method_{i}-1": (0.7 + i / 100, 0.1 + i / 100)} for i in range(14)
     }
-    write_measured(tmp_path, many, rows=16, scales=(0.5,))
+    write_measured(tmp_path, many, rows=16)
     summary = summarize_comparison(str(tmp_path))
     colors = arm_colors(summary)
     assert len(set(colors.values())) == 10 and colors["sft-1"] == colors["sft-2"] in COLORS
@@ -534,6 +534,13 @@ def test_a_map_with_too_few_scales_has_no_figures_of_fronts(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "sft: sft-1 is measured at 2 scales between 0 and 1, fewer than 3" in text
     assert "| frozen | 1 | frozen-1 | – | – | – | – | not reached | not reached |" in text
+    # A line from the origin through one or two points would claim what nobody measured.
+    summary = read_json(tmp_path / "comparison.json")
+    ax = _fronts(summary, arm_colors(summary)).axes[0]
+    assert {line.get_linestyle() for line in ax.lines} == {"None"} and not ax.texts
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {*METHODS}
+    points = {line.get_label(): len(line.get_xdata()) for line in ax.lines}
+    assert points["frozen"] == 3 and points["rehearsal"] == 9
 
 
 def test_no_controls_are_none_and_finalists_without_a_common_seed_are_a_map(tmp_path):
@@ -546,7 +553,7 @@ def test_no_controls_are_none_and_finalists_without_a_common_seed_are_a_map(tmp_
     assert found["controls"] == [] and all(entry["ahead"] == {} for entry in found["methods"])
     assert methods["rehearsal"]["seeds"] == [1] and methods["rehearsal"]["finalists"] == 2
     text = (tmp_path / "report.md").read_text()
-    assert "**Not complete**: 3 parts of the plan are missing (rehearsal), see [Missing](#missing)." in text
+    assert "11 of 14 (arms × seeds) are measured whole: [what is missing](#missing)." in text
     assert "- rehearsal, 3 parts:\n  - rehearsal-4, seed 0: not trained" in text
 
 

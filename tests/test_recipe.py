@@ -72,15 +72,18 @@ def test_main_job_trains_measures_and_writes_its_files(workplace):
         assert again[who] == metrics[who], resumed.stdout
 
 
-def test_study_config_runs_on_its_architecture(workplace):
+@pytest.mark.parametrize("name", ["qwen2_1.5b_qlora", "qwen2_1.5b_qlora_study"])
+def test_a_shipped_config_runs_on_its_architecture(workplace, name):
     """The YAML of Qwen2-1.5B, with the model, the data, the size and the device of this machine in its place."""
-    config = ROOT / "recipes" / "configs" / "qwen2_1.5b_qlora.yaml"
+    config = ROOT / "recipes" / "configs" / f"{name}.yaml"
     arguments = ["--config", str(config), "--model_name_or_path", "model", "--dataset_name", "data.jsonl"]
     arguments += ["--eval_fraction", "0.2", "--generations", "0"]
-    launch(*arguments, *QUICK, "--output_dir", "study", cwd=workplace)
-    metrics = json.loads((workplace / "study" / "metrics.json").read_text())
+    texts = ["--rehearsal_num_texts", "16", "--rehearsal_num_tokens", "24"] if name == "qwen2_1.5b_qlora" else []
+    launch(*arguments, *texts, *QUICK, "--output_dir", name, cwd=workplace)
+    metrics = json.loads((workplace / name / "metrics.json").read_text())
     assert metrics["provenance"]["arguments"]["gradient_accumulation_steps"] == 2
-    assert "teacher" in metrics
+    assert ("teacher" in metrics) == name.endswith("study")
+    assert any("rehearsal_kl" in row for row in metrics["log"]) != name.endswith("study")
 
 
 @pytest.mark.parametrize("option", ["--model_name_or_path", "--dataset_name"])

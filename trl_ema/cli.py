@@ -498,9 +498,9 @@ class RehearsalArguments(PrecisionArguments):
         default=None,
         metadata={"help": "Branch, tag or commit of a model from the hub; default: an adapter's own, or `main`."},
     )
-    num_texts: int = field(default=512, metadata={"help": "Texts to write, at least 1."})
+    num_texts: int = field(default=256, metadata={"help": "Texts to write, at least 1."})
     num_tokens: int = field(
-        default=128,
+        default=96,
         metadata={"help": "Tokens of a text: of a raw one exactly, of a chat at most, with those of its template."},
     )
     seed: int = field(default=0, metadata={"help": "Of the texts: another one gives others."})

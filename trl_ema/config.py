@@ -186,13 +186,13 @@ class MeanTeacherConfig(SFTConfig):
         },
     )
     rehearsal_num_texts: int = field(
-        default=512,
+        default=256,
         metadata={
             "help": "Texts to write, or rows of `rehearsal_dataset` to take at most, drawn at random; at least one micro-batch of "
             "them."
         },
     )
-    rehearsal_num_tokens: int = field(default=128, metadata={"help": "Tokens of a text, at most; at least 8."})
+    rehearsal_num_tokens: int = field(default=96, metadata={"help": "Tokens of a text, at most; at least 8."})
     rehearsal_start: str | None = field(
         default=None,
         metadata={"help": "Token that a text begins with, where the tokenizer names none (`bos_token`)."},
@@ -384,8 +384,8 @@ def _check_rehearsal(config: MeanTeacherConfig) -> None:
             f"`rehearsal_fraction` must be inside (0, 1), got {config.rehearsal_fraction}. It is the share of rehearsed rows; try "
             "0.33, or `rehearsal_weight=0` for none."
         )
-    config.rehearsal_num_texts = plain_count("rehearsal_num_texts", config.rehearsal_num_texts, 1, "Try 512.")
-    config.rehearsal_num_tokens = plain_count("rehearsal_num_tokens", config.rehearsal_num_tokens, 8, "Try 128.")
+    config.rehearsal_num_texts = plain_count("rehearsal_num_texts", config.rehearsal_num_texts, 1, "Try 256.")
+    config.rehearsal_num_tokens = plain_count("rehearsal_num_tokens", config.rehearsal_num_tokens, 8, "Try 96.")
     _check_choice("rehearsal_loss", config.rehearsal_loss, REHEARSAL_LOSSES)
     _check_rehearsed_texts(config)
     budget = config.drift_budget

@@ -6,7 +6,8 @@ import re
 import shlex
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,10 @@ from .tune_scale import check_began_as_base, settings_unknown
 TARGETS = ("adapter", "merged", "gguf")
 RECORD = "export.json"
 _HELP = "Folder that `trl-ema train` wrote: the adapter in it, the teacher's below, if there is one."
+# Options that only some exports read: of rows by name, of what is merged and compared on rows, of llama.cpp's form.
+_OF_NAMED_ROWS = ("dataset_split", "drop_incomplete_rows", "seed")
+_OF_MERGING = ("dtype", "device", "max_kl", "dataset_name", "dataset_samples", "batch_size")
+_OF_GGUF = ("outtype", "llama_cpp")
 # Ranks that vLLM can be started with.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -131,6 +136,19 @@ class ExportArguments:
                 f"`max_kl` must be above 0, got {self.max_kl:g}. It is in nats per token; rounding to 16 bits alone takes some 0.001."
             )
         self.mixture = _share_of_teacher(self.adapter)
+        self._warn_about_ignored()
+
+    def _warn_about_ignored(self) -> None:
+        unread: tuple[str, ...] = () if self.to == "gguf" else _OF_GGUF
+        if self.to == "adapter":
+            unread += _OF_MERGING
+        if self.to == "adapter" or self.dataset_name is None:
+            unread += _OF_NAMED_ROWS
+        default = {f.name: f.default for f in fields(self)}
+        ignored = [f"`{n}={getattr(self, n)!r}`" for n in default if n in unread and getattr(self, n) != default[n]]
+        if ignored:
+            given = f"`to={self.to!r}`" + ("" if self.to == "adapter" else f", `dataset_name={self.dataset_name!r}`")
+            warnings.warn(f"Ignored with {given}: {', '.join(ignored)}.", stacklevel=4)
 
     @property
     def name(self) -> str:

@@ -115,7 +115,9 @@ CITATIONS = {
 }
 _REHEARSAL = (
     "Beside it, rehearsal: KL(model before training || student), with a weight that began at {weight:g}, on texts that the model "
-    "before training wrote itself (arXiv:2605.26097)."
+    "before training wrote itself (arXiv:2605.26097). In trl_ema's own comparison, of a model of 135M parameters over 120 steps, "
+    "this kept over nine tenths of plain fine-tuning's gain at about a tenth of its drift on general text, and at more on questions "
+    "like the domain's own; that a model's accuracy is kept was not shown there, and is to be measured on each: `trl-ema evaluate`."
 )
 _PENALTIES = {
     "l1_weight": "a penalty of {weight:g} times the sum of |weights - their start| (L1)",

@@ -70,8 +70,8 @@ class Sampling:
         TypeError, ValueError: A field is of another kind, or too small.
     """
 
-    num_texts: int = 512
-    num_tokens: int = 128
+    num_texts: int = 256
+    num_tokens: int = 96
     seed: int = 0
     start_token: str | None = None
     chat: bool | None = None

@@ -3,7 +3,6 @@
 import collections
 import io
 import itertools
-import math
 import re
 import textwrap
 from collections.abc import Iterable
@@ -17,16 +16,20 @@ from .plan import expanded_arms
 
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CAPTIONS = {
     "front": "Gain against drift, as shares of the reference's (the cross). Up and left is better. Thin, ending in a dot: settings over "
     "the scale of their adapters, of the methods in colour; an arrow where the adapter lies outside. Thick: the front of each method, "
-    "flat beyond its last point; dashed: of a control. The drift axis is a square root. Fronts are drawn from the rows that their "
-    "settings were chosen on, which flatters methods with many settings: the table does not.",
-    "tradeoff": "Domain gain against forgetting, and against drift. Up and left is better; the base model is the origin, which may lie "
-    "outside. Bars: 95 % intervals, over questions and seeds (of one seed: over questions alone), which go on where they end in an "
-    "arrow. The line is the Pareto front.",
+    "flat beyond its last point; dashed: of a control. Hollow: what is measured of a method without a front. The "
+    "drift axis is a square root. Fronts are drawn from the rows that their settings were chosen on, which flatters methods with many "
+    "settings: the table does not.",
+    "tradeoff": "Domain gain against forgetting. Up and left is better; the base model is the origin, which may lie outside. Bars: "
+    "95 % intervals, over questions and seeds (of one seed: over questions alone), which go on where they end in an arrow. The dashed "
+    "line is the Pareto front.",
+    "drift": "Domain gain against drift, the distance from the base's predictions on general text. Up and left is better; the base "
+    "model is the origin, which may lie outside. Bars: 95 % intervals, of drift over seeds alone.",
     "stages": "Before all stages and after each: held-out loss of the domain of each stage, and drift on general text, mean over seeds. "
     "Grey: the stage that learns the domain; what rises after it is forgotten. Dashed: averaged teachers; dotted: scaled adapters.",
     "tasks": "Change of each task's score against the base on the same questions, with 95 % intervals over questions and seeds (of one "
@@ -40,6 +43,10 @@ MANY_ARMS = 16
 # With more methods than colours, so many of the best have one.
 _COLORED = 8
 _GREY = "#9aa0a8"
+# Inches of most pictures: on a phone a point is then about a pixel.
+_WIDTH = 4.6
+# Of methods without a front, in turn.
+_HOLLOW = "osD^vph"
 # Replaced by the page's own text colour, so that one picture serves light and dark.
 _INK = "#010203"
 _STYLE: Any = {
@@ -52,9 +59,10 @@ _LONG = re.compile(r"-?\d+\.\d{3,}")
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawing, as text for a page and as a file."""
+    """One drawing, as text for a page, its width there in points, and as a file."""
 
     svg: str
+    width: float
     png: bytes
 
 
@@ -67,6 +75,7 @@ def draw_pictures(summary: dict) -> dict[str, Picture]:
         figures = {
             "front": _fronts(summary, colors),
             "tradeoff": _tradeoff(summary, colors),
+            "drift": _drift(summary, colors),
             "stages": _stage_lines(summary, colors),
             "tasks": _task_bars(summary, colors),
             "subjects": _subject_bars(summary, colors),
@@ -190,11 +199,14 @@ def _render(name: str, figure: "Figure") -> Picture:
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     text = svg.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    # A page is passed on: hundredths of a point are more than a screen shows.
+    # A page is passed on: hundredths of a point are more than a screen shows, and half of the rest is for other readers.
     text = re.sub(r'="[^"<>]*"', lambda found: _LONG.sub(lambda x: f"{float(x[0]):.2f}", found[0]), text)
+    text = re.sub(r"\s*\n\s*", "\n", re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL))
+    used = {*re.findall(r'(?:href="#|url\(#)([^")]*)', text)}
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
     # Several pictures share a page: no name may occur twice.
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    return Picture(text, _with_few_colors(png.getvalue()))
+    return Picture(text, 72 * float(figure.get_size_inches()[0]), _with_few_colors(png.getvalue()))
 
 
 def _with_few_colors(png: bytes) -> bytes:
@@ -207,29 +219,36 @@ def _with_few_colors(png: bytes) -> bytes:
 
 
 def _tradeoff(summary: dict, colors: dict[str, str]) -> "Figure | None":
-    everything = [point for point in summary["points"] if point["forgetting"]]
     points = [point for point in _points_shown(summary) if point["forgetting"]]
     if not points:
         return None
-    labels = {
-        "forgetting": "forgetting: mean drop over the retention tasks, points of accuracy",
-        "drift": "drift: KL(base ‖ model) on general text, nats per token",
-    }
-    figure, axes = _new_figure(10, 5.2, 1, 2, sharey=True)
-    for ax, against in zip(axes[0], labels, strict=True):
-        _plane(ax, points, against, colors, {} if points == everything else method_of(summary))
-        ax.set_xlabel(labels[against])
-    front = [(100 * p["forgetting"]["mean"], p["domain_gain"]["mean"]) for p in everything if p["on_front"]]
+    figure, ax = _plane(summary, points, "forgetting", colors)
+    front = [(100 * p["forgetting"]["mean"], p["domain_gain"]["mean"]) for p in summary["points"] if p["on_front"]]
     front += [(0.0, 0.0)] if summary["base"]["on_front"] else []
-    axes[0, 0].plot(*zip(*sorted(front), strict=True), color=_INK, alpha=0.5, linewidth=1, linestyle="--", zorder=1)
-    axes[0, 0].set_ylabel("domain gain: held-out loss, nats per token")
-    handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, fontsize=8, handletextpad=0.3)
+    ax.plot(*zip(*sorted(front), strict=True), color=_INK, alpha=0.5, linewidth=1, linestyle="--", zorder=1)
+    ax.set_xlabel("forgetting: mean drop of the retention tasks, points")
     return figure
 
 
-def _plane(ax: Any, points: list[dict], against: str, colors: dict[str, str], methods: dict[str, str]) -> None:
+def _drift(summary: dict, colors: dict[str, str]) -> "Figure | None":
+    """Beside the trade-off; without tasks a map shows it better."""
+    points = _points_shown(summary)
+    on_map = bool((summary.get("map") or {}).get("methods"))
+    if not points or (on_map and not any(point["forgetting"] for point in points)):
+        return None
+    figure, ax = _plane(summary, points, "drift", colors)
+    ax.set_xlabel("drift: KL(base ‖ model) on general text, nats per token")
+    return figure
+
+
+def _plane(summary: dict, points: list[dict], against: str, colors: dict[str, str]) -> "tuple[Figure, Axes]":
     """Gain over forgetting or drift, as far as the points reach: of longer intervals an arrow shows that they go on."""
+    # Of a method with several settings, of which some are shown, its name says enough.
+    named = {} if points == summary["points"] else method_of(summary)
+    names = [named.get(point["arm"], point["label"]) for point in points]
+    columns = 2 if max(map(len, names)) < 30 else 1
+    figure, axes = _new_figure(_WIDTH, 3.9 + 0.16 * (len({*names}) // columns + 1))
+    ax = axes[0, 0]
 
     def across(point: dict) -> dict:
         return in_points(point["forgetting"]) if against == "forgetting" else point["drift"]["general"]["kl_base_model"]
@@ -240,20 +259,27 @@ def _plane(ax: Any, points: list[dict], against: str, colors: dict[str, str], me
         ax.plot(0, 0, marker="*", markersize=12, color=_INK, linestyle="none", label="base")
     ax.axhline(0, color=_INK, alpha=0.25, linewidth=0.8)
     ax.axvline(0, color=_INK, alpha=0.25, linewidth=0.8)
-    for point in points:
-        x, y, role = across(point), point["domain_gain"], point["role"]
-        style: Any = {"color": colors[point["arm"]], "alpha": 0.4}
-        ax.errorbar(x["mean"], y["mean"], xerr=_bars(x), yerr=_bars(y), linewidth=1, capsize=0, **style)
-        for i, (figure, (low, high)) in enumerate(zip((x, y), limits, strict=True)):
-            for end, limit, marker in (("low", low, "<v"[i]), ("high", high, ">^"[i])):
-                if not is_absent(figure[end]) and not low <= figure[end] <= high:
-                    at = (limit, y["mean"]) if i == 0 else (x["mean"], limit)
-                    ax.plot(*at, marker=marker, markersize=5, clip_on=False, **style)
-        shade = float(role.removeprefix("scale_")) if role.startswith("scale_") else 1.0
-        ax.plot(
-            x["mean"], y["mean"], marker={"student": "o", "teacher": "D"}.get(role, "s"), markersize=8, color=style["color"],
-            alpha=0.4 + 0.6 * shade, linestyle="none", label=methods.get(point["arm"], point["label"]),
-        )  # fmt: skip
+    for name, point in zip(names, points, strict=True):
+        role, color = point["role"], colors[point["arm"]]
+        _draw_point(ax, across(point), point["domain_gain"], limits, role, {"color": color, "label": name})
+    ax.set_ylabel("domain gain: held-out loss, nats per token")
+    handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8, handletextpad=0.3)
+    return figure, ax
+
+
+def _draw_point(ax: Any, x: dict, y: dict, limits: list[tuple[float, float]], role: str, style: dict) -> None:
+    """One way to use an arm, with its intervals: paler the less of an adapter it is."""
+    bars: Any = {"color": style["color"], "alpha": 0.4}
+    ax.errorbar(x["mean"], y["mean"], xerr=_bars(x), yerr=_bars(y), linewidth=1, capsize=0, **bars)
+    for i, (found, (low, high)) in enumerate(zip((x, y), limits, strict=True)):
+        for end, limit, marker in (("low", low, "<v"[i]), ("high", high, ">^"[i])):
+            if not is_absent(found[end]) and not low <= found[end] <= high:
+                at = (limit, y["mean"]) if i == 0 else (x["mean"], limit)
+                ax.plot(*at, marker=marker, markersize=5, clip_on=False, **bars)
+    shade = float(role.removeprefix("scale_")) if role.startswith("scale_") else 1.0
+    marker = {"student": "o", "teacher": "D"}.get(role, "s")
+    ax.plot(x["mean"], y["mean"], marker=marker, markersize=8, alpha=0.4 + 0.6 * shade, linestyle="none", **style)
 
 
 def _limits(values: Iterable[float]) -> tuple[float, float]:
@@ -268,15 +294,21 @@ def _fronts(summary: dict, colors: dict[str, str]) -> "Figure | None":
     if not methods:
         return None
     by_method = {method: colors[arm] for arm, method in method_of(summary).items()}
-    figure, axes = _new_figure(6.4, 4.8)
+    figure, axes = _new_figure(5.0, 4.4)
     ax = axes[0, 0]
     # Lines between points are straight in the root of drift, as curves are interpolated.
     ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     right = 110.0
-    ends = []
+    ends: list[tuple[float, str, str]] = []
+    alone: dict[str, float] = {}
     for rank, entry in enumerate(methods):
         color = by_method[entry["method"]]
         style: Any = {"color": color, "zorder": 1 if color == _GREY else 4 - rank / len(methods)}
+        if entry.get("obstacle"):
+            highest = _draw_alone(ax, entry, right, _HOLLOW[len(alone) % len(_HOLLOW)], style)
+            if highest is not None:
+                alone[entry["method"]] = highest
+            continue
         if color != _GREY:
             for way in entry["ways"]:
                 _draw_way(ax, way, right, style)
@@ -286,18 +318,36 @@ def _fronts(summary: dict, colors: dict[str, str]) -> "Figure | None":
             ax.plot([*x, max(right, x[-1])], [*y, y[-1]], linewidth=width, linestyle=dash, **style)
             ends.append((float(np.interp(right**0.5, np.sqrt(x), y)), entry["method"], color))
     ax.plot(100, 100, "x", color=_INK, markersize=8, zorder=5)
-    top = 1.03 * max([102.0, *(y for y, *_ in ends)])
-    ax.set_ylim(0, top)
+    ax.set_ylim(0, 1.03 * max([102.0, *(y for y, *_ in ends), *alone.values()]))
     ax.set_xlim(0, right)
     ticks = (1, 5, 10, 25, 50, 75, 100)
     ax.set_xticks(ticks, [f"{tick}" for tick in ticks])
-    label = summary["map"]["reference"]["label"]
-    absent = [entry["method"] for entry in methods if not entry["front"]]
-    note = "\n" + textwrap.fill(f"no gain within this drift: {', '.join(absent)}", 100) if absent else ""
-    ax.set_xlabel(f"drift, % of {label}'s: KL(base ‖ model) on general text{note}")
-    ax.set_ylabel(f"gain, % of {label}'s: fall of the held-out loss")
+    if alone:
+        ax.legend(loc="lower right", fontsize=7.5, title="without a front", title_fontsize=7.5, handletextpad=0.2)
+    _name_axes(ax, summary["map"], {*alone, *(method for _, method, _ in ends)})
     _label_ends(ax, ends, right)
     return figure
+
+
+def _name_axes(ax: Any, found: dict, drawn: set[str]) -> None:
+    """What the map shows, and of which methods it shows nothing."""
+    label, texts = found["reference"]["label"], found["drift_on"]
+    absent = [entry["method"] for entry in found["methods"] if entry["method"] not in drawn]
+    note = "\n" + textwrap.fill(f"no gain within this drift: {', '.join(absent)}", 70) if absent else ""
+    where = "on general text" if len(texts) == 1 else f"over {len(texts)} texts"
+    ax.set_xlabel(f"drift, % of {label}'s: KL(base ‖ model) {where}{note}")
+    ax.set_ylabel(f"gain, % of {label}'s: fall of the held-out loss")
+
+
+def _draw_alone(ax: Any, entry: dict, right: float, marker: str, style: dict) -> float | None:
+    """What was measured of a method without a front, whose line would be made up. Returns the largest gain, if any is in the picture."""
+    found = [(100 * p["drift"], 100 * p["gain"]) for way in entry["ways"] for p in way["points"]]
+    shown = [(x, y) for x, y in found if x <= right and y >= 0]
+    if not shown:
+        return None
+    hollow: Any = {"markersize": 5, "markerfacecolor": "none", "label": entry["method"]}
+    ax.plot(*zip(*shown, strict=True), linestyle="none", marker=marker, **hollow, **style)
+    return max(y for _, y in shown)
 
 
 def _draw_way(ax: Any, way: dict, right: float, style: dict) -> None:
@@ -345,9 +395,9 @@ def _stage_lines(summary: dict, colors: dict[str, str]) -> "Figure | None":
     if not ways:
         return None
     names = stages["names"]
-    columns = min(3, len(names) + 1)
+    columns = 2
     rows = -(-(len(names) + 1) // columns)
-    figure, axes = _new_figure(2.7 * columns, 2.6 * rows + 0.5, rows, columns)
+    figure, axes = _new_figure(_WIDTH, 2.3 * rows + 0.5, rows, columns)
     for ax in axes.flat[len(names) + 1 :]:
         ax.set_visible(False)
     for j, ax in enumerate(axes.flat[: len(names) + 1]):
@@ -365,7 +415,7 @@ def _stage_lines(summary: dict, colors: dict[str, str]) -> "Figure | None":
         ax.set_xticks(range(len(names) + 1), ["before", *names], rotation=30, ha="right", fontsize=7)
     axes[0, 0].set_ylabel("nats per token")
     handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=7.5)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=7.5)
     return figure
 
 
@@ -376,7 +426,7 @@ def _task_bars(summary: dict, colors: dict[str, str]) -> "Figure | None":
         return None
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = _new_figure(5.4, (0.2 * len(points) + 0.7) * rows + 0.4, rows, columns, sharey=True)
+    figure, axes = _new_figure(_WIDTH, (0.2 * len(points) + 0.7) * rows + 0.4, rows, columns, sharey=True)
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
     for ax, name in zip(axes.flat, names, strict=False):
@@ -387,7 +437,7 @@ def _task_bars(summary: dict, colors: dict[str, str]) -> "Figure | None":
                 ax.plot([change["low"], change["high"]], [i, i], color=_INK, linewidth=1)
         ax.axvline(0, color=_INK, linewidth=0.8)
         base = summary["base"]["tasks"][name]
-        ax.set_title(f"{name}\nbase {100 * base['score']:.1f} %\nchance {100 * base['chance']:.1f} %", fontsize=7.5)
+        ax.set_title(f"{name}\nbase {100 * base['score']:.1f} %\nchance {100 * base['chance']:.1f} %", fontsize=7)
     axes[0, 0].set_yticks(range(len(points)), [point["label"] for point in points])
     for ax in axes[:, 0]:
         ax.tick_params(axis="y", labelsize=8)
@@ -409,11 +459,13 @@ def _subject_bars(summary: dict, colors: dict[str, str]) -> "Figure | None":
     if not groups or not points:
         return None
     subjects = [(group, subject) for group, task in groups.items() for subject in task["subtasks"]]
-    width = max(5.4, 2.4 + 0.8 * len(points))  # a title of eleven letters on each
+    width = max(_WIDTH, 2.4 + 0.8 * len(points))  # a title of eleven letters on each
     figure, axes = _new_figure(width, 0.2 * len(subjects) + 1.2, 1, len(points), sharey=True, sharex=True)
     for ax, point in zip(axes[0], points, strict=True):
-        changes = [100 * point["tasks"][group]["subtasks"].get(subject, math.nan) for group, subject in subjects]
-        ax.barh(range(len(subjects)), changes, color=colors[point["arm"]], alpha=0.85)
+        changes = [100 * point["tasks"][group]["subtasks"].get(subject, 0) for group, subject in subjects]
+        # Most are 0 where few questions each were asked: a bar that cannot be seen makes the page larger.
+        places = [i for i, change in enumerate(changes) if change]
+        ax.barh(places, [changes[i] for i in places], color=colors[point["arm"]], alpha=0.85)
         ax.axvline(0, color=_INK, linewidth=0.8)
         ax.set_title(_title(point["label"]), fontsize=8)
         ax.tick_params(axis="x", labelsize=7)
@@ -421,8 +473,7 @@ def _subject_bars(summary: dict, colors: dict[str, str]) -> "Figure | None":
         ax.tick_params(axis="y", length=0)
     labels = [subject.removeprefix("mmlu_").replace("_", " ") for _, subject in subjects]
     axes[0, 0].set_yticks(range(len(subjects)), labels, fontsize=7)
-    axes[0, 0].invert_yaxis()
-    axes[0, 0].margins(y=0.01)
+    axes[0, 0].set_ylim(len(subjects) - 0.4, -0.6)
     figure.supxlabel("change, points of accuracy", color=_INK, fontsize=9)
     return figure
 
@@ -433,25 +484,22 @@ def _curve_grid(summary: dict, colors: dict[str, str]) -> "Figure | None":
         return None
     columns = 2
     rows = -(-len(curves) // columns)
-    figure, axes = _new_figure(5.4, 2.2 * rows + 0.4, rows, columns, sharex=True)
+    figure, axes = _new_figure(_WIDTH, 2.0 * rows + 0.4, rows, columns, sharex=True)
     for ax in axes.flat[len(curves) :]:
         ax.set_visible(False)
     methods = method_of(summary)
-    several = len(set(methods.values())) < len(methods)
+    width = 0.8 if len(set(methods.values())) < len(methods) else 1.4
     for ax, (name, by_arm) in zip(axes.flat, curves.items(), strict=False):
         shown: set[str] = set()
         for arm, points in by_arm.items():
             # Of a method with several settings the colour is named once.
             label = methods[arm] if methods[arm] not in shown else None
             shown.add(methods[arm])
-            ax.plot(*zip(*points, strict=True), color=colors[arm], label=label, linewidth=0.8 if several else 1.4)
+            ax.plot(*zip(*points, strict=True), color=colors[arm], label=label, linewidth=width)
         ax.set_title(CURVES[name], fontsize=8)
         ax.set_ylim(bottom=0)
     for ax in axes[-1]:
         ax.set_xlabel("optimizer step")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    if several:
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7.5)
-    else:
-        axes[0, 0].legend(fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7.5)
     return figure

@@ -12,7 +12,7 @@ from ..extras import require
 from ..files import read_json, write_json, write_text
 from .figures import in_points, is_absent, sample_answers, summarize_comparison
 from .pictures import CAPTIONS, MANY_ARMS, draw_pictures, method_of
-from .plan import BASE
+from .plan import BASE, expanded_arms
 from .statistics import detectable_share, discoveries
 
 
@@ -70,7 +70,8 @@ def write_report(folder: str) -> str:
         write_json(path, _rounded(summarize_comparison(folder)))
         _write_samples(folder, read_json(path), environment)
     summary = read_json(path)
-    for part in summary["missing"]:
+    missing = _missing(summary)
+    for part in _in_short(missing):
         logger.warning("Missing: %s", part)
     pictures = draw_pictures(summary)
     for name in CAPTIONS:
@@ -89,9 +90,10 @@ def write_report(folder: str) -> str:
         "scales": [f"{scale:g}" for scale in sorted(set(drawn))],
         "map_text": _map_text(found) if drawn else "",
         "stages_text": _STAGES,
-        "missing": _missing(summary),
+        "missing": missing,
+        "measured": _measured(summary),
         "plan_yaml": _as_yaml(summary["plan"]),
-        "pictures": {name: picture.svg for name, picture in pictures.items()},
+        "pictures": pictures,
         "captions": CAPTIONS,
         "quality": [("base", summary["base"]["generation"])]
         + [(p["label"], p["generation"]) for p in summary["points"]],
@@ -159,7 +161,7 @@ def _templates() -> "Environment":
     environment.filters["settings"] = _settings
     environment.filters["at_scales"] = _at_scales
     environment.filters["by_text"] = lambda way: [f"{100 * share:.1f}" for share in way["by_text"]]
-    environment.filters["mcnemar"] = lambda tests: "; ".join(map(_test, tests))
+    environment.filters["mcnemar"] = lambda tests: list(map(_test, tests))
     return environment
 
 
@@ -196,6 +198,19 @@ def _missing(summary: dict) -> dict[str, list[str]]:
         arm = part.split(", seed")[0]
         found.setdefault(methods.get(arm, arm), []).append(part)
     return found
+
+
+def _in_short(missing: dict[str, list[str]]) -> list[str]:
+    """The parts, or where they are more than a terminal shows at a glance, a line for each method."""
+    if sum(map(len, missing.values())) <= MANY_ARMS:
+        return [part for parts in missing.values() for part in parts]
+    return [f"{method}, {len(parts)} parts, the first: {parts[0]}" for method, parts in missing.items()]
+
+
+def _measured(summary: dict) -> tuple[int, int]:
+    """Of the arms with each seed, those of which nothing is missing, and how many are planned."""
+    planned = len(expanded_arms(summary["plan"]["arms"])) * len(summary["plan"]["seeds"])
+    return planned - len({part.split(": ")[0] for part in summary["missing"]}), planned
 
 
 def _settings(method: dict) -> str:
