@@ -220,7 +220,7 @@ def test_a_report_is_the_same_from_its_figures_alone_which_hold_no_text(comparis
     write_report(str(tmp_path))
     names = {path.name for path in tmp_path.iterdir()}
     # Without a map: six rows are too few for one.
-    pictures = {f"{name}.png" for name in CAPTIONS if name != "front"}
+    pictures = {f"{name}.png" for name in CAPTIONS if name not in ("front", "stages")}
     assert names == {"comparison.json", "report.md", "report.html", *pictures}
     assert all((tmp_path / name).read_bytes() == (folder / name).read_bytes() for name in names)
     generations = [json.loads(line) for line in (folder / "base" / "generations.jsonl").read_text().splitlines()]
@@ -325,7 +325,7 @@ def test_arms_are_told_by_what_their_options_were_understood_as(tiny_folder, tmp
     assert plan.plain_sft is None and plan.averaged is None
     training = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
     configs = {arm.name: MeanTeacherConfig(**training | arm.options) for arm in plan.trained()}
-    plan = _understood(plan, configs)
+    plan = _understood(plan, [{(arm, 0): (None, config, None) for arm, config in configs.items()}])
     assert (plan.plain_sft, plan.averaged) == (("sft",), ("default",))
     roles = {name: list(plan.evaluations(arm, 0)) for name, arm in plan.arms.items()}
     assert roles == {
@@ -763,7 +763,7 @@ def test_an_adapter_that_changes_the_base_leaves_a_whole_one_to_the_next(tiny_fo
         "model_name_or_path": folder, "dataset_name": str(tiny_folder / "data.jsonl"), "load_in_4bit": False,
     }  # fmt: skip
     plan = load_comparison(write_plan(tiny_folder, training=training, evaluation=evaluation), str(tmp_path / "out"))
-    evaluator = _Evaluator(plan, parse(_arguments(plan.training)), None)
+    evaluator = _Evaluator(plan, [parse(_arguments(plan.training))], None)
 
     def measured(name, adapter):
         evaluator.adapter(str(tmp_path / adapter), str(tmp_path / name))
@@ -800,7 +800,7 @@ def test_an_untrained_arm_has_the_base_s_loss_whatever_the_training_makes_of_the
     arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
     monkeypatch.setattr(sys, "argv", ["trl-ema"])
     train(arguments)
-    evaluator = _Evaluator(plan, parse(arguments), None)
+    evaluator = _Evaluator(plan, [parse(arguments)], None)
     evaluator.base()
     evaluator.adapter(str(tmp_path / "arm"), str(tmp_path / "figures"))
     base, arm = (

@@ -429,6 +429,7 @@ def compare(arguments: list[str]) -> None:
         "--arms", nargs="+", help="do only these arms, or all arms of these methods, now; default: all of the file"
     )
     parser.add_argument("--seeds", nargs="+", type=int, help="do only these seeds now")
+    parser.add_argument("--stages", nargs="+", help="of several domains in a row: do only these stages now")
     parser.add_argument(
         "--evaluate_only",
         action="store_true",
@@ -440,7 +441,7 @@ def compare(arguments: list[str]) -> None:
     require("report", "jinja2", "matplotlib", "scipy")
     comparison = load_comparison(args.config, args.output_dir)
     check_output_dir(comparison.output_dir)
-    run_comparison(comparison, args.arms, args.seeds, args.evaluate_only, args.jobs)
+    run_comparison(comparison, args.arms, args.seeds, args.evaluate_only, args.jobs, args.stages)
     print(f"Report: {write_report(comparison.output_dir)}")
     if comparison.trackers:
         from .comparison.trackers import log_report  # which needs matplotlib

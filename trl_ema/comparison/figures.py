@@ -3,6 +3,7 @@
 import math
 import os
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,9 @@ from ..files import read_json, read_jsonl
 from .fronts import Fronts, Rows, Setting, summarize_map
 from .plan import BASE, LEAST_ROWS, PLAN, Comparison, kept_comparison
 from .statistics import (
+    backward_transfer,
     forgetting,
+    forward_transfer,
     interval,
     mean_interval,
     paired_test,
@@ -25,6 +28,7 @@ from .statistics import (
     resampling_weights,
     retention,
     scores_by_resample,
+    stage_forgetting,
 )
 
 
@@ -96,7 +100,8 @@ def summarize_comparison(folder: str) -> dict:
     Returns:
         `dict`: `plan`, `reference`, `base`, `points` (an entry per arm and role), `map` (see [`summarize_map`]), `against` (their
         differences from the controls), `curves`, `provenance` and `missing`: figures alone, no question and no text. A figure is a dict of `mean`,
-        `low` and `high` (95 %, see [`interval`]).
+        `low` and `high` (95 %, see [`interval`]). Where there are stages, all these are of the last one, and `stages` has what was measured
+        after each.
 
     Raises:
         FileNotFoundError: There is no comparison in `folder`, or its base is not evaluated whole.
@@ -110,7 +115,8 @@ def summarize_comparison(folder: str) -> dict:
             "on where it stopped."
         )
     base = _Base(root / BASE, comparison.suite)
-    points, mapped, missing = _read_points(comparison, base)
+    by_stage, maps, lacks = zip(*(_read_points(stage, base) for stage in comparison.by_stage()), strict=True)
+    points, mapped, missing = by_stage[-1], maps[-1], [part for parts in lacks for part in parts]
     chosen = _reference(mapped, base, comparison)
     # In the tables over the seeds that were evaluated whole.
     reference = next((point for point in points if chosen and point.label == chosen.label), chosen)
@@ -125,7 +131,8 @@ def summarize_comparison(folder: str) -> dict:
         "against": _against_controls(points, base),
         "missing": missing,
         "curves": _curves(root, comparison),
-        "provenance": _provenance(root),
+        "provenance": _provenance(root, comparison),
+        **({"stages": _stages(comparison, base, by_stage)} if comparison.stages else {}),
     }
 
 
@@ -188,10 +195,12 @@ class _Base:
             "tasks": {name: {key: task[key] for key in kept} | intervals[name] for name, task in self.tasks.items()},
         }
 
-    def mean_loss(self, text: dict) -> np.ndarray:
-        """Domain loss of each resample of the held-out rows, nats per token."""
-        sums, tokens = np.array(text["domain"]["rows"]).T[:2]
-        weights = resampling_weights(len(tokens), seed=len(self.tasks))
+    def mean_loss(self, text: dict, name: str = "domain", number: int = 0) -> np.ndarray:
+        """
+        Loss of each resample of the held-out rows of the domain, nats per token; or of another text, which is resampled by its `number`.
+        """
+        sums, tokens = np.array(text[name]["rows"]).T[:2]
+        weights = resampling_weights(len(tokens), seed=len(self.tasks) + number)
         return (weights @ sums) / (weights @ tokens)
 
 
@@ -211,18 +220,20 @@ def _read_points(comparison: Comparison, base: _Base) -> tuple[list[_Point], lis
     mapped: dict[tuple[str, str], _Point] = {}
     controls, missing = {*(comparison.plain_sft or ()), comparison.reference}, []
     for arm, seed in product(comparison.arms.values(), comparison.seeds):
+        after = f" after {comparison.stage.name}" if comparison.stage else ""
         if arm.interpolate is None and not comparison.is_trained(arm.name, seed):
-            missing.append(f"{arm.name}, seed {seed}: not trained ({arm.name}/seed_{seed})")
+            where = os.path.relpath(comparison.folder(arm.name, seed), comparison.output_dir)
+            missing.append(f"{arm.name}, seed {seed}: not trained ({where})")
             continue
         for role, (_, folder, _) in comparison.evaluations(arm, seed).items():
             key, is_control = (arm.name, role), (arm.interpolate or arm.name) in controls
             lacking = comparison.suite.missing_files(folder)
-            missing += _lacking(comparison, f"{arm.name}, seed {seed}: {role}", folder, lacking)
+            missing += _lacking(comparison, f"{arm.name}, seed {seed}: {role}{after}", folder, lacking)
             if Path(folder, TEXT) in lacking:
                 continue
             point = mapped.setdefault(key, _Point(arm.name, role, arm.method, is_control))
             _read_text(point, seed, Path(folder), base)
-            if arm.interpolate is None and not _read_curve(point, seed, Path(folder, CURVE), comparison.suite):
+            if comparison.is_traced(arm) and not _read_curve(point, seed, Path(folder, CURVE), comparison.suite):
                 missing.append(f"{arm.name}, seed {seed}: {role} not measured at all other scales")
             if not lacking:
                 full = whole.setdefault(key, _Point(arm.name, role, arm.method, is_control))
@@ -491,18 +502,91 @@ def _against_controls(points: list[_Point], base: _Base) -> list[dict]:
     ]
 
 
+def _stages(comparison: Comparison, base: _Base, by_stage: Sequence[list[_Point]]) -> dict:
+    """
+    What was measured before the first stage and after each, of the seeds that went through all of them; and of each way to use an
+    arm backward transfer, forgetting, forward transfer and the mean loss at the end. R is the negative of the loss.
+    """
+    texts = list(enumerate(comparison.domains.values(), 1))
+    before = [base.mean_loss(base.text, name, number) for number, name in texts]
+    found = []
+    for last in by_stage[-1]:
+        after = [p for points in by_stage for p in points if (p.arm, p.role) == (last.arm, last.role)]
+        seeds = sorted(set.intersection(*({*point.folders} for point in after)))
+        if len(after) < len(by_stage) or not seeds:
+            continue
+        losses = {
+            seed: np.array(
+                [before, *([base.mean_loss(p.texts[seed], name, number) for number, name in texts] for p in after)]
+            )
+            for seed in seeds
+        }
+        found.append(
+            {
+                "arm": last.arm,
+                "role": last.role,
+                "label": last.label,
+                "seeds": seeds,
+                "after": [_after_stage(base, p, losses, i) for i, p in enumerate(after, 1)],
+                **_transfers(losses),
+            }
+        )
+    return {
+        "names": list(comparison.domains),
+        "before": {"loss": [interval(lambda x: x, loss) for loss in before]},
+        "ways": found,
+    }
+
+
+def _after_stage(base: _Base, point: _Point, losses: dict[int, np.ndarray], stage: int) -> dict:
+    """What one way to use an arm is after so many stages."""
+    scores = {name: {seed: point.scores[name][seed] for seed in losses} for name in base.tasks}
+    drifts = {name: {s: d for s, d in point.drift(name, "kl_base_model").items() if s in losses} for name in base.texts}
+    return {
+        "loss": [
+            interval(lambda x: x, {seed: loss[stage, j] for seed, loss in losses.items()})
+            for j in range(len(next(iter(losses.values()))) - 1)
+        ],
+        "drift": {name: interval(lambda x: x, drift) for name, drift in drifts.items()},
+        "tasks": {name: interval(lambda x: x, found) for name, found in scores.items()},
+    }
+
+
+def _transfers(losses: dict[int, np.ndarray]) -> dict[str, dict]:
+    """Of each seed on its own, as its best stage may be another."""
+    measures: dict[str, Callable[[np.ndarray], Any]] = {
+        "backward_transfer": lambda loss: backward_transfer(-loss),
+        "forgetting": lambda loss: stage_forgetting(-loss),
+        "forward_transfer": lambda loss: forward_transfer(-loss),
+        "mean_loss": lambda loss: loss[-1].mean(0),
+    }
+    return {
+        name: interval(lambda x: x, {seed: measure(loss) for seed, loss in losses.items()})
+        for name, measure in measures.items()
+    }
+
+
+def _places(comparison: Comparison) -> list[str]:
+    """Where in the folder of an arm and seed its runs are, one after the other."""
+    return [stage.name for stage in comparison.stages] or ["."]
+
+
 def _curves(root: Path, comparison: Comparison) -> dict[str, dict[str, list[list[float]]]]:
-    """For each logged quantity and arm: `[step, mean over seeds]` points, thinned where there are many."""
+    """For each logged quantity and arm: `[step, mean over seeds]` points, thinned where there are many; stages follow each other."""
     curves: dict[str, dict[str, list[list[float]]]] = {}
     for arm in comparison.arms:
         values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for path in sorted((root / arm).glob("seed_*/metrics.json")):
-            for entry in read_json(path)["log"]:
-                # Plain SFT's loss is its cross-entropy.
-                entry = {"ce_loss": entry["loss"], **entry} if "loss" in entry else entry
-                for name in CURVES:
-                    if name in entry:
-                        values[name][entry["step"]].append(float(entry[name]))
+        for folder in sorted((root / arm).glob("seed_*")):
+            begin = 0
+            for path in [folder / place / "metrics.json" for place in _places(comparison)]:
+                log = read_json(path)["log"] if path.is_file() else []
+                for entry in log:
+                    # Plain SFT's loss is its cross-entropy.
+                    entry = {"ce_loss": entry["loss"], **entry} if "loss" in entry else entry
+                    for name in CURVES:
+                        if name in entry:
+                            values[name][begin + entry["step"]].append(float(entry[name]))
+                begin += max((entry.get("step", 0) for entry in log), default=0)
         for name, steps in values.items():
             points = [[step, float(np.mean(found))] for step, found in sorted(steps.items())]
             kept = np.unique(np.linspace(0, len(points) - 1, min(len(points), _CURVE_POINTS)).round().astype(int))
@@ -510,12 +594,13 @@ def _curves(root: Path, comparison: Comparison) -> dict[str, dict[str, list[list
     return curves
 
 
-def _provenance(root: Path) -> dict[str, list[str]]:
+def _provenance(root: Path, comparison: Comparison) -> dict[str, list[str]]:
     """Everything that the runs and the evaluations were made with; several values where they differ."""
     found: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(
-        [*root.glob("*/seed_*/metrics.json"), *root.glob(f"{BASE}/{TEXT}"), *root.glob(f"*/seed_*/*/*/{TEXT}")]
-    ):
+    patterns = [f"{BASE}/{TEXT}"]
+    for place in _places(comparison):
+        patterns += [f"*/seed_*/{place}/metrics.json", f"*/seed_*/{place}/*/*/{TEXT}"]
+    for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
         made = read_json(path).get("provenance") or {}
         hardware = made.get("hardware", {})
         values = dict(made.get("versions", {}))

@@ -30,6 +30,8 @@ CAPTIONS = {
     "line is the Pareto front.",
     "drift": "Domain gain against drift, the distance from the base's predictions on general text. Up and left is better; the base "
     "model is the origin, which may lie outside. Bars: 95 % intervals, of drift over seeds alone.",
+    "stages": "Before all stages and after each: held-out loss of the domain of each stage, and drift on general text, mean over seeds. "
+    "Grey: the stage that learns the domain; what rises after it is forgotten. Dashed: averaged teachers; dotted: scaled adapters.",
     "tasks": "Change of each task's score against the base on the same questions, with 95 % intervals over questions and seeds (of one "
     "seed: over questions alone).",
     "subjects": "Change of the score by subject. Few questions each where the task was sampled.",
@@ -74,6 +76,7 @@ def draw_pictures(summary: dict) -> dict[str, Picture]:
             "front": _fronts(summary, colors),
             "tradeoff": _tradeoff(summary, colors),
             "drift": _drift(summary, colors),
+            "stages": _stage_lines(summary, colors),
             "tasks": _task_bars(summary, colors),
             "subjects": _subject_bars(summary, colors),
             "curves": _curve_grid(summary, colors),
@@ -383,6 +386,37 @@ def _label_ends(ax: Any, ends: list[tuple[float, str, str]], right: float) -> No
 def _bars(found: dict) -> list[list[float]] | None:
     """An interval as matplotlib takes it."""
     return None if is_absent(found["low"]) else [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
+
+
+def _stage_lines(summary: dict, colors: dict[str, str]) -> "Figure | None":
+    stages = summary.get("stages") or {"ways": []}
+    shown = {point["label"] for point in _points_shown(summary)}
+    ways = [way for way in stages["ways"] if way["label"] in shown]
+    if not ways:
+        return None
+    names = stages["names"]
+    columns = 2
+    rows = -(-(len(names) + 1) // columns)
+    figure, axes = _new_figure(_WIDTH, 2.3 * rows + 0.5, rows, columns)
+    for ax in axes.flat[len(names) + 1 :]:
+        ax.set_visible(False)
+    for j, ax in enumerate(axes.flat[: len(names) + 1]):
+        is_loss = j < len(names)
+        for way in ways:
+            figures = [after["loss"][j] if is_loss else after["drift"]["general"] for after in way["after"]]
+            first = stages["before"]["loss"][j]["mean"] if is_loss else 0.0
+            ax.plot(
+                range(len(names) + 1), [first, *(found["mean"] for found in figures)], color=colors[way["arm"]], marker="o",
+                markersize=3, linewidth=1.4, linestyle={"student": "-", "teacher": "--"}.get(way["role"], ":"), label=way["label"],
+            )  # fmt: skip
+        if is_loss:
+            ax.axvspan(j, j + 1, color=_GREY, alpha=0.15, linewidth=0)
+        ax.set_title(f"loss, {names[j]}" if is_loss else "drift, general text", fontsize=8)
+        ax.set_xticks(range(len(names) + 1), ["before", *names], rotation=30, ha="right", fontsize=7)
+    axes[0, 0].set_ylabel("nats per token")
+    handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=7.5)
+    return figure
 
 
 def _task_bars(summary: dict, colors: dict[str, str]) -> "Figure | None":

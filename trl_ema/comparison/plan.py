@@ -13,6 +13,7 @@ import yaml
 
 from ..evaluation.settings import Suite
 from ..files import read_json
+from .stages import Stage, check_options_once, read_stages
 
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ _KEYS = {
     "arms": dict,
     "reference": str,
     "controls": list,
+    "stages": list,
     "seeds": list,
     "evaluation": dict,
     "launch": dict,
@@ -38,6 +40,8 @@ LEAST_ROWS = 4
 LEAST_SCALES = 3
 # Of a run; the comparison sets them.
 _RESERVED = ("seed", "output_dir", "measure", "resume_from_checkpoint", "eval_samples")
+# Of a stage: it goes on from an adapter, whose model all stages share.
+_RESERVED_OF_STAGES = (*_RESERVED, "adapter_name_or_path", "model_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,8 @@ class Comparison:
         averaged (`tuple`, *optional*): The arms whose teacher is an average of the student, likewise.
         launch (`dict`, *optional*): How accelerate launches each training: `accelerate_config`, as `trl-ema train` takes it, and
             options of the launcher such as `num_processes`.
+        stages (`tuple`): Each [`Stage`] that every arm learns one after the other; none where there is one domain.
+        at (`int`): Which of the stages folders, options and evaluations are of; the last, unless it comes from [`by_stage`].
     """
 
     output_dir: str
@@ -169,17 +175,47 @@ class Comparison:
     plain_sft: tuple[str, ...] | None = None
     averaged: tuple[str, ...] | None = None
     launch: dict | None = None
+    stages: tuple[Stage, ...] = ()
+    at: int = 0
+
+    @property
+    def stage(self) -> Stage | None:
+        """Which of the stages this is; `None` where there is one domain."""
+        return self.stages[self.at] if self.stages else None
+
+    def by_stage(self) -> list["Comparison"]:
+        """This comparison as of each stage, in order; where there is one domain, as it is."""
+        return [replace(self, at=at) for at in range(len(self.stages))] or [self]
+
+    @property
+    def earlier(self) -> "Comparison | None":
+        """As of the stage before, which this one goes on from."""
+        return replace(self, at=self.at - 1) if self.at else None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no stage comes after this one."""
+        return self.at + 1 >= len(self.stages)
+
+    @property
+    def domains(self) -> dict[str, str]:
+        """What the held-out text of each stage is called among an evaluation's texts; that of the last one is the domain."""
+        return {s.name: s.name for s in self.stages[:-1]} | {s.name: "domain" for s in self.stages[-1:]}
+
+    def run_name(self, arm: str, seed: int) -> str:
+        """A run in words."""
+        return f"{arm}, seed {seed}" + (f", stage {self.stage.name}" if self.stage else "")
 
     def folder(self, arm: str, seed: int) -> str:
         """Where an arm's run with this seed lies."""
-        return os.path.join(self.output_dir, arm, f"seed_{seed}")
+        return os.path.join(self.output_dir, arm, f"seed_{seed}", *([self.stage.name] if self.stage else []))
 
     def options(self, arm: Arm, seed: int) -> dict:
         """Options of `trl-ema train` for one run."""
-        options = {**self.training, **arm.options}
+        options = {**self.training, **arm.options, **(self.stage.options if self.stage else {})}
         scale = options.pop("learning_rate_scale", None)
         if scale is not None:
-            options["learning_rate"] = float(self.training["learning_rate"]) * scale
+            options["learning_rate"] = float(options["learning_rate"]) * scale
         run = {
             "seed": seed,
             "output_dir": self.folder(arm.name, seed),
@@ -188,6 +224,8 @@ class Comparison:
             "measure": False,
             "resume_from_checkpoint": "true",
         }
+        if self.earlier is not None:
+            run["adapter_name_or_path"] = self.earlier.folder(arm.name, seed)
         return self.tracking(arm, seed) | options | run
 
     @property
@@ -203,7 +241,8 @@ class Comparison:
 
     def tracking(self, arm: Arm, seed: int) -> dict[str, str]:
         """What the trackers call a run, if there are any."""
-        return {"run_name": f"{arm.name}-seed_{seed}", "project": self.project} if self.trackers else {}
+        name = f"{arm.name}-seed_{seed}" + (f"-{self.stage.name}" if self.stage else "")
+        return {"run_name": name, "project": self.project} if self.trackers else {}
 
     def evaluations(self, arm: Arm, seed: int) -> dict[str, tuple[str, str, float]]:
         """
@@ -237,8 +276,13 @@ class Comparison:
         return os.path.isfile(os.path.join(self.folder(arm, seed), "metrics.json"))
 
     def is_to_be_trained(self, arm: Arm, seed: int) -> bool:
-        """Whether this is a run, and not done yet."""
-        return arm.interpolate is None and not self.is_trained(arm.name, seed)
+        """Whether this is a run, and not done yet; of a stage, whether the one before is."""
+        can_begin = self.earlier is None or self.earlier.is_trained(arm.name, seed)
+        return arm.interpolate is None and can_begin and not self.is_trained(arm.name, seed)
+
+    def is_traced(self, arm: Arm) -> bool:
+        """Whether loss and drift of its adapters are measured at the suite's other scales too."""
+        return arm.interpolate is None and self.is_last
 
     def trained(self) -> list[Arm]:
         """The arms that are trained, in order."""
@@ -316,16 +360,21 @@ def _comparison(plan: dict, path: str, output_dir: str | None) -> Comparison:
     arms = {name: Arm.from_dict(name, options) for name, options in expanded_arms(written).items()}
     if not arms:
         raise ValueError(f"{path} has no arms. List some under `arms`, such as `sft: {{teacher: none}}`.")
+    suite = Suite.from_dict(plan.get("evaluation") or {})
+    stages = read_stages(plan.get("stages"), path, _RESERVED_OF_STAGES, suite.drift_data)
+    check_options_once(stages, {arm.name: arm.options for arm in arms.values()})
     comparison = Comparison(
         output_dir=output_dir or plan.get("output_dir") or "runs/comparison",
         training=plan.get("training") or {},
         arms=arms,
         written=written,
         seeds=tuple(plan.get("seeds") or (0,)),
-        suite=Suite.from_dict(plan.get("evaluation") or {}),
+        suite=suite,
         reference=plan.get("reference"),
         controls=None if plan.get("controls") is None else tuple(plan["controls"]),
         launch=plan.get("launch"),
+        stages=stages,
+        at=max(0, len(stages) - 1),
     )
     if comparison.launch is not None and not comparison.launch.get("accelerate_config"):
         raise ValueError(

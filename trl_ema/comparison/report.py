@@ -28,6 +28,17 @@ _ONE_SEED = "†"
 # A test that counts among all of its table.
 _DISCOVERY = "‡"
 
+# What the figures of stages are.
+_STAGES = (
+    "Each arm learns the domains one after the other and goes on from its adapter of the stage before; after each stage the held-out "
+    "text of every domain is measured, and drift, KL(base ‖ model), from the model before all stages. With R_ij the negative loss on "
+    "the domain of stage j after stage i, of T stages: backward transfer is the mean of R_Tj − R_jj over j < T, below 0 where later "
+    "stages made an earlier domain worse (Lopez-Paz & Ranzato 2017); forgetting the mean of the largest R_lj with l < T, less R_Tj, "
+    "above 0 where the best was lost (Chaudhry et al. 2018); forward transfer the mean of R_(j−1)j − R_0j over j > 1, above 0 where "
+    "earlier stages made a later domain easier. All in nats per token. Everything else in this report is of the models after the last "
+    "stage, and domain is that of the last stage."
+)
+
 
 def _as_yaml(plan: dict) -> str:
     """The configuration as a user would write it."""
@@ -37,7 +48,8 @@ def _as_yaml(plan: dict) -> str:
             name: {key: value for key, value in options.items() if value is not None}
             for name, options in suite[group].items()
         }
-    keys = [key for key in ("training", "arms", "reference", "controls", "seeds") if plan.get(key) is not None]
+    known = ("training", "stages", "arms", "reference", "controls", "seeds")
+    keys = [key for key in known if plan.get(key) is not None]
     return yaml.safe_dump({key: plan[key] for key in keys} | {"evaluation": suite}, sort_keys=False)
 
 
@@ -77,6 +89,7 @@ def write_report(folder: str) -> str:
         "fold": len(summary["points"]) > MANY_ARMS,
         "scales": [f"{scale:g}" for scale in sorted(set(drawn))],
         "map_text": _map_text(found) if drawn else "",
+        "stages_text": _STAGES,
         "missing": missing,
         "measured": _measured(summary),
         "plan_yaml": _as_yaml(summary["plan"]),

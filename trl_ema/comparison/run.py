@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +23,25 @@ from .. import data
 from ..config import MeanTeacherConfig
 from ..evaluation.drift import general_rows
 from ..evaluation.generation import PACKAGES as GENERATION_PACKAGES
-from ..evaluation.models import fingerprint, is_adapter, load_base, vocabulary, with_adapter
+from ..evaluation.models import (
+    adapter_fingerprint,
+    fingerprint,
+    is_adapter,
+    load_base,
+    vocabulary,
+    with_adapter,
+)
 from ..evaluation.models import load_tokenizer as load_adapter_tokenizer
 from ..evaluation.runner import check_settings
 from ..evaluation.settings import Suite
 from ..evaluation.suite import HeldOutText, Kept, Reference, evaluate_model
 from ..evaluation.tasks import check_tasks, is_offline, task_manager
 from ..extras import require
-from ..files import write_json, write_text
+from ..files import read_json, write_json, write_text
 from ..script import (
     TrainingScriptArguments,
     as_trained_with,
+    data_of,
     load_held_out,
     load_tokenizer,
     parse,
@@ -41,7 +49,7 @@ from ..script import (
     sources,
 )
 from .plan import BASE, PLAN, Arm, Comparison
-from .training import check_jobs, train, train_together
+from .training import START, check_jobs, is_begun, train, train_together
 
 
 if TYPE_CHECKING:
@@ -58,16 +66,19 @@ def run_comparison(
     seeds: Sequence[int] | None = None,
     evaluate_only: bool = False,
     jobs: int = 1,
+    stages: Sequence[str] | None = None,
 ) -> None:
     """
     Train and evaluate whatever of the comparison is not done yet; each run in a process of its own.
 
-    A run is done when its `metrics.json` is there, and goes on from its newest checkpoint when it was interrupted.
+    A run is done when its `metrics.json` is there, and goes on from its newest checkpoint when it was interrupted. Where there are
+    stages, each of them is a run, which begins with the adapter of the one before.
 
     Args:
         arms, seeds (*optional*): Do only these now; all of the plan by default. A method stands for all of its arms.
         evaluate_only (`bool`): Train nothing: evaluate the runs that are done, such as those that were trained elsewhere.
         jobs (`int`): Trainings at once, one on each GPU; then they are all trained before the first is evaluated.
+        stages (*optional*): Do only these now.
 
     Raises:
         ValueError: Something of the plan cannot be done, or not beside what is done already. Nothing was trained then.
@@ -75,6 +86,7 @@ def run_comparison(
     choices: tuple[tuple[str, Sequence, Sequence], ...] = (
         ("arms", arms or (), list(dict.fromkeys([*comparison.arms, *comparison.methods]))),
         ("seeds", seeds or (), comparison.seeds),
+        ("stages", stages or (), [stage.name for stage in comparison.stages]),
     )
     for name, asked, planned in choices:
         unknown = [one for one in asked if one not in planned]
@@ -83,82 +95,120 @@ def run_comparison(
     check_jobs(comparison, jobs)
     seeds = comparison.seeds if seeds is None else seeds
     chosen = [arm for arm in comparison.arms.values() if arms is None or {arm.name, arm.method} & {*arms}]
-    if not evaluate_only:
-        for arm, seed in product(chosen, seeds):
-            _check_source(comparison, arm, chosen, seed)
     parsed = _parsed(comparison)
-    configs = {arm: config for (arm, _), (_, config, _) in parsed.items()}
-    comparison = _understood(comparison, configs)
+    comparison = _understood(comparison, parsed)
+    now = [one for one in comparison.by_stage() if stages is None or (one.stage and one.stage.name in stages)]
     for arm, seed in product(chosen, seeds):
-        _check_weights(comparison, arm, seed)
-    _check_same_tokenizer(configs)
+        _check_run(comparison, arm, seed, now, chosen, evaluate_only)
+    _check_same_tokenizer({arm: config for (arm, _), (_, config, _) in parsed[0].items()})
     _write_configs(comparison, evaluate_only)
     manager = _checked_tasks(comparison.suite)
-    first = next(iter(parsed.values()))
+    first = [next(iter(of_stage.values())) for of_stage in parsed]
     write_json(Path(comparison.output_dir, PLAN), _plan(comparison, first))
     evaluator = _Evaluator(comparison, first, manager)
     evaluator.base()
     if jobs > 1 and not evaluate_only:
         evaluator.release()
-        train_together(comparison, [(arm, seed) for seed in seeds for arm in chosen], jobs)
+        train_together(comparison, [(arm, seed) for seed in seeds for arm in chosen], jobs, now)
     for seed in seeds:
         # What interpolates comes after what is trained.
-        for arm in sorted(chosen, key=lambda arm: arm.interpolate is not None):
-            if not evaluate_only and comparison.is_to_be_trained(arm, seed):
+        for arm, stage in product(sorted(chosen, key=lambda arm: arm.interpolate is not None), now):
+            if not evaluate_only and stage.is_to_be_trained(arm, seed):
                 evaluator.release()
-                train(comparison, arm, seed)
-            if comparison.is_trained(arm.interpolate or arm.name, seed):
-                _evaluate(comparison, arm, seed, evaluator)
+                train(stage, arm, seed)
+            if stage.is_trained(arm.interpolate or arm.name, seed):
+                _evaluate(stage, arm, seed, evaluator)
 
 
-def _evaluate(comparison: Comparison, arm: Arm, seed: int, evaluator: "_Evaluator") -> None:
-    for adapter, folder, scale in comparison.evaluations(arm, seed).values():
+def _evaluate(stage: Comparison, arm: Arm, seed: int, evaluator: "_Evaluator") -> None:
+    for adapter, folder, scale in stage.evaluations(arm, seed).values():
         # A run may be kept with its figures and without its weights.
         if is_adapter(adapter):
-            evaluator.adapter(adapter, folder, scale, curve=arm.interpolate is None)
+            evaluator.adapter(adapter, folder, scale, curve=stage.is_traced(arm))
 
 
-def _understood(comparison: Comparison, configs: dict[str, MeanTeacherConfig]) -> Comparison:
-    """The comparison with what its arms' options mean."""
+def _understood(comparison: Comparison, parsed: list[dict[tuple[str, int], _Options]]) -> Comparison:
+    """The comparison with what its arms' options mean, in every stage."""
+    configs: dict[str, list[MeanTeacherConfig]] = {arm.name: [] for arm in comparison.trained()}
+    for of_stage in parsed:
+        for (arm, _), (_, config, _) in of_stage.items():
+            configs[arm].append(config)
     return replace(
         comparison,
-        plain_sft=tuple(arm for arm, config in configs.items() if config.is_plain_sft),
-        averaged=tuple(arm for arm, config in configs.items() if config.teacher == "ema"),
+        plain_sft=tuple(arm for arm, found in configs.items() if all(config.is_plain_sft for config in found)),
+        averaged=tuple(arm for arm, found in configs.items() if all(config.teacher == "ema" for config in found)),
     )
 
 
-def _runs(comparison: Comparison) -> dict[tuple[str, int], dict]:
+def _runs(stage: Comparison) -> dict[tuple[str, int], dict]:
     """The options of `trl-ema train` by arm and seed."""
-    return {
-        (arm.name, seed): comparison.options(arm, seed) for arm in comparison.trained() for seed in comparison.seeds
-    }
+    return {(arm.name, seed): stage.options(arm, seed) for arm in stage.trained() for seed in stage.seeds}
 
 
-def _parsed(comparison: Comparison) -> dict[tuple[str, int], _Options]:
-    """The same as the script understands them; nothing is left behind."""
+def _parsed(comparison: Comparison) -> list[dict[tuple[str, int], _Options]]:
+    """The same as the script understands them, of each stage; nothing is left behind."""
+    _check_options_of_stages(comparison)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "config.yaml")
-        parsed = {}
-        for run, options in _runs(comparison).items():
-            write_text(path, yaml.safe_dump(options))
-            parsed[run] = parse(["--config", str(path)])
-            if parsed[run][0].adapter_name_or_path is not None:
-                raise ValueError(
-                    f"Arm {run[0]!r} goes on from an adapter, and a comparison measures every arm from its base. Leave out "
-                    "`adapter_name_or_path`; `trl-ema train` and `trl-ema evaluate --reference_adapter` measure such a run."
-                )
+        parsed: list[dict[tuple[str, int], _Options]] = []
+        for stage in comparison.by_stage():
+            parsed.append({})
+            for (arm, seed), options in _runs(stage).items():
+                write_text(path, yaml.safe_dump(options))
+                parsed[-1][arm, seed] = _understand(stage, arm, seed, path)
     return parsed
+
+
+def _understand(stage: Comparison, arm: str, seed: int, path: Path) -> _Options:
+    run = stage.run_name(arm, seed)
+    try:
+        found = parse(["--config", str(path)])
+    except ValueError as error:
+        if stage.stage is None:
+            raise
+        raise ValueError(f"The options of {run}, cannot be: {error}") from error
+    if stage.earlier is None and found[0].adapter_name_or_path is not None:
+        raise ValueError(
+            f"Arm {arm!r} goes on from an adapter, and a comparison measures every arm from its base. Leave out "
+            "`adapter_name_or_path`; `trl-ema train` and `trl-ema evaluate --reference_adapter` measure such a run."
+        )
+    if stage.earlier is not None and found[1].rehearsal_texts is not None:
+        raise ValueError(
+            f"{run}, has `rehearsal_texts={found[1].rehearsal_texts!r}`, texts of one model, and each stage begins with another. Leave "
+            "it out, so that each writes its own, or give `rehearsal_dataset`."
+        )
+    return found  # type: ignore[return-value]
+
+
+# Beside TRL's `ModelConfig`: what all stages share.
+_OF_THE_MODEL = ("teacher", "eos_token", "pad_token", "chat_template_path", "model_init_kwargs")
+
+
+def _check_options_of_stages(comparison: Comparison) -> None:
+    """Raises `ValueError` if a stage changes the model, its adapter or the method, and not what is learned."""
+    names = {*_OF_THE_MODEL, *(f.name for f in fields(ModelConfig))}
+    for stage in comparison.stages:
+        not_own = [name for name in stage.options if name in names]
+        if not_own:
+            raise ValueError(
+                f"Stage {stage.name!r} sets {not_own}: model, adapter and method stay the same over all stages. Give them under "
+                "`training` or in the arms."
+            )
 
 
 def _write_configs(comparison: Comparison, check_only: bool = False) -> None:
     """A YAML file for `trl-ema train` in the folder of each run, once it is known that none has other options there."""
-    paths = {run: Path(comparison.folder(*run), "config.yaml") for run in _runs(comparison)}
-    for run, options in _runs(comparison).items():
-        _check_same_run(paths[run], options)
+    configs = {
+        Path(stage.folder(*run), "config.yaml"): options
+        for stage in comparison.by_stage()
+        for run, options in _runs(stage).items()
+    }
+    for path, options in configs.items():
+        _check_same_run(path, options)
     if check_only:
         return
-    for run, options in _runs(comparison).items():
-        write_text(paths[run], yaml.safe_dump(options))
+    for path, options in configs.items():
+        write_text(path, yaml.safe_dump(options))
 
 
 def _check_same_tokenizer(settings: dict[str, MeanTeacherConfig]) -> None:
@@ -193,9 +243,9 @@ def _checked_tasks(suite: Suite) -> "TaskManager | None":
     return manager
 
 
-def _plan(comparison: Comparison, first: _Options) -> dict:
-    args, _, model_args = first
-    return {
+def _plan(comparison: Comparison, by_stage: list[_Options]) -> dict:
+    args, _, model_args = by_stage[0]
+    found: dict[str, Any] = {
         "training": comparison.training,
         "arms": comparison.written,
         "reference": comparison.reference,
@@ -207,6 +257,56 @@ def _plan(comparison: Comparison, first: _Options) -> dict:
         "evaluation": asdict(comparison.suite),
         **sources(args, model_args),
     }
+    if comparison.stages:
+        names = [stage.name for stage in comparison.stages]
+        learned = [f"{name}: {data_of(options[0])}" for name, options in zip(names, by_stage, strict=True)]
+        found |= {"stages": [stage.written for stage in comparison.stages], "data": "; ".join(learned)}
+    return found
+
+
+def _check_run(
+    comparison: Comparison, arm: Arm, seed: int, now: list[Comparison], chosen: Sequence[Arm], evaluate_only: bool
+) -> None:
+    """Raises `ValueError` if a run cannot be trained and evaluated in the stages of which this is to be done `now`."""
+    for stage in now:
+        if not evaluate_only:
+            _check_source(stage, arm, chosen, seed)
+        _check_weights(stage, arm, seed)
+    if arm.interpolate is not None:
+        return
+    for stage in comparison.by_stage():
+        if stage.earlier is not None:
+            _check_order(stage, stage.earlier, arm.name, seed, [] if evaluate_only else now)
+
+
+def _check_order(stage: Comparison, earlier: Comparison, arm: str, seed: int, now: list[Comparison]) -> None:
+    """Raises `ValueError` unless a stage goes on, or went on, from the adapter of the one `earlier` that is there."""
+    folder, before = stage.folder(arm, seed), earlier.folder(arm, seed)
+    run, name = stage.run_name(arm, seed), earlier.stage and earlier.stage.name
+    if stage.is_trained(arm, seed) or is_begun(folder):
+        if earlier in now and not earlier.is_trained(arm, seed):
+            raise ValueError(
+                f"{folder} holds {run}, and the stage before it, {name!r}, is not trained ({before}): trained now it would be another "
+                "adapter than the one that was gone on from. Put it back, or delete the folder of the later stage too."
+            )
+        started = Path(folder, START)
+        if is_adapter(before) and started.is_file() and read_json(started)["adapter"] != adapter_fingerprint(before):
+            raise ValueError(
+                f"{folder} holds {run}, which went on from another adapter of the stage {name!r} than {before} holds now. Delete "
+                "the folder of the later stage to train it anew, or put the earlier adapter back."
+            )
+    if stage not in now or stage.is_trained(arm, seed):
+        return
+    if earlier not in now and not earlier.is_trained(arm, seed):
+        raise ValueError(
+            f"Stages out of order: {run}, goes on from stage {name!r}, whose run in {before} is not done. Train that first, or both "
+            f"together: `--stages {name} {stage.stage and stage.stage.name}`."
+        )
+    if earlier.is_trained(arm, seed) and not is_adapter(before):
+        raise ValueError(
+            f"{run}, goes on from stage {name!r}, which was kept without its weights ({before} holds no adapter). Put them back, or "
+            "delete its metrics.json to train it again."
+        )
 
 
 def _check_source(comparison: Comparison, arm: Arm, chosen: Sequence[Arm], seed: int) -> None:
@@ -224,7 +324,7 @@ def _check_weights(comparison: Comparison, arm: Arm, seed: int) -> None:
     """Raises `ValueError` if a run that is done has still to be evaluated, and its weights are not there."""
     source = arm.interpolate or arm.name
     for adapter, folder, _ in comparison.evaluations(arm, seed).values():
-        missing = comparison.suite.missing_files(folder, curve=arm.interpolate is None)
+        missing = comparison.suite.missing_files(folder, curve=comparison.is_traced(arm))
         if comparison.is_trained(source, seed) and not is_adapter(adapter) and missing:
             raise ValueError(
                 f"{missing[0]} is to be measured, but the run in {comparison.folder(source, seed)} was kept without its "
@@ -239,7 +339,11 @@ def _check_same_run(path: Path, options: dict) -> None:
     if not path.is_file() or not (finished or any(path.parent.glob("checkpoint-*"))):
         return
     old = yaml.safe_load(path.read_text(encoding="utf-8"))
-    # The folder may have moved.
+    # The folder may have moved, and with it that of the stage before.
+    old, options = (
+        given | {key: os.path.basename(given[key]) for key in ("adapter_name_or_path",) if given.get(key)}
+        for given in (old, options)
+    )
     names = sorted({*old, *options} - {"output_dir"})
     other = [name for name in names if old.get(name) != options.get(name)]
     if other:
@@ -251,10 +355,15 @@ def _check_same_run(path: Path, options: dict) -> None:
 
 
 class _Evaluator:
-    """The base model in memory, and the held-out rows that every arm is measured on."""
+    """
+    The base model in memory, and the held-out rows that every arm is measured on.
 
-    def __init__(self, comparison: Comparison, options: _Options, manager: "TaskManager | None"):
-        args, training_args, model_args = options
+    Args:
+        by_stage (`list`): Options of a run of each stage; where there is one domain, of one run.
+    """
+
+    def __init__(self, comparison: Comparison, by_stage: list[_Options], manager: "TaskManager | None"):
+        args, training_args, model_args = by_stage[-1]
         self.comparison, self.manager = comparison, manager
         self.name, self.tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
         self.options: dict[str, Any] = dict(
@@ -267,13 +376,19 @@ class _Evaluator:
         if model_args.attn_implementation is not None:
             self.options["attn_implementation"] = model_args.attn_implementation
         held_out = load_held_out(args, self.tokenizer, training_args.dataset_text_field)
+        others: dict[str, Any] = {}
+        settings_of_stages: dict[str, MeanTeacherConfig] = {}
+        for stage, (stage_args, settings, _) in zip(comparison.stages, by_stage[:-1], strict=False):
+            others[stage.name] = load_held_out(stage_args, self.tokenizer, settings.dataset_text_field)
+            settings_of_stages[stage.name] = settings
         general = data.as_chat(Dataset.from_list(general_rows()), self.tokenizer)
         as_trained_with(self.tokenizer, training_args)
-        others = {
+        others |= {
             name: data.as_chat(data.load_split(path, text_field=training_args.dataset_text_field), self.tokenizer)
             for name, path in comparison.suite.drift_data.items()
         }
         self.rows: dict[str, Any] = dict(domain=held_out, general=general, others=others, settings=training_args)
+        self.rows["other_settings"] = settings_of_stages
         HeldOutText(self.tokenizer, comparison.suite, **self.rows)  # refuses what cannot be measured
         self._model: Any = None
         # What the base computes for these rows, once for all arms.

@@ -305,6 +305,68 @@ def scores_by_resample(scores: ArrayLike, weights: np.ndarray) -> np.ndarray:
     return weights @ np.asarray(scores, dtype=np.float64) / weights.sum(1)
 
 
+def backward_transfer(scores: ArrayLike) -> Any:
+    r"""
+    What later stages did to the domains of earlier ones, at the end; below 0 they were forgotten.
+
+        BWT = 1/(T − 1) · Σ_{j<T} (R_{T,j} − R_{j,j})
+
+    Args:
+        scores (array of shape `(T + 1, T, ...)`): R_{i,j}, the score on the domain of stage j after stage i. Row 0 is of the model before
+            the first. Higher is better: of a loss its negative.
+
+    Raises:
+        ValueError: The scores have another shape, or there are less than two stages.
+
+    Source: Lopez-Paz & Ranzato 2017, https://arxiv.org/abs/1706.08840, section 2.
+    """
+    scores = _of_stages(scores)
+    learned = np.array([scores[j + 1, j] for j in range(scores.shape[1] - 1)])
+    return (scores[-1, :-1] - learned).mean(0)
+
+
+def stage_forgetting(scores: ArrayLike) -> Any:
+    r"""
+    How far the domains of earlier stages have fallen below their best, at the end; positive is forgetting.
+
+        F = 1/(T − 1) · Σ_{j<T} max_{1≤l<T} (R_{l,j} − R_{T,j})
+
+    Args:
+        scores: As of [`backward_transfer`].
+
+    Source: Chaudhry et al. 2018, https://arxiv.org/abs/1801.10112, section 3. As there the best is one after some stage: the model
+    before all of them does not count.
+    """
+    scores = _of_stages(scores)
+    return (scores[1:-1, :-1].max(0) - scores[-1, :-1]).mean(0)
+
+
+def forward_transfer(scores: ArrayLike) -> Any:
+    r"""
+    What earlier stages did for the domain of a stage before it was learned; positive is a better start.
+
+        FWT = 1/(T − 1) · Σ_{j>1} (R_{j−1,j} − R_{0,j})
+
+    Args:
+        scores: As of [`backward_transfer`].
+
+    Source: Lopez-Paz & Ranzato 2017, section 2, against the model before all stages where theirs is a random one.
+    """
+    scores = _of_stages(scores)
+    before = np.array([scores[j, j] for j in range(1, scores.shape[1])])
+    return (before - scores[0, 1:]).mean(0)
+
+
+def _of_stages(scores: ArrayLike) -> np.ndarray:
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim < 2 or scores.shape[0] != scores.shape[1] + 1 or scores.shape[1] < 2:
+        raise ValueError(
+            f"Scores of stages have shape {scores.shape}; expected (T + 1, T, ...) with T of at least two stages: a row before the "
+            "first and one after each, a column for the domain of each."
+        )
+    return scores
+
+
 def paired_interval(before: ArrayLike, after: ArrayLike, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
     """
     Change of the mean score on the same questions, with its paired bootstrap interval: [`interval`] of one seed.

@@ -54,4 +54,7 @@ def _figures(summary: dict) -> dict[str, dict[str, float]]:
             for name, figure in values.items()
             if figure is not None and not is_absent(figure["mean"])
         }
+    for way in summary.get("stages", {}).get("ways", ()):
+        for name, key in (("backward transfer", "backward_transfer"), ("forgetting over stages", "forgetting")):
+            found[way["label"]][name] = way[key]["mean"]
     return found

@@ -12,12 +12,16 @@ from queue import SimpleQueue
 import torch
 from tqdm import tqdm
 
+from ..evaluation.models import adapter_fingerprint
+from ..files import write_json
 from .plan import Arm, Comparison
 
 
 logger = logging.getLogger(__name__)
 
 LOG = "train.log"
+# Beside a stage's run: fingerprint of the adapter that it went on from.
+START = "went_on_from.json"
 
 
 def check_jobs(comparison: Comparison, jobs: int) -> None:
@@ -50,8 +54,12 @@ def train(comparison: Comparison, arm: Arm, seed: int, log: Path | None = None, 
     Raises:
         subprocess.CalledProcessError: It failed.
     """
-    logger.info("Training %s, seed %d", arm.name, seed)
-    config = os.path.join(comparison.folder(arm.name, seed), "config.yaml")
+    logger.info("Training %s", comparison.run_name(arm.name, seed))
+    folder = comparison.folder(arm.name, seed)
+    if comparison.earlier is not None and not is_begun(folder):
+        start = {"adapter": adapter_fingerprint(comparison.earlier.folder(arm.name, seed))}
+        write_json(Path(folder, START), start)
+    config = os.path.join(folder, "config.yaml")
     launch = [word for name, value in (comparison.launch or {}).items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "trl_ema", "train", *launch, "--config", config]
     # Weights & Biases takes these from nowhere else.
@@ -63,12 +71,30 @@ def train(comparison: Comparison, arm: Arm, seed: int, log: Path | None = None, 
         subprocess.run(command, check=True, env=groups, stdout=file, stderr=subprocess.STDOUT)
 
 
-def train_together(comparison: Comparison, runs: Sequence[tuple[Arm, int]], jobs: int) -> None:
+def is_begun(folder: str) -> bool:
+    """Whether the run in `folder` has a checkpoint to go on from."""
+    return any(Path(folder).glob("checkpoint-*"))
+
+
+def train_together(
+    comparison: Comparison,
+    runs: Sequence[tuple[Arm, int]],
+    jobs: int,
+    stages: Sequence[Comparison] | None = None,
+) -> None:
     """
     Train what of the `runs` is not done yet, so many at once; each says what it says in `train.log` in its folder. After one has
     failed, those that have begun are finished, and no other is begun.
+
+    Args:
+        stages (*optional*): Those of [`Comparison.by_stage`] that each run is now taken through, one after the other; all by default.
     """
-    todo = [(arm, seed) for arm, seed in runs if comparison.is_to_be_trained(arm, seed)]
+    stages = comparison.by_stage() if stages is None else stages
+
+    def next_stage(arm: Arm, seed: int) -> Comparison | None:
+        return next((stage for stage in stages if stage.is_to_be_trained(arm, seed)), None)
+
+    todo = [(arm, seed) for arm, seed in runs if next_stage(arm, seed)]
     places: SimpleQueue[dict[str, str]] = SimpleQueue()
     for place in range(jobs):
         places.put(_share(place, jobs))
@@ -76,7 +102,9 @@ def train_together(comparison: Comparison, runs: Sequence[tuple[Arm, int]], jobs
     def run(arm: Arm, seed: int) -> None:
         share = places.get()
         try:
-            train(comparison, arm, seed, Path(comparison.folder(arm.name, seed), LOG), **share)
+            for stage in stages:
+                if stage.is_to_be_trained(arm, seed):
+                    train(stage, arm, seed, Path(stage.folder(arm.name, seed), LOG), **share)
         finally:
             places.put(share)
 
@@ -88,10 +116,11 @@ def train_together(comparison: Comparison, runs: Sequence[tuple[Arm, int]], jobs
             except subprocess.CalledProcessError as error:
                 pool.shutdown(wait=True, cancel_futures=True)
                 arm, seed = futures[future]
-                log = Path(comparison.folder(arm.name, seed), LOG)
+                failed = next_stage(arm, seed) or comparison
+                log = Path(failed.folder(arm.name, seed), LOG)
                 raise ValueError(
-                    f"The training of {arm.name}, seed {seed}, failed; what it said is in {log}. The others are kept: run `trl-ema "
-                    "compare` again once it is mended."
+                    f"The training of {failed.run_name(arm.name, seed)}, failed; what it said is in {log}. The others are kept: run "
+                    "`trl-ema compare` again once it is mended."
                 ) from error
 
 

@@ -276,6 +276,13 @@ def fingerprint(base: str, adapter: str | None = None, **settings: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def adapter_fingerprint(folder: str) -> str:
+    """Tells the adapter in `folder` from others, wherever it lies."""
+    digest = hashlib.sha256()
+    _add_files(digest, folder, (CONFIG_NAME, "adapter_model.*"))
+    return digest.hexdigest()[:16]
+
+
 def _add_files(digest: Any, folder: str, patterns: tuple[str, ...]) -> None:
     for path in sorted(path for pattern in patterns for path in Path(folder).glob(pattern)):
         with open(path, "rb") as file:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -58,6 +58,7 @@ class HeldOutText:
             to those of `domain`; of a conversation that is the last one.
         others (`dict`, *optional*): Further general texts by name.
         settings (`SFTConfig`, *optional*): See [`tokenized_batches`].
+        other_settings (`dict`, *optional*): Those of further texts that are trained on with settings of their own, by name.
 
     Raises:
         ValueError: A row cannot be measured, or has no prompt where answers are asked for.
@@ -71,6 +72,7 @@ class HeldOutText:
         general: Dataset,
         others: dict[str, Dataset] | None = None,
         settings: SFTConfig | None = None,
+        other_settings: Mapping[str, SFTConfig] | None = None,
     ):
         self.tokenizer, self.suite = tokenizer, suite
         self.batch_size = suite.batch_size or 16
@@ -79,7 +81,9 @@ class HeldOutText:
         except ValueError as error:
             raise ValueError(f"{error} With `generation_tokens` 0 their loss and drift are measured.") from error
         self.batches = {
-            name: tokenized_batches(rows, tokenizer, suite.max_length, self.batch_size, settings)
+            name: tokenized_batches(
+                rows, tokenizer, suite.max_length, self.batch_size, (other_settings or {}).get(name, settings)
+            )
             for name, rows in {"domain": domain, "general": general, **(others or {})}.items()
         }
         self.pairs = [] if self.prompts is None else prompts_and_references(self.prompts, tokenizer)
@@ -228,6 +232,7 @@ def evaluate_model(
     general: Dataset,
     others: dict[str, Dataset] | None = None,
     settings: SFTConfig | None = None,
+    other_settings: Mapping[str, SFTConfig] | None = None,
     reference: Reference | None = None,
     kept: Kept | None = None,
     curve: bool = False,
@@ -238,12 +243,12 @@ def evaluate_model(
     Args:
         model_id (`str`): See [`fingerprint`].
         manager (`lm_eval.tasks.TaskManager`): See [`task_manager`].
-        domain, general, others, settings: See [`HeldOutText`].
+        domain, general, others, settings, other_settings: See [`HeldOutText`].
         reference, kept (*optional*): See [`HeldOutText.measure`].
         curve (`bool`): Measure loss and drift of a PEFT model's adapter at the suite's other scales too.
     """
     check_model_measurable(model)
-    text = HeldOutText(tokenizer, suite, domain, general, others, settings)
+    text = HeldOutText(tokenizer, suite, domain, general, others, settings, other_settings)
     for task, options in suite.tasks.items():
         evaluate_tasks(
             model, tokenizer, [task], folder, model_id=model_id, manager=manager, settings=options,
