@@ -132,7 +132,7 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
     metrics: dict = {}
     trainer.model_card_details = {"Sources": sources(args, model_args)}
     if args.measure:
-        say("Measuring the model as it was before, the student and its teacher ...")
+        say("Measuring the model as it was before, and as it is now ...")
         metrics, _ = measurement.models()
         trainer.model_card_details["Held-out figures, nats per token"] = card_figures(metrics)
         trainer.model_card_results = card_results(metrics, sources(args, model_args)["data"])
