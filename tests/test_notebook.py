@@ -38,6 +38,7 @@ def test_what_the_notebook_imports_is_there(notebook):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # of minutes where nothing else runs
 def test_the_notebook_runs_and_rehearsal_drifts_less(notebook, tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
