@@ -70,12 +70,12 @@ def command(mode, folder, output, on_gpu=False, **changes):
     return line, environment
 
 
-def command_in_turn(mode, folder, runs, *flags):
+def command_in_turn(mode, folder, runs):
     """Of one launch that trains all `runs`, options by output folder, one after another."""
     commands = [command(mode, folder, output, **changes) for output, changes in runs.items()]
     line, environment = commands[0]
     before = line[: line.index(str(RECIPE))]
-    return [*before, str(IN_TURN), *flags, str(RECIPE), *(f"{output}.yaml" for output in runs)], environment
+    return [*before, str(IN_TURN), str(RECIPE), *(f"{output}.yaml" for output in runs)], environment
 
 
 def launch(mode, folder, output, **changes):
