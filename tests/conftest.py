@@ -1,11 +1,14 @@
 """Tiny models, tokenizers and data, made on the spot: nothing is downloaded and nothing is left behind."""
 
 import atexit
+import functools
 import json
 import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
+from unittest import mock
 
 
 # Before any hub library is imported.
@@ -103,6 +106,19 @@ def _caches(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+
+
+@pytest.fixture(scope="session")
+def lm_evals_files_read_once():
+    """lm-eval's own task files, thousands, are read by the first of its task managers alone: each takes many seconds for it."""
+    import lm_eval.tasks._index as index
+
+    own, read = Path(index.__file__).parent, index.load_yaml
+    cached = functools.cache(read)
+    with mock.patch.object(
+        index, "load_yaml", lambda path, **how: (cached if own in path.parents else read)(path, **how)
+    ):
+        yield
 
 
 @pytest.fixture(scope="session")

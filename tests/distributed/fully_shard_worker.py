@@ -1,7 +1,7 @@
 """
 One rank of `torchrun`: student and teacher sharded by torch's own `fully_shard` against an unsharded copy, step by step.
 
-    torchrun --nproc_per_node 2 fully_shard_worker.py FOLDER float32
+    torchrun --nproc_per_node 2 fully_shard_worker.py FOLDER float32 bfloat16
 """
 
 import sys
@@ -67,7 +67,6 @@ def whole(tensor):
 
 
 def main(folder: str, dtype: torch.dtype) -> None:
-    dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
     model, teacher, optimizer, start = build(dtype, sharded=True)
@@ -121,9 +120,11 @@ def main(folder: str, dtype: torch.dtype) -> None:
         assert ours.keys() == saved.keys() and len(ours) > 8
         assert all(torch.equal(ours[name], saved[name]) for name in saved)
         assert other.num_updates == STEPS
-    dist.destroy_process_group()
-    print(f"rank {rank} done")
+    print(f"rank {rank} done in {str(dtype).removeprefix('torch.')}", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], getattr(torch, sys.argv[2]))
+    dist.init_process_group("gloo")
+    for name in sys.argv[2:]:
+        main(str(Path(sys.argv[1], name)), getattr(torch, name))
+    dist.destroy_process_group()

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "medical_ema.py"
+AS_ON_GPUS, IN_TURN = (Path(__file__).with_name(name) for name in ("as_on_gpus.py", "in_turn.py"))
 CONFIGS = {"one": "cpu", "ddp": "multi_gpu", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
 CONFIGS["zero1"] = "zero1"
 CONFIGS["zero3_offload"] = "zero3_offload"
@@ -61,12 +63,19 @@ def command(mode, folder, output, on_gpu=False, **changes):
     config = str(accelerate_config(mode, folder, on_gpu))
     line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
     line += ["--main_process_port", "0"] if mode != "one" else []
-    as_on_gpus = "fsdp2" in mode or ("zero" in mode and options["bf16"])
-    line += [str(Path(__file__).with_name("as_on_gpus.py"))] if as_on_gpus and not on_gpu else []
-    line += [str(ROOT / "recipes" / "medical_ema.py"), "--config", f"{output}.yaml"]
+    line += [str(AS_ON_GPUS)] if ("fsdp2" in mode or "zero" in mode) and not on_gpu else []
+    line += [str(RECIPE), "--config", f"{output}.yaml"]
     environment = os.environ | ({} if on_gpu else ON_CPU)
     environment |= {"TRL_EMA_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf")}
     return line, environment
+
+
+def command_in_turn(mode, folder, runs):
+    """Of one launch that trains all `runs`, options by output folder, one after another."""
+    commands = [command(mode, folder, output, **changes) for output, changes in runs.items()]
+    line, environment = commands[0]
+    before = line[: line.index(str(RECIPE))]
+    return [*before, str(IN_TURN), str(RECIPE), *(f"{output}.yaml" for output in runs)], environment
 
 
 def launch(mode, folder, output, **changes):

@@ -12,21 +12,71 @@ import psutil
 import pytest
 import torch
 import yaml
-from launching import OPTIONS, STAGING, command, launch, logged, weights
+from launching import OPTIONS, STAGING, command, command_in_turn, launch, logged, weights
 
 
 pytestmark = pytest.mark.distributed
 
 
+OTHERS = {
+    # With a trained head: a frozen teacher is the base only while that is the base's own.
+    "frozen": dict(teacher="frozen", measure=False),
+    "none": dict(teacher="none", lora_modules_to_save=None, measure=False),
+    "nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", use_bnb_nested_quant=True, measure=False),
+    "bf16": dict(bf16=True, dtype="bfloat16"),
+}
+
+
+def others(mode, *kinds):
+    return {f"{mode}_{kind}": OTHERS[kind] for kind in kinds}
+
+
+def resumed(output, before):
+    return {output: dict(resume_from_checkpoint=f"{before}/checkpoint-3", measure=False)}
+
+
+# What is trained in turn by one launch. One that resumes is a launch of its own wherever no other test resumes bit for bit in
+# new processes, as those of a signal do.
+LAUNCHES = [
+    ("one", {"one": {}} | others("one", *OTHERS)),
+    ("ddp", {"ddp": {}} | others("ddp", "nf4") | resumed("ddp_resumed", "ddp") | resumed("one_to_ddp", "one")),
+    ("zero1", {"zero1": {}}),
+    ("zero2", {"zero2": {}}),
+    ("zero2", resumed("zero2_resumed", "zero2")),
+    (
+        "zero3",
+        {"zero3": {}} | others("zero3", "frozen") | resumed("zero3_resumed", "zero3") | resumed("one_to_zero3", "one"),
+    ),
+    ("fsdp2", {"fsdp2": {}} | others("fsdp2", "frozen", "bf16")),
+    ("fsdp2", resumed("fsdp2_resumed", "fsdp2") | resumed("one_to_fsdp2", "one")),
+    ("fsdp2_sharded", {"fsdp2_sharded": {}} | others("fsdp2_sharded", "none")),
+    ("fsdp2_sharded", resumed("fsdp2_sharded_resumed", "fsdp2_sharded")),
+    ("one", {k: v for mode in ("ddp", "zero2", "fsdp2") for k, v in resumed(f"{mode}_to_one", mode).items()}),
+]
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_folder):
-    """`runs(mode)` is the folder of an undisturbed run, made once."""
-    made = {}
+    """`runs(output)` is the folder of a run that nobody disturbed; its launch is made once."""
+    launched = {}
 
-    def run(mode):
-        if mode not in made:
-            made[mode] = launch(mode, tiny_folder, mode)
-        return made[mode]
+    def run(output):
+        number = next(i for i, (_, outputs) in enumerate(LAUNCHES) if output in outputs)
+        mode, outputs = LAUNCHES[number]
+        for options in outputs.values():
+            before = options.get("resume_from_checkpoint", output).split("/")[0]
+            if before not in outputs:
+                run(before)
+        if number not in launched:
+            line, environment = command_in_turn(mode, tiny_folder, outputs)
+            launched[number] = subprocess.run(
+                line, capture_output=True, text=True, cwd=tiny_folder, env=environment, check=False
+            )
+        done = launched[number]
+        ended = [name for name in outputs if (tiny_folder / name / "metrics.json").exists()]
+        # Where one fails, those before it count.
+        assert output in ended and (done.returncode == 0 or len(ended) < len(outputs)), done.stderr[-5000:]
+        return tiny_folder / output
 
     return run
 
@@ -70,38 +120,25 @@ def test_two_processes_train_as_one_does(runs, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_resumed_run_ends_like_an_undisturbed_one(runs, tiny_folder, mode):
-    resumed = launch(
-        mode, tiny_folder, f"{mode}_resumed", resume_from_checkpoint=str(runs(mode) / "checkpoint-3"), measure=False
-    )
-    assert_same(resumed, runs(mode))
+def test_a_resumed_run_ends_like_an_undisturbed_one(runs, mode):
+    assert_same(runs(f"{mode}_resumed"), runs(mode))
 
 
-OTHERS = {
-    # With a trained head: a frozen teacher is the base only while that is the base's own.
-    "frozen": (dict(teacher="frozen"), ("loss", "ce_loss", "kl_loss"), ["student"]),
-    "none": (dict(teacher="none", lora_modules_to_save=None), ("loss", "mean_token_accuracy"), ["student"]),
-    "every token": (dict(kl_tokens="all", eval_teacher=True), (*LOGGED, "eval_teacher_loss"), ["student", "teacher"]),
-}
+KEYS = {"frozen": ("loss", "ce_loss", "kl_loss"), "none": ("loss", "mean_token_accuracy")}
 
 
-@pytest.mark.parametrize(
-    ("kind", "mode"),
-    [
-        ("frozen", "zero3"),
-        ("frozen", "fsdp2"),
-        ("none", "fsdp2_sharded"),
-        pytest.param("every token", "zero3", marks=pytest.mark.slow),
-    ],
-)
-def test_other_teachers_too(tiny_folder, kind, mode):
-    options, keys, adapters = OTHERS[kind]
-    one = tiny_folder / f"one_{kind}"
-    if not one.exists():
-        launch("one", tiny_folder, one.name, measure=False, **options)
-    two = launch(mode, tiny_folder, f"{mode}_{kind}", measure=False, **options)
-    assert_same(two, one, rtol=1e-3, atol=1e-4, keys=keys, adapters=adapters)
-    assert (two / "teacher").exists() == ("teacher" in adapters)
+@pytest.mark.parametrize(("kind", "mode"), [("frozen", "zero3"), ("frozen", "fsdp2"), ("none", "fsdp2_sharded")])
+def test_other_teachers_too(runs, kind, mode):
+    two = runs(f"{mode}_{kind}")
+    assert_same(two, runs(f"one_{kind}"), rtol=1e-3, atol=1e-4, keys=KEYS[kind], adapters=["student"])
+    assert not (two / "teacher").exists()
+
+
+@pytest.mark.slow
+def test_a_teacher_on_every_token_that_is_evaluated_too(tiny_folder):
+    options = dict(kl_tokens="all", eval_teacher=True, measure=False)
+    two, one = (launch(mode, tiny_folder, f"{mode}_every_token", **options) for mode in ("zero3", "one"))
+    assert_same(two, one, rtol=1e-3, atol=1e-4, keys=(*LOGGED, "eval_teacher_loss"))
 
 
 def test_compiling_what_fsdp2_shards_is_refused(tiny_folder):
@@ -200,20 +237,22 @@ def test_two_machines_train_as_one_process_does(runs, tiny_folder):
 )
 def test_a_checkpoint_resumes_under_another_launch(runs, tiny_folder, before, after):
     output = f"{before}_to_{after}"
-    launch(after, tiny_folder, output, resume_from_checkpoint=str(runs(before) / "checkpoint-3"), measure=False)
-    assert_same(tiny_folder / output, runs("one"), rtol=1e-3, atol=1e-4)
+    if any(output in outputs for _, outputs in LAUNCHES):
+        found = runs(output)
+    else:
+        runs(before)
+        found = launch(after, tiny_folder, output, **resumed(output, before)[output])
+    assert_same(found, runs("one"), rtol=1e-3, atol=1e-4)
 
 
-def test_four_bit_weights_on_two_processes_train_as_on_one(tiny_folder):
+def test_four_bit_weights_on_two_processes_train_as_on_one(runs):
     """QLoRA: what `recipes/configs/qwen2_1.5b_qlora_ddp.yaml` launches."""
-    options = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", use_bnb_nested_quant=True, measure=False)
-    two, one = (launch(mode, tiny_folder, f"{mode}_nf4", **options) for mode in ("ddp", "one"))
-    assert_same(two, one, rtol=1e-3, atol=1e-4)
+    assert_same(runs("ddp_nf4"), runs("one_nf4"), rtol=1e-3, atol=1e-4)
 
 
-def test_fsdp2_in_bfloat16_keeps_its_figures_in_float32(tiny_folder):
+def test_fsdp2_in_bfloat16_keeps_its_figures_in_float32(runs):
     """Accelerate has FSDP2 cast what a forward returns; sums of losses and counts of tokens do not bear it."""
-    ours, one = (launch(mode, tiny_folder, f"{mode}_bf16", bf16=True, dtype="bfloat16") for mode in ("fsdp2", "one"))
+    ours, one = runs("fsdp2_bf16"), runs("one_bf16")
     for key in ("loss", "ce_loss", "kl_loss"):
         found = logged(ours, key)
         torch.testing.assert_close(found, logged(one, key), rtol=0.05, atol=0.02)

@@ -19,15 +19,15 @@ pytestmark = pytest.mark.distributed
 
 
 def test_student_and_teacher_are_those_of_a_dense_trainer(tmp_path):
+    worker = str(Path(__file__).with_name("trainer_worker.py"))
     output = torchrun("trainer_worker.py", str(tmp_path), "ddp")
     assert all(output.count(f"<{case}> done") == 2 for case in CASES)
     for stage in (2, 3):
         path = tmp_path / f"zero{stage}.json"
         path.write_text(json.dumps(_deepspeed(stage)))
         environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
-        output = torchrun("trainer_worker.py", str(tmp_path), path.stem, **environment)
+        output = torchrun("as_on_gpus.py", worker, str(tmp_path), path.stem, **environment)
         assert all(output.count(f"<{case}> done") == 2 for case in ZERO_CASES)
-    worker = str(Path(__file__).with_name("trainer_worker.py"))
     output = torchrun("as_on_gpus.py", worker, str(tmp_path), "fsdp2", **FSDP2)
     assert all(output.count(f"<{case}> done") == 2 for case in ZERO_CASES)
 
