@@ -211,9 +211,12 @@ def of_the_map():
     def share(found):
         return f"{number(100 * found['mean'], 0)} % ({span(found, 0, 100)})"
 
+    (gemma,) = ways("gemma_seed_0")["rehearsal-4-0.5"]["points"]
+
     return [
         f"rehearsal keeps {share(kept)} of what SFT learns, over three seeds; plain SFT, scaled back to there, {share(plain)}",
-        f"On a second domain, one seed, {share(second)} against {share(plain_second)}",
+        f"On a second domain, one seed, {share(second)} against {share(plain_second)}; a second model kept "
+        f"{number(100 * gemma['gain'], 0)} % at {number(100 * gemma['drift'], 0)} % of the drift",
         f"where plain SFT loses {number(100 * point('sft')['forgetting']['mean'], 1)} points "
         f"({span(point('sft')['forgetting'], 1, 100)})",
     ]
