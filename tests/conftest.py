@@ -101,13 +101,7 @@ CHAT_TEMPLATE = (
 
 
 # Which take minutes, as they are: one of them last would leave a worker of xdist alone with it.
-LONGEST_FILES = [
-    "test_launch.py",
-    "test_trainer_cases.py",
-    "test_comparison.py",
-    "test_evaluation.py",
-    "test_trainer.py",
-]
+LONGEST_FILES = ["test_launch.py", "test_trainer_cases.py", "test_comparison.py", "test_evaluation.py", "test_trainer.py"]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
