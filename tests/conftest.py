@@ -100,6 +100,16 @@ CHAT_TEMPLATE = (
 )
 
 
+# Which take minutes, as they are: one of them last would leave a worker of xdist alone with it.
+LONGEST_FILES = ["test_launch.py", "test_trainer_cases.py", "test_comparison.py", "test_evaluation.py", "test_trainer.py"]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(
+        key=lambda item: LONGEST_FILES.index(item.path.name) if item.path.name in LONGEST_FILES else len(LONGEST_FILES)
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _caches(tmp_path_factory):
     """Keep the caches of `datasets` out of the user's home."""
