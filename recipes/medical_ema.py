@@ -120,7 +120,8 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
     questions = parts[0].held_out
     has_prompts = {"prompt", "completion"} <= set(questions.column_names)
     samples = questions.select(range(min(args.generations, len(questions)) if has_prompts else 0))
-    measurement = Measurement(trainer, samples, args.generation_tokens)  # of the model as it is now, too
+    # Of the model as it is now, too.
+    measurement = Measurement(trainer, samples, args.generation_tokens) if args.measure else None
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped_by:
         name = signal.Signals(trainer.stopped_by).name
@@ -131,7 +132,7 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
     # Measure
     metrics: dict = {}
     trainer.model_card_details = {"Sources": sources(args, model_args)}
-    if args.measure:
+    if measurement is not None:
         say("Measuring the model as it was before, and as it is now ...")
         metrics, _ = measurement.models()
         trainer.model_card_details["Held-out figures, nats per token"] = card_figures(metrics)

@@ -76,6 +76,8 @@ def test_an_adapter_made_plain_computes_as_dense_weights(base, tmp_path, kind):
 
 def test_what_is_plain_already_stays_as_it_is(run):
     adapter = adapter_at(str(run), 0.0, 1.0)
+    nothing, zeros = plain_adapter(adapter_at(str(run), 0.0, 0.0))  # llama.cpp takes an alpha of 0 for none
+    assert nothing.lora_alpha == nothing.r > 0 and not any(zeros[key].any() for key in zeros if "lora_B" in key)
     config, tensors = plain_adapter(adapter)
     assert config.lora_alpha == 8 and tensors is adapter[1]
     experts = lora(target_modules=[], target_parameters=["mlp.experts.down_proj"], lora_alpha=0.5)

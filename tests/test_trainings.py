@@ -78,6 +78,29 @@ def test_after_a_failure_no_other_training_begins(plan, started):
     assert len(started) < 3
 
 
+def test_after_ctrl_c_no_other_training_begins(plan, monkeypatch):
+    begun = []
+
+    def interrupted(comparison, arm, seed, log, **environment):
+        begun.append(arm.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    comparison = plan()
+    with pytest.raises(KeyboardInterrupt):
+        train_together(comparison, [(arm, 0) for arm in comparison.arms.values()], 1)
+    assert len(begun) < 3
+
+
+def test_a_training_of_one_process_has_one_of_several_gpus(plan, started, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    comparison = plan()
+    for gpus, seen in ((2, "0"), (1, None)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        train(comparison, comparison.arms["a"], 0)
+        assert started[-1][1].get("CUDA_VISIBLE_DEVICES") == seen
+
+
 @pytest.mark.parametrize(
     "jobs, more, message",
     [

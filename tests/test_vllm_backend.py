@@ -162,6 +162,7 @@ def test_a_chat_is_written_by_the_tokenizer_that_was_trained_with(vllm, base):
         (dict(rank_pattern={"q_proj": 2}), "`rank_pattern={'q_proj': 2}`"),
         (dict(trainable_token_indices=[1]), "`trainable_token_indices="),
         (dict(init_lora_weights="pissa"), "`init_lora_weights='pissa'`"),
+        (dict(alora_invocation_tokens=[1], task_type="CAUSAL_LM"), r"`alora_invocation_tokens=\[1\]`"),
         (dict(target_modules=["q_proj", "embed_tokens"]), "the tensor '.*embed_tokens.*'"),
     ],
 )

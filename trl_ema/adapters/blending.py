@@ -100,7 +100,7 @@ def mixed_adapter(student: Adapter, teacher: Adapter, mixture: float, scale: flo
 def plain_adapter(adapter: Adapter) -> Adapter:
     r"""
     The same adapter for readers that know `r` and a whole `lora_alpha` alone, such as vLLM, llama.cpp and Ollama: no patterns,
-    no rsLoRA, no fraction. Where it has any of these, with s the scaling of a layer and r the largest rank of all,
+    no rsLoRA, no fraction, no 0 (which llama.cpp takes for none). Where it has any of these, with s the scaling of a layer and r the largest rank of all,
 
         A' = [A; 0],  B' = [s·B, 0]  up to rank r,  lora_alpha = r
 
@@ -112,7 +112,7 @@ def plain_adapter(adapter: Adapter) -> Adapter:
     config, tensors = copy.deepcopy(adapter[0]), adapter[1]
     if getattr(config, "target_parameters", None):  # their factors are in another order
         return adapter
-    whole = config.lora_alpha == int(config.lora_alpha)
+    whole = config.lora_alpha == int(config.lora_alpha) != 0
     if whole and not (config.use_rslora or config.alpha_pattern or config.rank_pattern):
         config.lora_alpha = int(config.lora_alpha)
         return config, tensors

@@ -99,6 +99,12 @@ def check_adapter(config: Any, anchor: float) -> None:
         )
 
 
+# Options of a `LoraConfig` that make another adapter of it: one that readers of plain LoRA would compute wrongly.
+_OTHER_LORAS = (
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "velora_config", "monteclora_config",
+)  # fmt: skip
+
+
 def unscalable_by(config: Any) -> str | None:
     """
     What of this kind of adapter is no factor of its update, so that another scale is not another share of it; `None` for plain
@@ -111,6 +117,9 @@ def unscalable_by(config: Any) -> str | None:
         value = getattr(config, option)
         if value or (value is not None and option == "trainable_token_indices"):
             return f"`{option}={value!r}`"
+    for option in _OTHER_LORAS:
+        if getattr(config, option, None):
+            return f"`{option}={getattr(config, option)!r}`"
     return base_changed_by(config)
 
 

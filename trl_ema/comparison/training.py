@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Event
 
 import torch
 from tqdm import tqdm
@@ -64,6 +65,8 @@ def train(comparison: Comparison, arm: Arm, seed: int, log: Path | None = None, 
     command = [sys.executable, "-m", "trl_ema", "train", *launch, "--config", config]
     # Weights & Biases takes these from nowhere else.
     groups = {"WANDB_PROJECT": comparison.project, "WANDB_RUN_GROUP": arm.name} | os.environ | environment
+    if not (launch or environment) and torch.cuda.device_count() > 1:  # one process, which TRL refuses several GPUs
+        groups |= _share(0, 1)
     if log is None:
         subprocess.run(command, check=True, env=groups)
         return
@@ -84,7 +87,7 @@ def train_together(
 ) -> None:
     """
     Train what of the `runs` is not done yet, so many at once; each says what it says in `train.log` in its folder. After one has
-    failed, those that have begun are finished, and no other is begun.
+    failed, those that have begun are finished, and no other is begun; so after Ctrl-C.
 
     Args:
         stages (*optional*): Those of [`Comparison.by_stage`] that each run is now taken through, one after the other; all by default.
@@ -99,12 +102,17 @@ def train_together(
     for place in range(jobs):
         places.put(_share(place, jobs))
 
+    stopped = Event()
+
     def run(arm: Arm, seed: int) -> None:
         share = places.get()
         try:
             for stage in stages:
-                if stage.is_to_be_trained(arm, seed):
+                if stage.is_to_be_trained(arm, seed) and not stopped.is_set():
                     train(stage, arm, seed, Path(stage.folder(arm.name, seed), LOG), **share)
+        except BaseException:
+            stopped.set()
+            raise
         finally:
             places.put(share)
 
@@ -122,6 +130,10 @@ def train_together(
                     f"The training of {failed.run_name(arm.name, seed)}, failed; what it said is in {log}. The others are kept: run "
                     "`trl-ema compare` again once it is mended."
                 ) from error
+            except BaseException:  # such as Ctrl-C, which the trainings have had too
+                stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def _devices() -> list[str]:

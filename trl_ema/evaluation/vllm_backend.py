@@ -1,6 +1,7 @@
 """vLLM in the place of transformers, to ask tasks: lm-eval's own `vllm` model, given only what it reads as it was trained."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
 BACKEND = "vllm"
 # That vLLM has room for (its `max_lora_rank`).
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# Options of PEFT that vLLM refuses or, most of them, does not look at: it would compute another model, and say nothing.
-_UNREAD = (
-    "use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "trainable_token_indices", "target_parameters", "lora_bias",
-    "layer_replication",
-)  # fmt: skip
+# Options of a LoRA that vLLM reads as PEFT does, or that say nothing of what it computes. Of any other it would refuse the adapter
+# or, more often, not look at it: it would compute another model, and say nothing.
+_READ = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "init_lora_weights",
+    "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "kasa_config",
+}  # fmt: skip
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
@@ -44,7 +48,7 @@ def check_vllm_reads(adapter: str) -> int:
     if obstacle is not None:
         raise ValueError(
             f"The adapter in {adapter} has {obstacle}, which vLLM does not read as PEFT does: its answers would be another model's. "
-            "Evaluate it with `--backend transformers`, or merge it into its base (`merge_and_unload`) and give the merged model."
+            "Evaluate it with `--backend transformers`, or merge it into its base (`trl-ema export --to merged`) and give the merged model."
         )
     return next(rank for rank in _RANKS if rank >= config.r)
 
@@ -55,7 +59,7 @@ def _obstacle(config: Any) -> str | None:
         return f"`peft_type={kind}`"
     if config.r > _RANKS[-1]:
         return f"`r={config.r}` (above {_RANKS[-1]})"
-    for option in _UNREAD:
+    for option in (field.name for field in fields(config) if field.name not in _READ):
         value = getattr(config, option)
         if value:
             return f"`{option}={value!r}`"
