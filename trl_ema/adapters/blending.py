@@ -100,7 +100,8 @@ def mixed_adapter(student: Adapter, teacher: Adapter, mixture: float, scale: flo
 def plain_adapter(adapter: Adapter) -> Adapter:
     r"""
     The same adapter for readers that know `r` and a whole `lora_alpha` alone, such as vLLM, llama.cpp and Ollama: no patterns,
-    no rsLoRA, no fraction, no 0 (which llama.cpp takes for none). Where it has any of these, with s the scaling of a layer and r the largest rank of all,
+    no rsLoRA, no fraction, no 0 (which llama.cpp takes for none). Where it has any of these, with s the scaling of a layer and r
+    the largest rank of all,
 
         A' = [A; 0],  B' = [s·B, 0]  up to rank r,  lora_alpha = r
 
