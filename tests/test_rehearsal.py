@@ -517,6 +517,17 @@ def test_a_budget_is_met_where_the_divergence_falls_with_the_weight(begin):
     assert 0.1 / (1.0 + weight.value(400)) == pytest.approx(0.05, rel=0.05)
 
 
+@pytest.mark.parametrize("budget", [0.01, 0.03, 0.1])
+def test_a_budget_is_met_by_a_student_that_follows_late_and_whose_divergence_falls(budget):
+    """As on a short run: eight steps behind its weight, and with the learning rate a quarter is left of the divergence."""
+    weight, follows, found = BudgetedWeight(4.0, budget), math.log(4.0), []
+    for step in range(120):
+        follows += (math.log(weight.value(step)) - follows) / 8
+        found.append(0.07 * math.exp(-0.5 * follows) * 2 ** (1 - step / 60) * (1 - math.exp(-(step + 1) / 8)) ** 2)
+        weight.observe(found[-1])
+    assert sum(found[-10:]) / 10 == pytest.approx(budget, rel=0.15)
+
+
 def test_the_weight_stays_within_its_bounds():
     low, high = BudgetedWeight(1.0, budget=0.05), BudgetedWeight(1.0, budget=0.05)
     for _ in range(1000):
