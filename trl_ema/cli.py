@@ -100,7 +100,8 @@ class EvaluationArguments(PrecisionArguments):
         default=None,
         metadata={
             "help": "`medical` (`multimedqa`, `mmlu_general`, `ifeval`, `hellaswag`) or `retention` (`mmlu_general`, `hellaswag`, "
-            "`arc_challenge`, `winogrande`, `ifeval`, `gsm8k`), beside `tasks`; without a hub what of it can be had.",
+            "`arc_challenge`, `winogrande`, `ifeval`, `gsm8k`), beside `tasks`; without a hub what of it can be had. `ifeval` is asked "
+            "as a chat where there is a chat template.",
             "choices": ["medical", "retention"],
         },
     )
@@ -200,7 +201,7 @@ def evaluate(arguments: list[str]) -> None:
     from .evaluation.models import fingerprint, load_tokenizer
     from .evaluation.runner import evaluate_tasks
     from .evaluation.settings import TaskSettings
-    from .evaluation.tasks import is_offline, task_manager
+    from .evaluation.tasks import asked_as_chats, is_offline, task_manager
     from .evaluation.vllm_backend import check_vllm_reads
     from .extras import require
     from .files import check_output_dir
@@ -226,6 +227,8 @@ def evaluate(arguments: list[str]) -> None:
                 "first, or leave the task out."
             )
     tokenizer = load_tokenizer(base, adapter, revision, args.trust_remote_code)
+    if args.suite is not None:
+        settings = asked_as_chats(settings, tokenizer)
     text = _held_out_text(args, tokenizer, adapter) if args.dataset_name else None
     about = {
         "model": name, "base": base, "revision": revision, "reference_adapter": args.reference_adapter,
@@ -415,6 +418,7 @@ def compare(arguments: list[str]) -> None:
     from .comparison.plan import DEFAULT_CONFIG, load_comparison
     from .comparison.report import write_report
     from .comparison.run import run_comparison
+    from .comparison.trackers import check_trackers, log_report
     from .extras import require
     from .files import check_output_dir
 
@@ -440,12 +444,11 @@ def compare(arguments: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     require("report", "jinja2", "matplotlib", "scipy")
     comparison = load_comparison(args.config, args.output_dir)
+    check_trackers(comparison.trackers)
     check_output_dir(comparison.output_dir)
     run_comparison(comparison, args.arms, args.seeds, args.evaluate_only, args.jobs, args.stages)
     print(f"Report: {write_report(comparison.output_dir)}")
     if comparison.trackers:
-        from .comparison.trackers import log_report  # which needs matplotlib
-
         log_report(comparison.output_dir, comparison.trackers, comparison.project)
 
 
