@@ -226,7 +226,9 @@ def test_whatever_the_core_imports_is_declared():
 
 def test_the_image_has_every_extra_but_those_of_development_and_vllm():
     asked = re.search(r"'\.\[([\w,]+)\]'", (ROOT / "Dockerfile").read_text(encoding="utf-8"))[1].split(",")
-    assert sorted(asked) == sorted({*PROJECT["project"]["optional-dependencies"]} - {"benchmark", "dev", "test", "vllm"})
+    assert sorted(asked) == sorted(
+        {*PROJECT["project"]["optional-dependencies"]} - {"benchmark", "dev", "test", "vllm"}
+    )
 
 
 def test_the_inner_loop_launches_nothing():

@@ -171,6 +171,16 @@ class EvaluationArguments(PrecisionArguments):
             "choices": ["transformers", "vllm"],
         },
     )
+    gpu_memory_utilization: float | None = field(
+        default=None,
+        metadata={"help": "Share of a GPU's memory that vLLM takes, in (0, 1]; default: vLLM's own."},
+    )
+    max_model_len: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a question and its answer that vLLM makes room for: fewer take less memory; default: the model's own."
+        },
+    )
 
     def __post_init__(self) -> None:
         from .options import plain_count, plain_number, take_booleans
@@ -185,7 +195,18 @@ class EvaluationArguments(PrecisionArguments):
                 f"`backend='vllm'` asks tasks alone, of weights that bitsandbytes has not made smaller. Leave out `{given[0]}` or "
                 "`backend`."
             )
-        least = dict(dataset_samples=1, generation_tokens=0, num_fewshot=0, sample=1, batch_size=1, seed=0)
+        for name in ("gpu_memory_utilization", "max_model_len"):
+            if getattr(self, name) is not None and self.backend != "vllm":
+                raise ValueError(f"`{name}={getattr(self, name)}` is of vLLM. Give `backend='vllm'`, or leave it out.")
+        if self.gpu_memory_utilization is not None:
+            self.gpu_memory_utilization = float(plain_number("gpu_memory_utilization", self.gpu_memory_utilization))
+            if not 0 < self.gpu_memory_utilization <= 1:
+                raise ValueError(
+                    f"`gpu_memory_utilization` must be in (0, 1], got {self.gpu_memory_utilization:g}. It is a share; try 0.8."
+                )
+        least = dict(
+            dataset_samples=1, generation_tokens=0, num_fewshot=0, sample=1, batch_size=1, seed=0, max_model_len=2
+        )
         for name, count in least.items():
             if getattr(self, name) is not None:
                 setattr(self, name, plain_count(name, getattr(self, name), count))
@@ -292,7 +313,8 @@ def _load_evaluated(
 
     remote = args.trust_remote_code
     if args.backend == "vllm":
-        model: Any = load_vllm(base, adapter, tokenizer, revision, args.dtype, remote)
+        room = {name: getattr(args, name) for name in ("gpu_memory_utilization", "max_model_len")}
+        model: Any = load_vllm(base, adapter, tokenizer, revision, args.dtype, remote, **room)
         return model, None, base_commit(base, revision, remote)
     model, _ = load_base(base, revision, trust_remote_code=remote, **_precision(args, args.load_in_8bit))
     commit = getattr(model.config, "_commit_hash", None)

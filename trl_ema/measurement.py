@@ -333,7 +333,9 @@ class TasksCallback(TrainerCallback):
         if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
             self.ask(state.global_step)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.trainer.stopped_by:  # it goes on later, and whoever sent the signal does not wait
             return
         is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None

@@ -51,6 +51,7 @@ from ..script import (
     sources,
 )
 from .plan import BASE, PLAN, Arm, Comparison
+from .stages import check_tasks_of_stages
 from .training import START, check_jobs, is_begun, train, train_together
 
 
@@ -101,6 +102,7 @@ def run_comparison(
     comparison = _understood(comparison, parsed)
     first = [next(iter(of_stage.values())) for of_stage in parsed]
     suite, manager = _checked_tasks(comparison.suite, first[0])
+    check_tasks_of_stages(comparison.stages, suite.tasks)
     comparison = replace(comparison, suite=suite)
     now = [one for one in comparison.by_stage() if stages is None or (one.stage and one.stage.name in stages)]
     for arm in chosen:
@@ -264,9 +266,7 @@ def _with_suite(suite: Suite, name: str, options: _Options, manager: "TaskManage
     new = asked_as_chats({task: TaskSettings() for task in names if task not in suite.tasks}, tokenizer)
     of_domain = {task: settings for task, settings in new.items() if task in DOMAIN_TASKS}
     others = {task: settings for task, settings in new.items() if task not in DOMAIN_TASKS}
-    return replace(
-        suite, retention_tasks=suite.retention_tasks | others, domain_tasks=suite.domain_tasks | of_domain
-    )
+    return replace(suite, retention_tasks=suite.retention_tasks | others, domain_tasks=suite.domain_tasks | of_domain)
 
 
 def _plan(comparison: Comparison, by_stage: list[_Options]) -> dict:

@@ -79,5 +79,6 @@ def _figures(summary: dict) -> dict[str, dict[str, float]]:
         }
     for way in summary.get("stages", {}).get("ways", ()):
         for name, key in (("backward transfer", "backward_transfer"), ("forgetting over stages", "forgetting")):
-            found[way["label"]][name] = way[key]["mean"]
+            if way[key] is not None:  # of a way that is through
+                found.setdefault(way["label"], {})[name] = way[key]["mean"]
     return found

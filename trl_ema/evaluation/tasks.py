@@ -367,9 +367,7 @@ def suite_tasks(name: str, manager: "TaskManager") -> tuple[list[str], list[str]
     return tasks, absent
 
 
-def asked_as_chats(
-    tasks: Mapping[str, TaskSettings], tokenizer: "PreTrainedTokenizerBase"
-) -> dict[str, TaskSettings]:
+def asked_as_chats(tasks: Mapping[str, TaskSettings], tokenizer: "PreTrainedTokenizerBase") -> dict[str, TaskSettings]:
     """Tasks of a suite with their settings; those that are written for chat models are asked as chats, if there is a chat template."""
     if tokenizer.chat_template is None:
         return dict(tasks)
