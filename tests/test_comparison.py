@@ -747,11 +747,6 @@ def test_a_plan_that_is_no_mapping_is_refused(tmp_path):
                 ({"lora_modules_to_save": ["lm_head"]}, "modules_to_save="),
             )
         ),
-        (
-            {"evaluation": {"suite": "retention", "offline": True, "include_path": "nowhere", "generation_tokens": 0}},
-            {},
-            "`include_path` names 'nowhere', which is no folder with tasks",
-        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is(tiny_folder, tmp_path, monkeypatch, changes, asked, message):
@@ -779,6 +774,9 @@ def test_a_comparison_asks_a_suite_and_tasks_of_a_folder(tiny_folder, tmp_path, 
     for _ in range(2):  # again over what is there
         with pytest.raises(NoFurther):
             run_comparison(plan)
+    shutil.rmtree(tmp_path / "tasks")
+    with pytest.raises(FileNotFoundError, match="`include_path` names .*tasks', which is no folder with tasks"):
+        run_comparison(plan)
     suite = kept_comparison(str(tmp_path / "out")).suite
     assert list(suite.retention_tasks) == ["chosen", "hellaswag", "mmlu_general"]
     assert list(suite.domain_tasks) == ["mmlu_medical", "medmcqa", "medqa_5options"]

@@ -216,14 +216,12 @@ def _take_counts(settings: TaskSettings | Suite, least: dict[str, int]) -> None:
 
 
 def _folders(given: Any) -> list[str]:
-    found = (
-        [given] if isinstance(given, str) else list(given or ()) if isinstance(given, list | tuple | None) else [None]
-    )
-    if not all(isinstance(path, str) for path in found):
+    found = [given] if isinstance(given, str) else given or []
+    if not isinstance(found, list | tuple) or not all(isinstance(path, str) for path in found):
         raise ValueError(
             f"`include_path` is {given!r}; expected a list of folders with tasks in lm-eval's YAML, such as `[my_tasks]`."
         )
-    return found
+    return list(found)
 
 
 def _drift_data(files: Any) -> dict[str, str]:
