@@ -471,6 +471,9 @@ def test_the_weights_that_a_training_ends_with_are_asked_once(make_trainer, monk
     callback.asked = [0, 2, 3, 4, 5]
     assert "0.1500" in callback.table() and "0.2500" not in callback.table()  # of step 3, not 5
     assert end(5, begun=5) == []  # gone on from where it had ended: asked then
+    callback.trainer.stopped_by = 15  # nor at a step at which a signal ends it
+    callback.on_step_end(None, SimpleNamespace(global_step=2, max_steps=5), None)
+    assert not asked
 
 
 def test_tasks_are_not_asked_of_a_sharded_model_nor_every_0_steps(make_trainer):

@@ -322,21 +322,32 @@ class TasksCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.begun = state.global_step
-        callbacks = self.trainer.callback_handler.callbacks
-        if self in callbacks:  # before the trackers, which end their runs in `on_train_end`
-            callbacks.remove(self)
-            callbacks.insert(0, self)
         if not state.global_step:  # a run that goes on was asked then
             self.ask(0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
+        due = state.global_step % self.steps == 0 or state.global_step == state.max_steps
+        if due and not self.trainer.stopped_by:  # whoever sent the signal does not wait
             self.ask(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        callbacks = self.trainer.callback_handler.callbacks
+        if "train_runtime" in (logs or {}) and self in callbacks:
+            # The last log but ours: now before the trackers, which end their runs in `on_train_end`.
+            callbacks.remove(self)
+            callbacks.insert(0, self)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.trainer.stopped_by:  # it goes on later, and whoever sent the signal does not wait
+        if self.trainer.stopped_by:  # it goes on later
             return
         is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         self.kept = int(state.best_global_step or 0) if is_best else state.global_step
