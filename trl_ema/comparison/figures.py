@@ -509,14 +509,14 @@ def _stages(comparison: Comparison, base: _Base, by_stage: Sequence[list[_Point]
 
     Of a way that is not through, what is there of the most stages that a seed went through, and no transfer.
     """
-    before = np.array([base.mean_loss(base.text, name, number) for number, name in _texts_of_stages(comparison)])
+    before = np.array(_stage_losses(comparison, base, base.text))
     found = []
     for key in dict.fromkeys((p.arm, p.role) for points in reversed(by_stage) for p in points):
         after, seeds = _gone_through(by_stage, key)
         if not seeds:
             continue
         losses = {
-            seed: np.array([before, *(_stage_losses(comparison, base, p, seed) for p in after)]) for seed in seeds
+            seed: np.array([before, *(_stage_losses(comparison, base, p.texts[seed]) for p in after)]) for seed in seeds
         }
         is_through = len(after) == len(by_stage)
         found.append(
@@ -553,16 +553,10 @@ def _gone_through(by_stage: Sequence[list[_Point]], key: tuple[str, str]) -> tup
     return [], []
 
 
-def _texts_of_stages(comparison: Comparison) -> list[tuple[int, str]]:
-    """
-    What the held-out text of each stage is called, and the number by which it is resampled: that of the domain is the same
-    everywhere in a report.
-    """
-    return [(0 if name == "domain" else i, name) for i, name in enumerate(comparison.domains.values(), 1)]
-
-
-def _stage_losses(comparison: Comparison, base: _Base, point: _Point, seed: int) -> list[np.ndarray]:
-    return [base.mean_loss(point.texts[seed], name, number) for number, name in _texts_of_stages(comparison)]
+def _stage_losses(comparison: Comparison, base: _Base, text: dict) -> list[np.ndarray]:
+    """On the held-out text of every stage. That of the last one is resampled as the domain is in all other figures."""
+    names = enumerate(comparison.domains.values(), 1)
+    return [base.mean_loss(text, name, 0 if name == "domain" else number) for number, name in names]
 
 
 def _accuracy(comparison: Comparison, base: _Base, after: list[_Point], seeds: list[int]) -> dict | None:
