@@ -100,7 +100,8 @@ class EvaluationArguments(PrecisionArguments):
         default=None,
         metadata={
             "help": "`medical` (`multimedqa`, `mmlu_general`, `ifeval`, `hellaswag`) or `retention` (`mmlu_general`, `hellaswag`, "
-            "`arc_challenge`, `winogrande`, `ifeval`, `gsm8k`), beside `tasks`; without a hub what of it can be had.",
+            "`arc_challenge`, `winogrande`, `ifeval`, `gsm8k`), beside `tasks`; without a hub what of it can be had. `ifeval` is asked "
+            "as a chat where there is a chat template.",
             "choices": ["medical", "retention"],
         },
     )
@@ -170,6 +171,16 @@ class EvaluationArguments(PrecisionArguments):
             "choices": ["transformers", "vllm"],
         },
     )
+    gpu_memory_utilization: float | None = field(
+        default=None,
+        metadata={"help": "Share of a GPU's memory that vLLM takes, in (0, 1]; default: vLLM's own."},
+    )
+    max_model_len: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a question and its answer that vLLM makes room for: fewer take less memory; default: the model's own."
+        },
+    )
 
     def __post_init__(self) -> None:
         from .options import plain_count, plain_number, take_booleans
@@ -184,7 +195,18 @@ class EvaluationArguments(PrecisionArguments):
                 f"`backend='vllm'` asks tasks alone, of weights that bitsandbytes has not made smaller. Leave out `{given[0]}` or "
                 "`backend`."
             )
-        least = dict(dataset_samples=1, generation_tokens=0, num_fewshot=0, sample=1, batch_size=1, seed=0)
+        for name in ("gpu_memory_utilization", "max_model_len"):
+            if getattr(self, name) is not None and self.backend != "vllm":
+                raise ValueError(f"`{name}={getattr(self, name)}` is of vLLM. Give `backend='vllm'`, or leave it out.")
+        if self.gpu_memory_utilization is not None:
+            self.gpu_memory_utilization = float(plain_number("gpu_memory_utilization", self.gpu_memory_utilization))
+            if not 0 < self.gpu_memory_utilization <= 1:
+                raise ValueError(
+                    f"`gpu_memory_utilization` must be in (0, 1], got {self.gpu_memory_utilization:g}. It is a share; try 0.8."
+                )
+        least = dict(
+            dataset_samples=1, generation_tokens=0, num_fewshot=0, sample=1, batch_size=1, seed=0, max_model_len=2
+        )
         for name, count in least.items():
             if getattr(self, name) is not None:
                 setattr(self, name, plain_count(name, getattr(self, name), count))
@@ -200,7 +222,7 @@ def evaluate(arguments: list[str]) -> None:
     from .evaluation.models import fingerprint, load_tokenizer
     from .evaluation.runner import evaluate_tasks
     from .evaluation.settings import TaskSettings
-    from .evaluation.tasks import is_offline, task_manager
+    from .evaluation.tasks import asked_as_chats, is_offline, task_manager
     from .evaluation.vllm_backend import check_vllm_reads
     from .extras import require
     from .files import check_output_dir
@@ -226,6 +248,8 @@ def evaluate(arguments: list[str]) -> None:
                 "first, or leave the task out."
             )
     tokenizer = load_tokenizer(base, adapter, revision, args.trust_remote_code)
+    if args.suite is not None:
+        settings = asked_as_chats(settings, tokenizer)
     text = _held_out_text(args, tokenizer, adapter) if args.dataset_name else None
     about = {
         "model": name, "base": base, "revision": revision, "reference_adapter": args.reference_adapter,
@@ -289,7 +313,8 @@ def _load_evaluated(
 
     remote = args.trust_remote_code
     if args.backend == "vllm":
-        model: Any = load_vllm(base, adapter, tokenizer, revision, args.dtype, remote)
+        room = {name: getattr(args, name) for name in ("gpu_memory_utilization", "max_model_len")}
+        model: Any = load_vllm(base, adapter, tokenizer, revision, args.dtype, remote, **room)
         return model, None, base_commit(base, revision, remote)
     model, _ = load_base(base, revision, trust_remote_code=remote, **_precision(args, args.load_in_8bit))
     commit = getattr(model.config, "_commit_hash", None)
@@ -415,6 +440,7 @@ def compare(arguments: list[str]) -> None:
     from .comparison.plan import DEFAULT_CONFIG, load_comparison
     from .comparison.report import write_report
     from .comparison.run import run_comparison
+    from .comparison.trackers import check_trackers, log_report
     from .extras import require
     from .files import check_output_dir
 
@@ -440,12 +466,11 @@ def compare(arguments: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     require("report", "jinja2", "matplotlib", "scipy")
     comparison = load_comparison(args.config, args.output_dir)
+    check_trackers(comparison.trackers)
     check_output_dir(comparison.output_dir)
     run_comparison(comparison, args.arms, args.seeds, args.evaluate_only, args.jobs, args.stages)
     print(f"Report: {write_report(comparison.output_dir)}")
     if comparison.trackers:
-        from .comparison.trackers import log_report  # which needs matplotlib
-
         log_report(comparison.output_dir, comparison.trackers, comparison.project)
 
 

@@ -29,6 +29,7 @@ from .evaluation.drift import check_measurable, general_rows, sampled_rows, toke
 from .evaluation.merging import merged_and_compared
 from .evaluation.models import adapter_base, adapter_revision, is_adapter, load_base, load_tokenizer
 from .evaluation.scaling import LARGEST_SCALE, adapter_at, check_run, read_adapter, save_adapter, teacher_of
+from .evaluation.vllm_backend import check_vllm_reads
 from .extras import require
 from .files import OutputError, check_output_dir, new_folder, write_json, write_text
 from .options import plain_count, plain_number, take_booleans
@@ -44,8 +45,6 @@ _HELP = "Folder that `trl-ema train` wrote: the adapter in it, the teacher's bel
 _OF_NAMED_ROWS = ("dataset_split", "drop_incomplete_rows", "seed")
 _OF_MERGING = ("dtype", "device", "max_kl", "dataset_name", "dataset_samples", "batch_size")
 _OF_GGUF = ("outtype", "llama_cpp")
-# Ranks that vLLM can be started with.
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass
@@ -399,11 +398,11 @@ class _Export:
         return [*lines, ollama, "vLLM:       serves merged models: `--to merged`"]
 
     def _serving_adapter(self, name: str, scratch: str, folder: str) -> list[str]:
-        if not self.is_plain:
+        try:
+            rank = check_vllm_reads(scratch)
+        except ValueError:
             return ["vLLM and Ollama take plain LoRA alone: for them export `--to merged` or `--to gguf`."]
-        rank = read_adapter(scratch)[0].r
-        fitting = next((size for size in _VLLM_RANKS if size >= rank), rank)
-        vllm = f"vLLM:       vllm serve {_quoted(self.base)} --enable-lora --max-lora-rank {fitting} --lora-modules {name}={_quoted(folder)}"
+        vllm = f"vLLM:       vllm serve {_quoted(self.base)} --enable-lora --max-lora-rank {rank} --lora-modules {name}={_quoted(folder)}"
         if os.path.isfile(os.path.join(scratch, CHAT_TEMPLATE_FILE)):
             vllm += f" --chat-template {_quoted(folder, CHAT_TEMPLATE_FILE)}"
         return [vllm, "Ollama:     takes whole models: `--to merged` or `--to gguf`"]

@@ -279,7 +279,8 @@ class DriftCallback(TrainerCallback):
 class TasksCallback(TrainerCallback):
     """
     Asks the student lm-eval's tasks during training, as it is in memory: before the first step, every `steps` optimizer steps, and
-    after the last. The training goes on as if it had not been asked: random states, modes, adapters and tokenizer are left as they were.
+    after the last, whichever that is; of a training that puts its best weights back at its end, those too. A signal ends it without.
+    The training goes on as if it had not been asked: random states, modes, adapters and tokenizer are left as they were.
 
     Logs `task_NAME`, the score. The answers are kept in `output_dir/tasks/step-N`, as `trl-ema evaluate` keeps them: two steps, or a
     step and an evaluation, compare question by question.
@@ -314,16 +315,45 @@ class TasksCallback(TrainerCallback):
         self.trainer, self.tasks, self.steps, self.manager = trainer, dict(tasks), steps, manager
         self.folder = Path(str(trainer.args.output_dir), "tasks")
         self.asked: list[int] = []
+        self.begun = 0
+        self.kept: int | None = None  # the step of the weights that the training ended with
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.begun = state.global_step
         if not state.global_step:  # a run that goes on was asked then
             self.ask(0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
+        due = state.global_step % self.steps == 0 or state.global_step == state.max_steps
+        if due and not self.trainer.stopped_by:  # whoever sent the signal does not wait
             self.ask(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        callbacks = self.trainer.callback_handler.callbacks
+        if "train_runtime" in (logs or {}) and self in callbacks:
+            # The last log but ours: now before the trackers, which end their runs in `on_train_end`.
+            callbacks.remove(self)
+            callbacks.insert(0, self)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.stopped_by:  # it goes on later
+            return
+        is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        self.kept = int(state.best_global_step or 0) if is_best else state.global_step
+        before = self.kept <= self.begun and self._is_whole(self.kept)  # by the process that was cut off
+        if self.kept not in self.asked and not before:
+            self.ask(self.kept)
 
     def ask(self, step: int) -> dict[str, float]:
         """Scores of the student as it is now, logged."""
@@ -350,16 +380,23 @@ class TasksCallback(TrainerCallback):
         return scores
 
     def table(self) -> str:
-        """The change of each task from before the first step (or the first round that is kept) to the last round, see [`changes_table`]."""
+        """
+        The change of each task from before the first step (or the first round that is kept) to the weights that the training ended
+        with, or the last round, see [`changes_table`].
+        """
         steps = self.asked
         if 0 not in steps:  # a run that went on
-            steps = [step for step in map(_step, self.folder.glob("step-*")) if step <= max(steps, default=-1)]
-        whole = [
-            step for step in sorted(steps) if all((self._at(step) / f"{task}.jsonl").is_file() for task in self.tasks)
-        ]
-        if len(whole) < 2:
+            last = max([self.begun, *steps])
+            steps = [step for step in map(_step, self.folder.glob("step-*")) if step <= last]
+        whole = [step for step in sorted({*steps}) if self._is_whole(step)]
+        last = self.kept if self.kept in whole else max(whole, default=0)
+        if last <= min(whole, default=0):
             return ""
-        return changes_table(str(self._at(whole[0])), str(self._at(whole[-1])), self.tasks)
+        return changes_table(str(self._at(whole[0])), str(self._at(last)), self.tasks)
+
+    def _is_whole(self, step: int) -> bool:
+        """Whether all answers of that step are there."""
+        return all((self._at(step) / f"{task}.jsonl").is_file() for task in self.tasks)
 
     def _at(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
