@@ -75,8 +75,8 @@ class Suite:
     Args:
         retention_tasks (`dict`): lm-eval task or group to its [`TaskSettings`]: what must not be forgotten.
         domain_tasks (`dict`): The same for the domain.
-        drift_data (`dict`): Name to a file (or hub name) of further general texts for loss and drift, beside the built-in
-            `general` rows.
+        drift_data (`dict`): Name to a file or hub name of further general texts for loss and drift, beside the built-in `general`
+            rows; or to an entry as of `datasets`.
         drift_on (`list[str]`, *optional*): Those of these texts, `general` among them, whose mean is the drift of the map. All of
             them by default.
         scales (`tuple`): Factors of each adapter's update at which loss and drift are measured too, beside 1.
@@ -89,7 +89,7 @@ class Suite:
 
     retention_tasks: dict[str, TaskSettings] = field(default_factory=dict)
     domain_tasks: dict[str, TaskSettings] = field(default_factory=dict)
-    drift_data: dict[str, str] = field(default_factory=dict)
+    drift_data: dict[str, str | dict] = field(default_factory=dict)
     drift_on: list[str] = field(default_factory=list)
     scales: tuple[float, ...] = ()
     domain_samples: int = 128
@@ -199,8 +199,8 @@ def _take_counts(settings: TaskSettings | Suite, least: dict[str, int]) -> None:
             object.__setattr__(settings, name, plain_count(name, value, smallest))
 
 
-def _drift_data(files: Any) -> dict[str, str]:
-    if not isinstance(files, dict) or not all(isinstance(path, str) for path in files.values()):
+def _drift_data(files: Any) -> dict[str, str | dict]:
+    if not isinstance(files, dict) or not all(isinstance(path, str | dict) for path in files.values()):
         raise ValueError(
             f"`drift_data` is {files!r}; expected files by name, such as `{{encyclopaedia: articles.jsonl}}`."
         )
