@@ -316,8 +316,8 @@ def test_held_out_rows_of_one_kind_are_measured_together_elsewhere(files, tokeni
         files, ("answers.jsonl", {}), ("odd.csv", {"columns": {"prompt": "Frage", "completion": "Antwort"}})
     )
     parts = load_parts(args, tokenizer)
-    args.replay_dataset = "gone.jsonl"  # which nothing is held out of
-    found = load_held_out(args, tokenizer)
+    with changed(args, replay_dataset="gone.jsonl"):  # its rows are not of the domain
+        found = load_held_out(args, tokenizer)
     assert len(found) == sum(len(part.held_out) for part in parts)
     with pytest.raises(ValueError, match=r"rows of different kinds \(\['completion', 'prompt'\]; \['text'\]\)"):
         load_held_out(arguments(files, ("answers.jsonl", {}), ("notes.jsonl", {})), tokenizer)
@@ -339,16 +339,16 @@ def test_columns_that_a_model_does_not_see_do_not_part_the_held_out_rows_of_a_mi
 def test_rows_to_replay_need_no_split_of_the_name_that_figures_are_measured_on(files, tokenizer):
     folder = files / "folder"
     folder.mkdir()
-    for seed, split in enumerate(("train", "dev")):
+    for seed, split in enumerate(("train", "validation")):
         rows(20, seed=seed).to_json(folder / f"{split}.jsonl")
-    options = dict(dataset_test_split="dev", eval_fraction=0.2)
+    options = dict(dataset_test_split="validation", eval_fraction=0.2)
     args = TrainingScriptArguments(str(folder), replay_dataset=str(files / "notes.jsonl"), **options)
     own, replayed = load_parts(args, tokenizer)
     assert (len(own.train), len(own.held_out)) == (20, 20)
     assert (len(replayed.train), len(replayed.held_out)) == (40, 10)
     own, replayed = load_parts(TrainingScriptArguments(str(folder), replay_dataset=str(folder), **options), tokenizer)
     assert (len(replayed.train), len(replayed.held_out)) == (20, 20)  # where there is one it is taken
-    with pytest.raises(ValueError, match="has no split 'dev', only 'train'"):
+    with pytest.raises(ValueError, match="has no split 'validation', only 'train'"):
         load_parts(
             TrainingScriptArguments(str(files / "notes.jsonl"), replay_dataset=str(folder), **options), tokenizer
         )
