@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -64,7 +64,7 @@ class DataPart(DatasetConfig):
         if unknown:
             what = f"The entry {entry['path']!r} of `{option}`"
             raise ValueError(f"{what} has unknown keys {unknown}; known are {known}.")
-        part = cls(**{"split": split} | entry)
+        part = cls(**cast(dict, {"split": split} | entry))
         _check_columns(part, option)
         if part.fraction is not None:
             part.fraction = float(plain_number("fraction", part.fraction))
