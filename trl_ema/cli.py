@@ -8,11 +8,12 @@ import runpy
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .noise import hide_noise
+from .options import RowsArguments
 
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class PrecisionArguments:
 
 
 @dataclass
-class EvaluationArguments(PrecisionArguments):
+class EvaluationArguments(PrecisionArguments, RowsArguments):
     """
     Measure a base model, an adapter folder, its `teacher/`, or a merged model.
 
@@ -125,10 +126,12 @@ class EvaluationArguments(PrecisionArguments):
             "help": "Rows (hub name or file) for loss, drift from the base and generation quality, beside the tasks."
         },
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of `dataset_name`; a single file is `train`."})
-    dataset_samples: int = field(default=128, metadata={"help": "Rows of `dataset_name` at most, seeded."})
-    drop_incomplete_rows: bool = field(
-        default=False, metadata={"help": "Leave out rows of `dataset_name` in which a text is missing."}
+    held_out_of: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that `trl-ema train` wrote: its held-out rows, `dataset_samples` of them at most, read and labelled as there, "
+            "instead of `dataset_name`."
+        },
     )
     generation_tokens: int = field(default=48, metadata={"help": "Tokens per generated answer; 0 for none."})
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples before each question; the task's own."})
@@ -183,12 +186,18 @@ class EvaluationArguments(PrecisionArguments):
     )
 
     def __post_init__(self) -> None:
-        from .options import plain_count, plain_number, take_booleans
+        from .options import plain_count, plain_number, take_booleans, take_columns
 
         take_booleans(self)
+        if self.held_out_of is not None and self.dataset_name is not None:
+            raise ValueError(
+                f"`held_out_of={self.held_out_of!r}` and `dataset_name={self.dataset_name!r}` both say which rows are measured. Give one of "
+                "them."
+            )
+        take_columns(self)
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("`load_in_4bit` and `load_in_8bit` both say how weights are kept. Give one of them.")
-        others = ("load_in_4bit", "load_in_8bit", "dataset_name", "reference_adapter")
+        others = ("load_in_4bit", "load_in_8bit", "dataset_name", "held_out_of", "reference_adapter")
         given = [name for name in others if getattr(self, name)] if self.backend == "vllm" else []
         if given:
             raise ValueError(
@@ -250,7 +259,7 @@ def evaluate(arguments: list[str]) -> None:
     tokenizer = load_tokenizer(base, adapter, revision, args.trust_remote_code)
     if args.suite is not None:
         settings = asked_as_chats(settings, tokenizer)
-    text = _held_out_text(args, tokenizer, adapter) if args.dataset_name else None
+    text = _held_out_text(args, tokenizer, adapter) if args.dataset_name or args.held_out_of else None
     about = {
         "model": name, "base": base, "revision": revision, "reference_adapter": args.reference_adapter,
         "load_in_4bit": args.load_in_4bit, "load_in_8bit": args.load_in_8bit, "dtype": args.dtype,
@@ -282,8 +291,6 @@ def _settings_of_tasks(
     args: EvaluationArguments, common: "TaskSettings", manager: "TaskManager"
 ) -> "dict[str, TaskSettings]":
     """The tasks to ask, each with how it is asked, checked as far as it can be before a model is loaded."""
-    from dataclasses import replace
-
     from .evaluation.runner import check_settings
     from .evaluation.tasks import check_tasks, generates, suite_tasks
 
@@ -376,7 +383,7 @@ def _precision(args: PrecisionArguments, load_in_8bit: bool = False) -> dict:
 def _held_out_text(
     args: EvaluationArguments, tokenizer: "PreTrainedTokenizerBase", adapter: str | None
 ) -> "HeldOutText":
-    """The rows of `dataset_name` and the general ones, with what is needed to measure them."""
+    """The rows of `dataset_name`, or those that a run held out, and the general ones, with what is needed to measure them."""
     from datasets import Dataset
     from peft import PeftConfig
 
@@ -386,16 +393,23 @@ def _held_out_text(
     from .evaluation.settings import Suite
     from .evaluation.suite import HeldOutText
     from .extras import require
+    from .script import held_out_rows, options_of_run
 
     if adapter is not None:
         check_measurable(PeftConfig.from_pretrained(adapter))
     if args.generation_tokens:
         require("eval", *PACKAGES)
-    name, drop = str(args.dataset_name), args.drop_incomplete_rows
-    rows = sampled_rows(name, args.dataset_split, args.dataset_samples, args.seed, drop, tokenizer)
+    suite = Suite(generation_tokens=args.generation_tokens, batch_size=args.batch_size)
+    options = None if args.held_out_of is None else options_of_run(args.held_out_of)
+    settings: Any = None if options is None else options[1]  # TRL's defaults
+    if args.held_out_of is None:
+        rows = sampled_rows(args, tokenizer)
+    else:
+        rows = held_out_rows(args.held_out_of, options)
+        rows = rows.select(range(min(args.dataset_samples, len(rows))))
+        suite = replace(suite, max_length=settings.max_length or suite.max_length)
     general = data.as_chat(Dataset.from_list(general_rows()), tokenizer)
-    suite = Suite(generation_tokens=args.generation_tokens, domain_samples=len(rows), batch_size=args.batch_size)
-    return HeldOutText(tokenizer, suite, domain=rows, general=general)
+    return HeldOutText(tokenizer, suite, domain=rows, general=general, settings=settings)
 
 
 def _print_text(text: dict, before: str | None) -> None:

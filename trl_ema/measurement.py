@@ -1,5 +1,6 @@
 """What is measured of a model in its trainer: loss, drift and generations before and after, drift and tasks in between."""
 
+import os
 import random
 import tempfile
 import time
@@ -24,6 +25,7 @@ from transformers import (
 
 from .adapters.starting_point import StartingPoint
 from .comparison.changes import changes_table
+from .data import DataPart
 from .evaluation.drift import adapter_configs, check_measurable, measure_drift
 from .evaluation.generation import generate_answers, prompts_and_references
 from .evaluation.runner import evaluate_tasks
@@ -151,23 +153,43 @@ def card_figures(metrics: dict) -> dict[str, float]:
     }
 
 
-def card_results(metrics: dict, data: str) -> list[EvalResult]:
+def card_results(metrics: dict, parts: Mapping[str, DataPart | None]) -> list[EvalResult]:
     """
-    Those figures of the student in `metrics.json` for the metadata of a model card, where the hub shows and compares them.
+    Those figures of the student in `metrics.json` for the metadata of a model card, where the hub shows and compares them, each with the
+    data set that the held-out rows are of, by its name on the hub if that is where it is.
 
     Args:
-        data (`str`): Name of the data set that the held-out rows are of.
+        parts (`dict`): What was trained on, by the names in `metrics.json`; `None` is the offline demo's.
     """
-    sets = {"domain": (data, "held-out rows"), "general": ("general questions", "questions that come with trl_ema")}
+    student = metrics["student"]
+    sets = {name: _of_the_hub(name, part) for name, part in parts.items()}
+    own = [name for name in parts if name not in student]  # whose rows alone are the domain
+    mixture = {"dataset_type": "mixture", "dataset_name": f"{', '.join(sets)}, held-out rows together"}
+    general = {"dataset_type": "general_questions", "dataset_name": "general questions that come with trl_ema"}
+    sets |= {"domain": sets[own[0]] if own else mixture, "general": general}
     names = {"loss": "Loss, nats per token", "kl_base_model": "Drift: KL(before || model), nats per token"}
     return [
         EvalResult(
-            task_type="text-generation", dataset_type=sets[group][0], dataset_name=f"{sets[group][0]}, {sets[group][1]}",
-            metric_type="loss" if name == "loss" else "kl_divergence", metric_name=names[name], metric_value=metrics["student"][group][name],
+            task_type="text-generation", **sets[group],
+            metric_type="loss" if name == "loss" else "kl_divergence", metric_name=names[name], metric_value=student[group][name],
         )
-        for group in sets if group in metrics["student"]
+        for group in student if group in sets
         for name in names
     ]  # fmt: skip
+
+
+def _of_the_hub(name: str, part: DataPart | None) -> dict[str, Any]:
+    """What a model card says of a data set: its name on the hub, and its configuration there; of a file what it is called in `metrics.json`."""
+    if part is None:
+        return {"dataset_type": "human_phenotype_ontology", "dataset_name": "Human Phenotype Ontology, held-out terms"}
+    if os.path.exists(part.path) or part.data_files is not None:
+        return {"dataset_type": name, "dataset_name": f"{name}, held-out rows"}
+    config = "" if part.name is None else f" ({part.name})"
+    return {
+        "dataset_type": part.path,
+        "dataset_config": part.name,
+        "dataset_name": f"{part.path}{config}, held-out rows",
+    }
 
 
 def table(metrics: dict) -> str:

@@ -422,10 +422,11 @@ class _Evaluator:
             settings_of_stages[stage.name] = settings
         general = data.as_chat(Dataset.from_list(general_rows()), self.tokenizer)
         as_trained_with(self.tokenizer, training_args)
-        others |= {
-            name: data.as_chat(data.load_split(path, text_field=training_args.dataset_text_field), self.tokenizer)
-            for name, path in comparison.suite.drift_data.items()
-        }
+        for name, given in comparison.suite.drift_data.items():
+            part = data.DataPart.from_config(given, "drift_data")
+            field, drop = training_args.dataset_text_field, args.drop_incomplete_rows
+            rows = data.load_part(part, "drift_data", text_field=field, drop_incomplete=drop)
+            others[name] = data.as_chat(rows, self.tokenizer)
         self.rows: dict[str, Any] = dict(domain=held_out, general=general, others=others, settings=training_args)
         self.rows["other_settings"] = settings_of_stages
         HeldOutText(self.tokenizer, comparison.suite, **self.rows)  # refuses what cannot be measured

@@ -83,8 +83,8 @@ class Suite:
         suite (`str`, *optional*): One of [`SUITES`], whose tasks are asked too; those named above as they are there.
         include_path (`list[str]`): Folders with further tasks in lm-eval's YAML.
         offline (`bool`, *optional*): Questions from the package registry; by default if the hub does not answer.
-        drift_data (`dict`): Name to a file (or hub name) of further general texts for loss and drift, beside the built-in
-            `general` rows.
+        drift_data (`dict`): Name to a file or hub name of further general texts for loss and drift, beside the built-in `general`
+            rows; or to an entry as of `datasets`.
         drift_on (`list[str]`, *optional*): Those of these texts, `general` among them, whose mean is the drift of the map. All of
             them by default.
         scales (`tuple`): Factors of each adapter's update at which loss and drift are measured too, beside 1.
@@ -100,7 +100,7 @@ class Suite:
     suite: str | None = None
     include_path: list[str] = field(default_factory=list)
     offline: bool | None = None
-    drift_data: dict[str, str] = field(default_factory=dict)
+    drift_data: dict[str, str | dict] = field(default_factory=dict)
     drift_on: list[str] = field(default_factory=list)
     scales: tuple[float, ...] = ()
     domain_samples: int = 128
@@ -224,8 +224,8 @@ def _folders(given: Any) -> list[str]:
     return list(found)
 
 
-def _drift_data(files: Any) -> dict[str, str]:
-    if not isinstance(files, dict) or not all(isinstance(path, str) for path in files.values()):
+def _drift_data(files: Any) -> dict[str, str | dict]:
+    if not isinstance(files, dict) or not all(isinstance(path, str | dict) for path in files.values()):
         raise ValueError(
             f"`drift_data` is {files!r}; expected files by name, such as `{{encyclopaedia: articles.jsonl}}`."
         )
