@@ -29,7 +29,6 @@ from .checks import (
     check_labels,
     check_prompts,
     refuse_parallelism,
-    refuse_sharding,
 )
 from .config import MeanTeacherConfig
 from .files import check_output_dir
@@ -37,6 +36,7 @@ from .forward import add_regularized_forward, check_head
 from .model_card import method_of
 from .options import changed
 from .ownership import claim, claim_before, undo_earlier_run
+from .processes import Launch, refuse_sharding
 from .regularizers import make_regularizers
 from .regularizers.divergence import TeacherDivergence
 from .regularizers.micro_batch import RegularizedForward, TokenMean
@@ -135,7 +135,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         self._name, self._paper = method_of(self.args)  # for TRL's part of the model card
         if self.args.needs_fused_forward:
             refuse_parallelism(self.accelerator.parallelism_config)
-            refuse_sharding(self.accelerator.state)
+            refuse_sharding(Launch.of_state(self.accelerator.state))
             base = base_of(self.model)
             if not any(p.is_meta or hasattr(p, "ds_id") for p in base.parameters()):
                 # As in training: FlashAttention takes no float32, which the weights may be.

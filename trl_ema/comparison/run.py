@@ -38,6 +38,9 @@ from ..evaluation.suite import HeldOutText, Kept, Reference, evaluate_model
 from ..evaluation.tasks import check_tasks, is_offline, task_manager
 from ..extras import require
 from ..files import read_json, write_json, write_text
+from ..launch import checks_of_launch
+from ..processes import Launch
+from ..regularizers.own_texts import may_be_at_hand
 from ..script import (
     TrainingScriptArguments,
     as_trained_with,
@@ -92,7 +95,7 @@ def run_comparison(
         unknown = [one for one in asked if one not in planned]
         if unknown:
             raise ValueError(f"The comparison has no {name} {unknown}; expected some of {list(planned)}.")
-    check_jobs(comparison, jobs)
+    launch = None if evaluate_only else check_jobs(comparison, jobs)
     seeds = comparison.seeds if seeds is None else seeds
     chosen = [arm for arm in comparison.arms.values() if arms is None or {arm.name, arm.method} & {*arms}]
     parsed = _parsed(comparison)
@@ -100,6 +103,11 @@ def run_comparison(
     now = [one for one in comparison.by_stage() if stages is None or (one.stage and one.stage.name in stages)]
     for arm, seed in product(chosen, seeds):
         _check_run(comparison, arm, seed, now, chosen, evaluate_only)
+    if launch is not None:
+        for stage, of_stage in zip(comparison.by_stage(), parsed, strict=True):
+            for arm, seed in product(chosen if stage in now else (), seeds):
+                if arm.interpolate is None and not stage.is_trained(arm.name, seed):
+                    _check_launch(stage, arm.name, seed, launch, of_stage[arm.name, seed])
     _check_same_tokenizer({arm: config for (arm, _), (_, config, _) in parsed[0].items()})
     _write_configs(comparison, evaluate_only)
     manager = _checked_tasks(comparison.suite)
@@ -307,6 +315,24 @@ def _check_order(stage: Comparison, earlier: Comparison, arm: str, seed: int, no
             f"{run}, goes on from stage {name!r}, which was kept without its weights ({before} holds no adapter). Put them back, or "
             "delete its metrics.json to train it again."
         )
+
+
+def _check_launch(stage: Comparison, arm: str, seed: int, launch: Launch, options: _Options) -> None:
+    """Raises `ValueError` if a run would refuse its launch, as where it cannot go on from the stage before it."""
+    args, settings, _ = options
+    begun = is_begun(stage.folder(arm, seed))
+    # Of a model that is still to be trained there are no texts.
+    is_there = stage.earlier is None or stage.earlier.is_trained(arm, seed)
+    for check in checks_of_launch(launch, args, settings, begun=begun, has_texts=is_there and may_be_at_hand(settings)):
+        try:
+            check()
+        except ValueError as error:
+            before = stage.earlier and stage.earlier.stage
+            goes_on = "" if before is None else f", which goes on from the adapter of stage {before.name!r}"
+            raise ValueError(
+                f"{stage.run_name(arm, seed)}{goes_on}, cannot be trained as `launch` says: {error} In a comparison the way out is "
+                "`accelerate_config: multi_gpu` or `zero2`."
+            ) from error
 
 
 def _check_source(comparison: Comparison, arm: Arm, chosen: Sequence[Arm], seed: int) -> None:
