@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +42,12 @@ from ..launch import checks_of_launch
 from ..processes import Launch
 from ..regularizers.own_texts import may_be_at_hand
 from ..script import (
+    LoadedPart,
     TrainingScriptArguments,
     as_trained_with,
     data_of,
     load_held_out,
+    load_parts,
     load_tokenizer,
     parse,
     quantization,
@@ -112,7 +114,7 @@ def run_comparison(
     _write_configs(comparison, evaluate_only)
     manager = _checked_tasks(comparison.suite)
     first = [next(iter(of_stage.values())) for of_stage in parsed]
-    write_json(Path(comparison.output_dir, PLAN), _plan(comparison, first))
+    write_json(Path(comparison.output_dir, PLAN), _plan(comparison, first) | _shared_rows(comparison, first))
     evaluator = _Evaluator(comparison, first, manager)
     evaluator.base()
     if jobs > 1 and not evaluate_only:
@@ -270,6 +272,33 @@ def _plan(comparison: Comparison, by_stage: list[_Options]) -> dict:
         learned = [f"{name}: {data_of(options[0])}" for name, options in zip(names, by_stage, strict=True)]
         found |= {"stages": [stage.written for stage in comparison.stages], "data": "; ".join(learned)}
     return found
+
+
+def _shared_rows(comparison: Comparison, by_stage: list[_Options]) -> dict:
+    """
+    As an entry of the plan, of which pairs of stages so many rows that the one holds out are trained on in the other: figures on them
+    tell less of what was learned or lost. Streams are not looked at.
+    """
+    loaded: dict[str, list[LoadedPart]] = {}
+    for stage, (args, settings, model_args) in zip(comparison.stages, by_stage, strict=False):
+        _, tokenizer = load_tokenizer(model_args, settings.trust_remote_code)
+        loaded[stage.name] = load_parts(args, tokenizer, settings.dataset_text_field)
+    found, field = [], by_stage[0][1].dataset_text_field
+    for (one, own), (other, others) in permutations(loaded.items(), 2):
+        rows = sum(
+            data.rows_in_common(part.held_out, trained.train, field)
+            for part, trained in product(own, others)
+            if not part.replayed and isinstance(trained.train, Dataset)
+        )
+        if rows:
+            of = sum(len(part.held_out) for part in own if not part.replayed)
+            found.append({"held_out": one, "trained": other, "rows": rows, "of": of})
+            logger.warning(
+                "%d of the %d held-out rows of stage %r are among the training rows of stage %r: losses on them tell less of what was "
+                "learned or forgotten. Take equal rows out of one of the data sets, or give both the same rows and `split_seed`.",
+                rows, of, one, other,
+            )  # fmt: skip
+    return {"shared_rows": found} if found else {}
 
 
 def _check_run(
