@@ -424,8 +424,10 @@ def test_tasks_are_not_asked_of_a_sharded_model_nor_every_0_steps(make_trainer):
     trainer = make_trainer()
     with pytest.raises(ValueError, match="`steps` must be at least 1, got 0"):
         TasksCallback(trainer, {}, 0, None)
-    fsdp = dict(fsdp_plugin=SimpleNamespace(fsdp_version=2), dynamo_plugin=SimpleNamespace(backend="NO"))
-    for plugins in (fsdp, dict(deepspeed_plugin=SimpleNamespace(zero_stage=3))):
+    for plugins in (
+        dict(fsdp_plugin=SimpleNamespace(fsdp_version=2)),
+        dict(deepspeed_plugin=SimpleNamespace(zero_stage=3)),
+    ):
         sharded = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(**plugins)))
         with pytest.raises(
             ValueError, match=r"not sharded \(ZeRO-3, FSDP\).*give the checkpoints to `trl-ema evaluate`"

@@ -133,7 +133,7 @@ def test_what_cannot_be_started_is_refused(plan, monkeypatch, jobs, more, messag
 
 def test_what_is_true_is_a_flag_of_the_launcher(plan, started):
     comparison = plan("launch: {accelerate_config: zero3, num_processes: 4, same_network: true}")
-    assert check_jobs(comparison, 1) == Launch(4, zero_stage=3)
+    assert check_jobs(comparison, 1) == Launch(4, zero_stage=3, offload_param="none")
     assert check_jobs(plan(), 1) == Launch()
     train(comparison, comparison.arms["a"], 0)
     assert "--num_processes 4 --same_network --config " in " ".join(started[0][0])

@@ -180,7 +180,11 @@ def _check(
     with refusals.collected():
         name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code, args.adapter_name_or_path)
         parts = load_parts(args, tokenizer, training_args.dataset_text_field)
+    checkpoint = None
+    with refusals.collected():
+        checkpoint = resume_from(training_args) if writable else None
     if name is None or tokenizer is None:
+        _look_at_launch(launch, args, training_args, None, bool(checkpoint), refusals)
         return
     samples, figures = sampled(parts), []
     with refusals.collected():
@@ -188,13 +192,7 @@ def _check(
             as_trained_with(tokenizer, training_args)  # as the trainer does later
         figures = [figures_of(*both, tokenizer, training_args) for both in zip(parts, samples, strict=True)]
     _print_data(parts, figures, tokenizer)
-    checkpoint = None
-    with refusals.collected():
-        checkpoint = resume_from(training_args) if writable else None
-    has_texts = launch.shards_weights and may_be_at_hand(training_args, tokenizer)  # else nobody asks
-    for check in checks_of_launch(launch, args, training_args, begun=bool(checkpoint), has_texts=has_texts):
-        with refusals.collected():
-            check()
+    _look_at_launch(launch, args, training_args, tokenizer, bool(checkpoint), refusals)
     trainer = None
     scratch = nullcontext(None) if writable else tempfile.TemporaryDirectory()
     with scratch as elsewhere, changed(training_args, output_dir=elsewhere or training_args.output_dir):
@@ -207,6 +205,21 @@ def _check(
                 rows = training_rows(trainer, args, parts, figures)
                 _print_run(trainer, rows, launch)
             _print_memory(trainer, model_args, launch)
+
+
+def _look_at_launch(
+    launch: Launch,
+    args: TrainingScriptArguments,
+    training_args: MeanTeacherConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    begun: bool,
+    refusals: Refusals,
+) -> None:
+    """What a training refuses of its launch, some of it when its processes run: this is none of them."""
+    has_texts = launch.shards_weights and may_be_at_hand(training_args, tokenizer)  # else nobody asks
+    for check in checks_of_launch(launch, args, training_args, begun=begun, has_texts=has_texts):
+        with refusals.collected():
+            check()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ class Launch:
     Args:
         ranks (`int`): Number of processes.
         zero_stage (`int`, *optional*): Of DeepSpeed, where it is used.
-        offload_param (`str`, *optional*): Where DeepSpeed keeps weights, instead of on the GPUs.
+        offload_param (`str`, *optional*): Where DeepSpeed keeps weights, `none` for on the GPUs.
         fsdp_version (`int`, *optional*): Of FSDP, where it is used.
         compiles (`bool`): Whether accelerate compiles the model.
     """
@@ -29,13 +29,13 @@ class Launch:
     def of_state(cls, state: Any) -> "Launch":
         """That of the processes that run: `state` is accelerate's."""
         fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
-        options = getattr(deepspeed, "deepspeed_config", None) or {}
+        options, compiler = getattr(deepspeed, "deepspeed_config", None) or {}, getattr(state, "dynamo_plugin", None)
         return cls(
             ranks=getattr(state, "num_processes", 1),
             zero_stage=None if deepspeed is None else deepspeed.zero_stage,
             offload_param=(options.get("zero_optimization", {}).get("offload_param") or {}).get("device"),
             fsdp_version=None if fsdp is None else fsdp.fsdp_version,
-            compiles=fsdp is not None and state.dynamo_plugin.backend != DynamoBackend.NO,
+            compiles=compiler is not None and compiler.backend != DynamoBackend.NO,
         )
 
     @property

@@ -356,7 +356,7 @@ def _check_launch(stage: Comparison, arm: str, seed: int, launch: Launch, option
         try:
             check()
         except ValueError as error:
-            before = stage.earlier and stage.earlier.stage
+            before = None if stage.earlier is None else stage.earlier.stage
             goes_on = "" if before is None else f", which goes on from the adapter of stage {before.name!r}"
             raise ValueError(
                 f"{stage.run_name(arm, seed)}{goes_on}, cannot be trained as `launch` says: {error} In a comparison the way out is "
