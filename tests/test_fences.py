@@ -167,7 +167,7 @@ NAMED = {
     ),
     "transformers.TrainerState": "best_global_step best_model_checkpoint load_from_json save_to_json stateful_callbacks",
     "transformers.TrainingArguments": (
-        "activation_checkpointing activation_checkpointing_kwargs average_tokens_across_devices enable_jit_checkpoint "
+        "_n_gpu activation_checkpointing activation_checkpointing_kwargs average_tokens_across_devices enable_jit_checkpoint "
         "gradient_checkpointing gradient_checkpointing_kwargs hub_always_push hub_revision"
     ),
     "transformers.Qwen3MoeConfig": "num_experts",
@@ -210,7 +210,10 @@ WRITTEN = {
 }
 
 # Fields of what accelerate's launcher takes.
-LAUNCHER = "config_file fsdp_version module num_processes offload_param_device quiet training_script training_script_args zero_stage"
+LAUNCHER = (
+    "config_file deepspeed_config_file fsdp_version gpu_ids module multi_gpu num_processes offload_param_device quiet training_script "
+    "training_script_args use_deepspeed use_fsdp zero_stage"
+)
 
 
 def find(path):

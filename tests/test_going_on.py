@@ -6,17 +6,18 @@ from dataclasses import make_dataclass
 import pytest
 import torch
 import yaml
-from conftest import lora, qwen2_tokenizer
+from conftest import VOCAB_SIZE, lora, qwen2_tokenizer, tiny_model
 from safetensors.torch import load_file
 from test_cli import trl_ema
-from test_scaling import write_run
+from test_scaling import LAYERS, write_run
+from trl import ModelConfig
 
 from trl_ema.comparison.plan import load_comparison
 from trl_ema.comparison.run import run_comparison
 from trl_ema.evaluation.drift import measure_drift, tokenized_batches
-from trl_ema.evaluation.models import load_base, with_adapter
+from trl_ema.evaluation.models import load_base, vocabulary, with_adapter
 from trl_ema.files import read_json, shipped
-from trl_ema.script import held_out_rows, options_of_run
+from trl_ema.script import held_out_rows, options_of_run, warn_of_other_lora
 
 
 QUICK = [
@@ -81,6 +82,58 @@ def test_what_is_no_start_is_refused_in_a_line(tiny_folder, tmp_path, arguments,
         *arguments, "--dataset_name", tiny_folder / "data.jsonl", "--output_dir", "x", check=False, cwd=tmp_path
     )
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_training_that_is_not_measured_prepares_no_measurement(start, tiny_folder, tmp_path, monkeypatch):
+    main = runpy.run_path(str(shipped("recipes") / "medical_ema.py"))["main"]
+    made = []
+    monkeypatch.setitem(main.__globals__, "Measurement", lambda *_: made.append(1))
+    arguments = [*QUICK, "--adapter_name_or_path", start, "--dataset_name", tiny_folder / "data.jsonl"]
+    arguments += ["--max_steps", 1, "--measure", "false", "--output_dir", tmp_path / "out"]
+    main([*map(str, arguments)])
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert not made and "student" not in metrics and metrics["provenance"]["steps"] == 1
+
+
+def test_options_of_lora_that_the_adapter_does_not_have_are_named(start, tmp_path):
+    given = dict(lora_r=3, lora_alpha=5, lora_dropout=0.0, lora_target_modules="all-linear")
+    warn_of_other_lora(str(start), ModelConfig(**given))  # the same, as in a stage of a comparison
+    warn_of_other_lora(str(start), ModelConfig(lora_target_modules=[LAYERS]))
+    lora(target_modules=["q_proj", "down_proj"]).save_pretrained(tmp_path)
+    warn_of_other_lora(str(tmp_path), ModelConfig(lora_r=4, lora_target_modules=["down_proj", "q_proj"]))
+    other = given | dict(lora_r=8, lora_target_modules=["q_proj"], use_dora=True)
+    with pytest.warns(UserWarning) as record:
+        warn_of_other_lora(str(start), ModelConfig(**other))
+    (warning,) = record
+    assert str(warning.message).startswith(
+        f"Ignored with `adapter_name_or_path={str(start)!r}`, whose own options count: `lora_r=8` (it has 3), "
+        "`lora_target_modules='q_proj'` (it has "
+    )
+    assert str(warning.message).endswith("`use_dora=True` (it has False).")
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_such_options_are_named_beforehand(start, tiny_folder, command):
+    given = ["--adapter_name_or_path", start, "--dataset_name", tiny_folder / "data.jsonl", "--lora_alpha", 64]
+    with pytest.warns(UserWarning, match=r"`lora_alpha=64` \(it has 5\)"):
+        trl_ema(
+            command,
+            *QUICK,
+            *given,
+            "--output_dir",
+            tiny_folder / "unused",
+            "--label_smoothing_factor",
+            0.1,
+            check=False,
+        )
+
+
+def test_the_vocabulary_of_a_sharded_model_is_the_whole_one():
+    model = tiny_model()
+    weight = model.get_input_embeddings().weight
+    weight.ds_tensor, weight.ds_shape = weight.data, weight.shape  # as DeepSpeed leaves it
+    weight.data = torch.empty(0)
+    assert vocabulary(model) == VOCAB_SIZE
 
 
 def test_a_sub_space_makes_an_adapter_of_its_own(start, tmp_path):

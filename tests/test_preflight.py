@@ -3,34 +3,41 @@
 import json
 import math
 import os
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from accelerate import PartialState
+from accelerate.utils import DynamoBackend
 from conftest import lora, rows, tiny_config
 from datasets import Dataset
 from peft import get_peft_model
 from test_cli import trl_ema
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 from trl_ema import MeanTeacherConfig, memory, preflight
 from trl_ema.data import tokenize_rows
+from trl_ema.fingerprint import tokenizer_fingerprint
+from trl_ema.launch import checks_of_launch, launch_of, launcher_settings, sees_one_device
 from trl_ema.memory import BFLOAT16, FLOAT32, NF4
 from trl_ema.preflight import (
-    Launch,
     Refusals,
     TrainerWithoutWeights,
     bytes_of,
     checkpoints_kept,
-    launch_of,
     memory_of,
     shown_row,
     sizes_of,
     total_steps,
 )
+from trl_ema.processes import Launch, refuse_sharding
+from trl_ema.script import TrainingScriptArguments
+from trl_ema.texts import Sampling, texts_path
 
 
+OF_MODE = {"ddp": {}, "zero2": {"zero_stage": 2}, "zero3": {"zero_stage": 3}, "fsdp2": {"fsdp_version": 2}}
 QUICK = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--eval_fraction", "0.2", "--max_length", "48"]
 
 
@@ -340,7 +347,7 @@ def test_memory_is_by_the_formulas_of_the_page(make_trainer):
     padded = sizes_of(model, 5, True)
     assert padded.embedding == 65 * 32  # 64 rows over 5 ranks
     for mode in memory.MODES:
-        launch = Launch(mode, 4)
+        launch = Launch(4, **OF_MODE[mode])
         assert bytes_of(trainer, ModelConfig(), launch) == FLOAT32[mode]
         expected = memory.memory(mode, "ema", sizes_of(model, 4, mode == "fsdp2"), FLOAT32[mode], 4)
         assert memory_of(trainer, ModelConfig(), launch) == expected
@@ -354,13 +361,14 @@ def test_bytes_of_a_bfloat16_run_are_those_of_the_page(mode):
     adapter = torch.nn.Linear(2, 2)
     model = torch.nn.ModuleDict({"base": base, "adapter": adapter})
     trainer = SimpleNamespace(args=SimpleNamespace(bf16=True, fp16=False), model=model)
-    assert bytes_of(trainer, ModelConfig(), Launch(mode, 2)) == BFLOAT16[mode]
+    assert bytes_of(trainer, ModelConfig(), Launch(2, **OF_MODE[mode])) == BFLOAT16[mode]
     if mode == "ddp":
+        launch = Launch(2)
         adapter.to(torch.bfloat16)
         four = ModelConfig(load_in_4bit=True, use_bnb_nested_quant=True)
-        assert bytes_of(trainer, four, Launch(mode, 2)) == BFLOAT16["ddp, NF4"] and NF4 < 0.52
-        assert bytes_of(trainer, ModelConfig(load_in_4bit=True), Launch(mode, 2)).layers == 0.5625
-        assert bytes_of(trainer, ModelConfig(load_in_8bit=True), Launch(mode, 2)).layers == 1
+        assert bytes_of(trainer, four, launch) == BFLOAT16["ddp, NF4"] and NF4 < 0.52
+        assert bytes_of(trainer, ModelConfig(load_in_4bit=True), launch).layers == 0.5625
+        assert bytes_of(trainer, ModelConfig(load_in_8bit=True), launch).layers == 1
 
 
 # Launches
@@ -371,10 +379,123 @@ def test_bytes_of_a_bfloat16_run_are_those_of_the_page(mode):
     [("cpu", "ddp", 1), ("multi_gpu", "ddp", 8), ("zero2", "zero2", 8), ("zero3", "zero3", 8), ("fsdp2", "fsdp2", 8)],
 )
 def test_a_packaged_launch_is_told_by_its_mode(name, mode, ranks):
-    found = launch_of(preflight.launcher_settings(name, []))
-    assert (found.mode, found.ranks, found.shards) == (mode, ranks, mode != "ddp")
-    assert launch_of(preflight.launcher_settings(name, ["--num_processes", "3"])).ranks == 3
-    preflight.refuse_sharding(found.state)
+    found = launch_of(launcher_settings(name, []))
+    assert (found.mode, found.ranks, found.writes_shards) == (mode, ranks, mode != "ddp")
+    assert found.shards_weights == (mode in ("zero3", "fsdp2")) and sees_one_device(launcher_settings(name, []))
+    assert launch_of(launcher_settings(name, ["--num_processes", "3"])).ranks == 3
+    refuse_sharding(found)
+
+
+def test_a_launch_is_told_by_the_command_line_and_deepspeeds_own_file_too(tmp_path):
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}')
+    config = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": f"{tmp_path}/zero.json"}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config | {"num_processes": 2}))
+    found = launch_of(launcher_settings(str(tmp_path / "own.yaml"), []))
+    assert found == Launch(2, zero_stage=3, offload_param="nvme")
+    found = launch_of(launcher_settings("multi_gpu", ["--use_fsdp", "--fsdp_version", "2"]))
+    assert found == Launch(8, fsdp_version=2)
+    assert launch_of(launcher_settings("zero2", ["--zero_stage", "3"])).mode == "zero3"
+    (tmp_path / "alone.yaml").write_text(yaml.safe_dump({"distributed_type": "NO", "num_processes": 1}))
+    one = str(tmp_path / "alone.yaml")
+    assert not sees_one_device(launcher_settings(one, []))
+    assert sees_one_device(launcher_settings(one, ["--gpu_ids", "1"]))
+    assert not sees_one_device(launcher_settings(one, ["--gpu_ids", "0,1"]))
+
+
+def test_the_launch_of_a_running_process_is_that_of_its_file():
+    """As accelerate's state has it, where the plugins are made of such a file."""
+    zero = SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": {"offload_param": {"device": "cpu"}}})
+    state = SimpleNamespace(num_processes=8, deepspeed_plugin=zero)
+    assert Launch.of_state(state) == launch_of(launcher_settings("zero3_offload", []))
+    dynamo = SimpleNamespace(backend=DynamoBackend.NO)
+    fsdp = SimpleNamespace(fsdp_version=2)
+    state = SimpleNamespace(num_processes=8, deepspeed_plugin=None, fsdp_plugin=fsdp, dynamo_plugin=dynamo)
+    assert Launch.of_state(state) == launch_of(launcher_settings("fsdp2", []))
+    dynamo.backend = DynamoBackend.INDUCTOR
+    with pytest.raises(ValueError, match="`torch_compile` under FSDP2 is not supported"):
+        refuse_sharding(Launch.of_state(state))
+    assert Launch.of_state(PartialState()) == Launch()
+
+
+def refused(launch, begun=False, has_texts=False, **options):
+    """First words of what a training with these options would refuse of its launch."""
+    own = {f.name for f in fields(TrainingScriptArguments)}
+    args = TrainingScriptArguments(**{name: value for name, value in options.items() if name in own})
+    rest = {name: value for name, value in options.items() if name not in own}
+    settings = MeanTeacherConfig("out", use_cpu=True, bf16=False, teacher="none", **rest)
+    found = []
+    for one in checks_of_launch(launch, args, settings, begun=begun, has_texts=has_texts):
+        try:
+            one()
+        except ValueError as error:
+            found.append(" ".join(str(error).split()[:4]))
+    return found
+
+
+TASKS, FISHER, WRITE = "Tasks are asked during", "`ewc_weight`: a sharded model", "A sharded model (ZeRO-3,"
+DRIFT, START = "Under ZeRO-3 drift is", "Under ZeRO-3 the model"
+
+
+@pytest.mark.parametrize(
+    ("options", "sharded", "zero3"),
+    [
+        ({}, [], []),
+        (dict(eval_tasks=["piqa"], eval_tasks_steps=5), [TASKS], []),
+        (dict(ewc_weight=1.0), [FISHER], []),
+        (dict(ewc_weight=1.0, begun=True), [], []),
+        (dict(rehearsal_weight=1.0), [WRITE], []),
+        (dict(rehearsal_weight=1.0, has_texts=True), [], []),
+        (dict(rehearsal_weight=1.0, rehearsal_dataset="x.jsonl"), [], []),
+        (dict(adapter_name_or_path="x"), [], [DRIFT]),
+        (dict(adapter_name_or_path="x", measure=False), [], []),
+        (dict(adapter_name_or_path="x", measure=False, drift_steps=2), [], [DRIFT]),
+        (dict(adapter_name_or_path="x", measure=False, rehearsal_weight=1.0), [WRITE], [START]),
+        (dict(adapter_name_or_path="x", measure=False, rehearsal_weight=1.0, rehearsal_dataset="x"), [], [START]),
+        (
+            dict(adapter_name_or_path="x", measure=False, rehearsal_weight=1.0, rehearsal_dataset="x", rehearsal_loss="ce"),
+            [],
+            [],
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_launch_cannot_do_is_refused_by_what_refuses_it_in_training(options, sharded, zero3):
+    assert refused(Launch(2), **options) == refused(Launch(2, zero_stage=2), **options) == []
+    assert refused(Launch(2, fsdp_version=2), **options) == sharded
+    assert refused(Launch(2, zero_stage=3), **options) == sharded + zero3
+
+
+def test_what_a_sharded_launch_would_refuse_is_told(workplace, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path))
+    rows = ["--dataset_name", "data.jsonl", "--output_dir", "out", "--max_steps", "2"]
+    held = ["--rehearsal_weight", "1", "--rehearsal_num_tokens", "32", "--accelerate_config", "fsdp2"]
+    done = check(workplace, *rows, *held, "--ewc_weight", "1", check=False)
+    assert done.returncode == 1 and "would refuse, for 2 reason(s)" in done.stdout
+    assert "`ewc_weight`: a sharded model" in done.stdout and "cannot write texts: every token" in done.stdout
+    # Of a model with this tokenizer there are some: whether they are this one's is not looked at.
+    (tmp_path / "texts").mkdir()
+    tokenizer, sampling = AutoTokenizer.from_pretrained(workplace / "model"), Sampling(num_tokens=32)
+    for theirs, starts in (("0" * 16, False), (tokenizer_fingerprint(tokenizer), True)):
+        texts_path(f"{'0' * 16}-{theirs}", sampling).touch()
+        done = check(workplace, *rows, *held, check=False)
+        assert done.returncode == (0 if starts else 1), done.stdout
+
+
+def test_under_zero3_a_training_that_goes_on_is_refused_where_it_is_measured(workplace):
+    base = AutoModelForCausalLM.from_pretrained(workplace / "model")
+    get_peft_model(base, lora(r=3)).save_pretrained(workplace / "before")
+    arguments = [*QUICK, "--dataset_name", "data.jsonl", "--max_steps", "2", "--adapter_name_or_path", "before"]
+    arguments += ["--output_dir", "out", "--accelerate_config", "zero3"]
+    done = trl_ema("check", *arguments, cwd=workplace, check=False)
+    assert done.returncode == 1 and "Under ZeRO-3 drift is measured from a base alone" in done.stdout
+    assert said(trl_ema("check", *arguments, "--measure", "false", cwd=workplace)).endswith("would start.")
+
+
+def test_each_process_of_a_launch_has_one_of_several_gpus(workplace, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    arguments = ["--dataset_name", "data.jsonl", "--output_dir", "out", "--max_steps", "2", "--use_cpu", "false"]
+    done = check(workplace, *arguments, check=False)
+    assert done.returncode == 1 and "does not support `nn.DataParallel`" in done.stdout  # as the training itself
+    assert said(check(workplace, *arguments, "--accelerate_config", "multi_gpu")).endswith("would start.")
 
 
 def test_a_launch_that_cannot_be_is_refused_and_one_that_can_counts_its_processes(workplace):

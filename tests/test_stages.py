@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import rows
+from conftest import qwen2_tokenizer, rows
 from test_comparison import check_tags
 
 from trl_ema.cli import train
@@ -26,7 +26,8 @@ from trl_ema.evaluation.answers import summarize
 from trl_ema.evaluation.drift import measure_drift, tokenized_batches
 from trl_ema.evaluation.models import load_base, with_adapter
 from trl_ema.files import read_json, write_json, write_jsonl
-from trl_ema.script import held_out_rows, options_of_run
+from trl_ema.script import held_out_rows, load_parts, options_of_run
+from trl_ema.texts import Sampling, texts_path
 
 
 pytestmark = pytest.mark.usefixtures("lm_evals_files_read_once")
@@ -195,6 +196,32 @@ def test_a_report_tells_the_stages(comparison, tmp_path):
     for name in ("report.md", "report.html", "stages.png"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     assert _figures(summary)["ema, teacher"]["backward transfer"] is not None
+
+
+def test_rows_that_another_stage_trains_on_are_counted_and_told(copied, tiny_folder, tmp_path, caplog):
+    assert "shared_rows" not in read_json(Path(copied.output_dir, "plan.json"))
+    stages = [{"name": "first"}, {"name": "second", "split_seed": 1}]  # of one file, held out in two ways
+    found = load_comparison(write_plan(tiny_folder, tmp_path, stages=stages), str(tmp_path / "other"))
+    parsed = [next(iter(of_stage.values())) for of_stage in running._parsed(found)]
+    shared = running._shared_rows(found, parsed)
+    expected = []
+    for held, trained in ((0, 1), (1, 0)):
+        (one,), (other,) = (load_parts(parsed[i][0], qwen2_tokenizer()) for i in (held, trained))
+        number = sum(row in list(other.train) for row in one.held_out)
+        names = dict(held_out=stages[held]["name"], trained=stages[trained]["name"])
+        expected += [names | dict(rows=number, of=len(one.held_out))] if number else []
+    assert shared == {"shared_rows": expected} and expected
+    one = expected[0]
+    told = f"{one['rows']} of the {one['of']} held-out rows of stage {one['held_out']!r} are among the training rows of stage"
+    assert told in caplog.text
+    path = Path(copied.output_dir, "plan.json")
+    write_json(path, read_json(path) | shared)
+    write_report(copied.output_dir)
+    told = f"{one['rows']} of the {one['of']} held-out rows of {one['held_out']} were trained on in {one['trained']}"
+    assert f"**{told}**:" in path.with_name("report.md").read_text()
+    page = path.with_name("report.html").read_text()
+    assert f"<b>{told}</b>:" in page
+    check_tags(page)
 
 
 def test_tasks_are_told_after_each_stage(copied):
@@ -416,6 +443,74 @@ def test_options_of_stages_that_cannot_be_are_refused_before_anything_is(
     monkeypatch.setattr(running, "load_base", lambda *args, **kwargs: pytest.fail("loaded a model"))
     with pytest.raises(ValueError, match=message):
         run_comparison(load_comparison(write_plan(tiny_folder, tmp_path, **changes), str(tmp_path / "out")))
+
+
+@pytest.fixture
+def checked(tiny_folder, tmp_path, monkeypatch):
+    """Run a plan, launched by accelerate, to the end of what is checked beforehand; the runs that are given are done already."""
+    monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path / "cache"))
+
+    class Checked(Exception):
+        pass
+
+    def stop(_):
+        raise Checked
+
+    monkeypatch.setattr(running, "_check_same_tokenizer", stop)
+
+    def run(config, options, done=(), **asked):
+        arms = {"sft": {"teacher": "none"}, "other": {"teacher": "none", **options}}
+        changes = dict(launch={"accelerate_config": config, "num_processes": 2}, arms=arms)
+        found = load_comparison(write_plan(tiny_folder, tmp_path, **changes), str(tmp_path / "out"))
+        for run in done:
+            folder = tmp_path / "out" / "other" / "seed_0" / run
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.json", "adapter_config.json"):
+                (folder / name).write_text("{}")
+        with pytest.raises(Checked):
+            run_comparison(found, **asked)
+
+    return run
+
+
+IN_STAGE = (
+    "other, seed 0, stage second, which goes on from the adapter of stage 'first', cannot be trained as `launch` says: "
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ("zero3", {"drift_steps": 1}, IN_STAGE + "Under ZeRO-3 drift is measured from a base alone"),
+        ("zero3", {"rehearsal_weight": 1, "rehearsal_dataset": "x.jsonl"}, IN_STAGE + "Under ZeRO-3 the model before training is a base"),
+        ("fsdp2", {"rehearsal_weight": 1, "rehearsal_num_tokens": 32}, IN_STAGE + "A sharded model .* cannot write texts"),
+        ("fsdp2", {"ewc_weight": 1}, "other, seed 0, stage first, cannot be trained as `launch` says: `ewc_weight`: a sharded model"),
+    ],
+)  # fmt: skip
+def test_a_stage_that_its_launch_cannot_go_on_with_is_refused_before_any_is_trained(
+    checked, tmp_path, config, options, message
+):
+    sampling = Sampling(num_tokens=32)  # of the base there are texts
+    texts_path("0-0", sampling).parent.mkdir(parents=True)
+    texts_path("0-0", sampling).touch()
+    with pytest.raises(ValueError, match=message) as error:
+        checked(config, options)
+    assert str(error.value).endswith("In a comparison the way out is `accelerate_config: multi_gpu` or `zero2`.")
+    assert not list((tmp_path / "out").glob("*/*"))
+    checked("zero2", options)
+    checked(config, {})
+    checked(config, options, arms=["sft"])
+    checked(config, options, evaluate_only=True)
+    checked(config, options, done=["first", "second"])
+
+
+def test_a_stage_may_have_texts_once_the_one_before_is_trained(checked):
+    options = {"rehearsal_weight": 1, "rehearsal_num_tokens": 32}
+    with pytest.raises(ValueError, match="cannot write texts"):
+        checked("fsdp2", options, done=["first"], stages=["second"])
+    texts_path("0-0", Sampling(num_tokens=32)).parent.mkdir(parents=True)
+    texts_path("0-0", Sampling(num_tokens=32)).touch()
+    checked("fsdp2", options, stages=["second"])
 
 
 def test_runs_of_stages_are_named_after_them_where_they_are_tracked(tiny_folder, tmp_path):

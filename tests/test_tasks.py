@@ -480,9 +480,11 @@ def test_tasks_are_not_asked_of_a_sharded_model_nor_every_0_steps(make_trainer):
     trainer = make_trainer()
     with pytest.raises(ValueError, match="`steps` must be at least 1, got 0"):
         TasksCallback(trainer, {}, 0, None)
-    for fsdp, plugin in ((True, None), (False, SimpleNamespace(zero_stage=3))):
-        accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
-        sharded = SimpleNamespace(is_fsdp_enabled=fsdp, accelerator=accelerator)
+    for plugins in (
+        dict(fsdp_plugin=SimpleNamespace(fsdp_version=2)),
+        dict(deepspeed_plugin=SimpleNamespace(zero_stage=3)),
+    ):
+        sharded = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(**plugins)))
         with pytest.raises(
             ValueError, match=r"not sharded \(ZeRO-3, FSDP\).*give the checkpoints to `trl-ema evaluate`"
         ):

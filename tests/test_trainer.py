@@ -20,9 +20,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig, SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
-from trl_ema.checks import check_free_space, refuse_parallelism, refuse_sharding
+from trl_ema.checks import check_free_space, refuse_parallelism
 from trl_ema.forward import _of_sequences, _tokens_of, sequence_numbers
 from trl_ema.measurement import DriftCallback, Measurement
+from trl_ema.processes import Launch, refuse_sharding
 
 
 FORMATS = {
@@ -981,7 +982,7 @@ def test_sequence_context_and_tensor_parallelism_are_refused(name):
 )
 def test_sharding_that_leaves_no_whole_adapter_is_refused(plugins, match):
     with pytest.raises(ValueError, match=match):
-        refuse_sharding(SimpleNamespace(**plugins))
+        refuse_sharding(Launch.of_state(SimpleNamespace(**plugins)))
 
 
 def test_a_config_of_another_kind_is_refused(make_trainer):

@@ -11,6 +11,7 @@ import pytest
 from trl_ema.comparison import training
 from trl_ema.comparison.plan import load_comparison
 from trl_ema.comparison.training import check_jobs, train, train_together
+from trl_ema.processes import Launch
 
 
 @pytest.fixture
@@ -112,12 +113,53 @@ def test_a_training_of_one_process_has_one_of_several_gpus(plan, started, monkey
             "`jobs=2` gives each training one GPU, and `launch` in the plan gives it",
         ),
         (1, "launch: {accelerate_config: zero9}", "`accelerate_config='zero9'` is neither a file nor a packaged"),
+        (
+            1,
+            "launch: {accelerate_config: zero2, num_procesess: 4}",
+            "Of --num_procesess 4 not everything is an option of `trl-ema train` or of `accelerate launch`",
+        ),
+        (
+            1,
+            "launch: {accelerate_config: zero2, max_steps: 4}",
+            "`launch` in the plan has --max_steps 4, which is of the training and not of its launch. Give it under `training`",
+        ),
     ],
 )
 def test_what_cannot_be_started_is_refused(plan, monkeypatch, jobs, more, message):
     monkeypatch.setattr(training, "_devices", lambda: ["0", "1"])
     with pytest.raises(ValueError, match=message):
         check_jobs(plan(more), jobs)
+
+
+def test_what_is_true_is_a_flag_of_the_launcher(plan, started):
+    comparison = plan("launch: {accelerate_config: zero3, num_processes: 4, same_network: true}")
+    assert check_jobs(comparison, 1) == Launch(4, zero_stage=3, offload_param="none")
+    assert check_jobs(plan(), 1) == Launch()
+    train(comparison, comparison.arms["a"], 0)
+    assert "--num_processes 4 --same_network --config " in " ".join(started[0][0])
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "devices"),
+    [(None, 2, ["0", "1"]), ("3, 5", 2, ["3", "5"]), ("", 2, []), ("-1", 2, []), ("2,-1,3", 1, ["2"]), ("0,1", 0, [])],
+)
+def test_gpus_are_those_that_cuda_shows(monkeypatch, visible, gpus, devices):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert training._devices() == devices
+
+
+def test_where_no_gpu_is_shown_trainings_at_once_share_the_cores(plan, started, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    comparison = plan()
+    check_jobs(comparison, 2)
+    train_together(comparison, [(comparison.arms["a"], 0)], 2)
+    ((_, env, _),) = started
+    assert (env["CUDA_VISIBLE_DEVICES"], env["OMP_NUM_THREADS"]) == ("-1", "3")
 
 
 def test_a_launch_without_a_configuration_is_refused(plan):

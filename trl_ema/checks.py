@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import TrainingArguments
@@ -156,34 +156,6 @@ def refuse_parallelism(config: Any) -> None:
                 f"{what.capitalize()} parallelism (`{name}_size={getattr(config, f'{name}_size')}`) is not supported with "
                 f"a teacher. Set `{name}_size=1` and shard with DDP, FSDP2 or DeepSpeed, or use `teacher='none'`."
             )
-
-
-def refuse_sharding(state: Any) -> None:
-    """Raises for what shards in a way that an adapter is not whole in any checkpoint, or no pass goes through after one."""
-    fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
-    if fsdp is not None and fsdp.fsdp_version != 2:
-        raise ValueError(
-            f"The launch asks for FSDP version {fsdp.fsdp_version}, which flattens an adapter with its base. Set "
-            "`fsdp_version: 2` under `fsdp_config`, as `--accelerate_config fsdp2` does."
-        )
-    if fsdp is not None and state.dynamo_plugin.backend != DynamoBackend.NO:
-        raise ValueError(
-            "`torch_compile` under FSDP2 is not supported with a teacher: weights stay sharded in the pass after a checkpoint. "
-            "Leave it out, or launch with DDP as `--accelerate_config multi_gpu` does."
-        )
-    if deepspeed is None:
-        return
-    if deepspeed.zero_stage == 0:
-        raise ValueError(
-            "The launch asks for DeepSpeed with `zero_stage: 0`, which shards nothing. Set a stage of 1, 2 or 3, or use DDP as "
-            "`--accelerate_config multi_gpu` does."
-        )
-    offload = deepspeed.deepspeed_config.get("zero_optimization", {}).get("offload_param")
-    if offload and offload.get("device") == "nvme":
-        raise ValueError(
-            "DeepSpeed's `offload_param` is set to `nvme`, where no rank has its shard of the teacher at hand. Offload to the "
-            "CPU (`offload_param_device: cpu`), or use `teacher='none'`."
-        )
 
 
 def _columns(dataset: Any) -> set[str]:

@@ -52,8 +52,13 @@ def model_fingerprint(model: Any, tokenizer: PreTrainedTokenizerBase, before: Co
             _add_tensor(ours, name, tensor)
         if is_peft_model(model):
             _add_adapter(ours, model, {id(tensor) for tensor in base.values()})
+    return f"{ours.hexdigest()[:16]}-{tokenizer_fingerprint(tokenizer)}"
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The second number of a [`model_fingerprint`]."""
     theirs = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
-    return f"{ours.hexdigest()[:16]}-{hashlib.sha256(theirs.encode()).hexdigest()[:16]}"
+    return hashlib.sha256(theirs.encode()).hexdigest()[:16]
 
 
 def _plain_config(config: dict) -> dict:

@@ -1,15 +1,23 @@
-"""The training job on several processes: accelerate's own launcher, with a packaged configuration or a file of the user's."""
+"""
+The training job on several processes: accelerate's own launcher, with a packaged configuration or a file of the user's; and what
+that training would refuse of its launch, known beforehand.
+"""
 
 import argparse
 import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 
 from . import __version__
+from .config import MeanTeacherConfig
 from .extras import require
-from .files import shipped
-from .script import make_parser
+from .files import read_json, shipped
+from .processes import Launch, refuse_fisher, refuse_sharding, refuse_start, refuse_tasks, refuse_to_write
+from .script import TrainingScriptArguments, make_parser
 from .versions import check_versions
 
 
@@ -78,10 +86,85 @@ def launch_training(config: str, arguments: list[str]) -> None:
     launch_command(settings)
 
 
+def launch_of(settings: argparse.Namespace) -> Launch:
+    """What the launcher is asked for, by its settings and by the configuration behind them, see [`launcher_settings`]."""
+    file = _read(settings.config_file)
+    deepspeed, fsdp = file.get("deepspeed_config") or {}, file.get("fsdp_config") or {}
+    kind = "DEEPSPEED" if settings.use_deepspeed else "FSDP" if settings.use_fsdp else file.get("distributed_type")
+    stage = offload = version = None
+    if kind == "DEEPSPEED":
+        stage, offload = _zero(
+            settings.deepspeed_config_file or deepspeed.get("deepspeed_config_file"),
+            settings.zero_stage or deepspeed.get("zero_stage", 2),
+            settings.offload_param_device or deepspeed.get("offload_param_device"),
+        )
+    elif kind == "FSDP":
+        version = int(fsdp.get("fsdp_version", settings.fsdp_version or 1))
+    compiler = (file.get("dynamo_config") or {}).get("dynamo_backend") or "no"
+    return Launch(
+        ranks=int(settings.num_processes or file.get("num_processes") or 1),
+        zero_stage=stage,
+        offload_param=offload,
+        fsdp_version=version,
+        compiles=str(compiler).lower() != "no",
+    )
+
+
+def _zero(own_file: str | None, stage: Any, offload: str | None) -> tuple[int, str | None]:
+    """Stage, and where weights are kept, of DeepSpeed: by its own file where it has one."""
+    if own_file is None:
+        return int(stage), offload
+    found = read_json(own_file).get("zero_optimization") or {}
+    given = found.get("stage", 0)
+    return int(stage if given == "auto" else given), (found.get("offload_param") or {}).get("device")
+
+
+def sees_one_device(settings: argparse.Namespace) -> bool:
+    """Whether each process has a GPU of its own, or none: a single one without a launch of several sees all that it is not denied."""
+    file = _read(settings.config_file)
+    several = settings.use_deepspeed or settings.use_fsdp or settings.multi_gpu or file.get("distributed_type") != "NO"
+    gpus = str(settings.gpu_ids or file.get("gpu_ids") or "all")
+    return bool(several or file.get("use_cpu") or (gpus != "all" and "," not in gpus))
+
+
+def checks_of_launch(
+    launch: Launch, args: TrainingScriptArguments, settings: MeanTeacherConfig, *, begun: bool, has_texts: bool
+) -> list[Callable[[], None]]:
+    """
+    What a training would refuse of its launch, some of it when its processes run and have loaded a model: the functions that refuse it.
+
+    Args:
+        args, settings: Of the training.
+        begun (`bool`): Whether it goes on from a checkpoint.
+        has_texts (`bool`): Whether texts of the model before it may be at hand, see [`may_be_at_hand`].
+    """
+    goes_on = args.adapter_name_or_path is not None
+    rehearses_own = bool(settings.rehearsal_weight) and settings.rehearsal_dataset is None
+    checks: list[Callable[[], None]] = []
+    if settings.needs_fused_forward:
+        checks.append(partial(refuse_sharding, launch))
+    if args.eval_tasks:
+        checks.append(partial(refuse_tasks, launch))
+    if settings.ewc_weight and not begun:  # else it is in the checkpoint
+        checks.append(partial(refuse_fisher, launch.shards_weights))
+    if rehearses_own and not has_texts:
+        numbers = settings.rehearsal_num_texts, settings.rehearsal_num_tokens
+        checks.append(partial(refuse_to_write, launch.shards_weights, *numbers))
+    if args.measure or args.drift_steps or str(settings.metric_for_best_model).endswith("drift"):
+        checks.append(partial(refuse_start, launch, not goes_on))
+    if rehearses_own or (settings.rehearsal_weight and settings.rehearsal_loss == "kl"):
+        checks.append(partial(refuse_start, launch, not goes_on, rehearses=True))
+    return checks
+
+
 def _is_deepspeed(file: str) -> bool:
+    return _read(file).get("distributed_type") == "DEEPSPEED"
+
+
+def _read(file: str) -> dict:
     with open(file, encoding="utf-8") as opened:
         config = yaml.safe_load(opened)
-    return isinstance(config, dict) and config.get("distributed_type") == "DEEPSPEED"
+    return config if isinstance(config, dict) else {}
 
 
 def _without(arguments: list[str], taken: list[str]) -> list[str]:

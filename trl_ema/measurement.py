@@ -30,6 +30,7 @@ from .evaluation.drift import adapter_configs, check_measurable, measure_drift
 from .evaluation.generation import generate_answers, prompts_and_references
 from .evaluation.runner import evaluate_tasks
 from .evaluation.settings import TaskSettings
+from .processes import Launch, refuse_start, refuse_tasks
 from .regularizers.rehearsal import stop_at_drift
 from .trainer import EMARegularizedSFTTrainer
 
@@ -61,14 +62,8 @@ def starting_point(trainer: EMARegularizedSFTTrainer) -> StartingPoint:
     Raises:
         ValueError: Such a training has begun already, or DeepSpeed's ZeRO-3 would have to put another start than the base back.
     """
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3 and not getattr(trainer.starting_point, "is_base", False):
-        # It keeps small parameters gathered for as long as a pass lasts, and lets nobody write to them.
-        raise ValueError(
-            "Under ZeRO-3 drift is measured from a base alone, and this training starts from something else (an adapter that it "
-            "goes on from, PiSSA, ...). Launch with DDP, ZeRO-2 or FSDP2, or train without measuring drift and give the "
-            "result to `trl-ema evaluate`, with `--reference_adapter` if it goes on from an adapter."
-        )
+    is_base = getattr(trainer.starting_point, "is_base", False)
+    refuse_start(Launch.of_state(trainer.accelerator.state), is_base)
     if trainer.starting_point is not None:
         return trainer.starting_point
     if trainer.state.global_step:
@@ -326,12 +321,7 @@ class TasksCallback(TrainerCallback):
         steps: int,
         manager: "TaskManager",
     ):
-        plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-        if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
-            raise ValueError(
-                "Tasks are asked during training of a model that lies whole on each rank, not sharded (ZeRO-3, FSDP). Launch with DDP "
-                "or ZeRO-2, or leave `eval_tasks` out and give the checkpoints to `trl-ema evaluate`."
-            )
+        refuse_tasks(Launch.of_state(trainer.accelerator.state))
         if steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {steps}. It counts optimizer steps between two rounds.")
         self.trainer, self.tasks, self.steps, self.manager = trainer, dict(tasks), steps, manager

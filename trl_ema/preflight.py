@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset, IterableDataset
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import PeftConfig
@@ -24,19 +23,20 @@ from trl import ModelConfig
 
 from .adapters.names import TEACHER_NAME, base_of
 from .checkpointing.resuming import check_checkpoint
-from .checks import bytes_to_write, check_drift_is_watched, check_free_space, refuse_sharding
+from .checks import bytes_to_write, check_drift_is_watched, check_free_space
 from .config import MeanTeacherConfig
 from .data import as_chat, hub_errors, mixture_counts, tokenize_rows
 from .evaluation.drift import general_rows
 from .evaluation.runner import tasks_to_ask
 from .files import check_output_dir
-from .launch import launcher_settings, take_accelerate_config
+from .launch import checks_of_launch, launch_of, launcher_settings, sees_one_device, take_accelerate_config
 from .losses import IGNORE_INDEX
 from .measurement import DriftCallback, Measurement, TrainedDrift
 from .memory import NF4, Bytes, Sizes, memory
 from .options import changed
+from .processes import Launch
 from .regularizers.base import Regularizer
-from .regularizers.own_texts import sampling_of
+from .regularizers.own_texts import may_be_at_hand, sampling_of
 from .regularizers.penalties import EWC, L2SP, L1Penalty
 from .regularizers.rehearsal import Rehearsal
 from .schedules import half_life_to_decay
@@ -52,6 +52,7 @@ from .script import (
     resume_from,
     sources,
     training_sets,
+    warn_of_other_lora,
 )
 from .texts import check_sampling, load_texts
 from .trainer import EMARegularizedSFTTrainer
@@ -91,27 +92,6 @@ class Refusals:
             kept = self.unseen if hollow else self.found
             if str(error) not in kept:
                 kept.append(str(error))
-
-
-@dataclass(frozen=True)
-class Launch:
-    """
-    How many processes, and what shards over them.
-
-    Args:
-        mode (`str`): `ddp`, `zero2`, `zero3` or `fsdp2`, as in docs/scaling.md; a single process is `ddp`.
-        ranks (`int`): Number of processes.
-        state: What of accelerate's state is asked in [`refuse_sharding`].
-    """
-
-    mode: str = "ddp"
-    ranks: int = 1
-    state: Any = None
-
-    @property
-    def shards(self) -> bool:
-        """Whether DeepSpeed or FSDP write files of their own."""
-        return self.mode != "ddp"
 
 
 @dataclass
@@ -157,12 +137,14 @@ class RowFigures:
 def main(arguments: list[str]) -> None:
     """Print what a training with these arguments would do. Exits with 1 where it would refuse."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    refusals, launch = Refusals(), Launch()
+    refusals, launch, settings = Refusals(), Launch(), None
     config, arguments = take_accelerate_config(arguments)
     if config is not None:
         settings = launcher_settings(config, arguments)
         launch, arguments = launch_of(settings), settings.training_script_args[1:]
     args, training_args, model_args = parse(arguments)
+    if settings is not None and sees_one_device(settings) and training_args.n_gpu > 1:
+        training_args._n_gpu = 1  # as in the processes of the launch, of which this is none
     hidden = are_progress_bars_disabled()
     disable_progress_bars()
     try:
@@ -191,9 +173,6 @@ def _check(
         check_output_dir(str(training_args.output_dir))
         writable = True
     with refusals.collected():
-        if launch.state is not None and training_args.needs_fused_forward:
-            refuse_sharding(launch.state)
-    with refusals.collected():
         if args.eval_tasks:
             tasks_to_ask(args.eval_tasks, tuple(args.eval_tasks_include_path or ()))
     name = tokenizer = None
@@ -201,7 +180,11 @@ def _check(
     with refusals.collected():
         name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code, args.adapter_name_or_path)
         parts = load_parts(args, tokenizer, training_args.dataset_text_field)
+    checkpoint = None
+    with refusals.collected():
+        checkpoint = resume_from(training_args) if writable else None
     if name is None or tokenizer is None:
+        _look_at_launch(launch, args, training_args, None, bool(checkpoint), refusals)
         return
     samples, figures = sampled(parts), []
     with refusals.collected():
@@ -209,13 +192,14 @@ def _check(
             as_trained_with(tokenizer, training_args)  # as the trainer does later
         figures = [figures_of(*both, tokenizer, training_args) for both in zip(parts, samples, strict=True)]
     _print_data(parts, figures, tokenizer)
+    _look_at_launch(launch, args, training_args, tokenizer, bool(checkpoint), refusals)
     trainer = None
     scratch = nullcontext(None) if writable else tempfile.TemporaryDirectory()
     with scratch as elsewhere, changed(training_args, output_dir=elsewhere or training_args.output_dir):
         with refusals.collected():
             used = samples if figures else []
             trainer = trainer_without_weights(args, training_args, model_args, name, tokenizer, used, samples is parts)
-            _look_further(trainer, args, used, resume_from(training_args) if writable else None)
+            _look_further(trainer, args, used, checkpoint)
         if trainer is not None and figures:
             with refusals.collected():
                 rows = training_rows(trainer, args, parts, figures)
@@ -223,32 +207,19 @@ def _check(
             _print_memory(trainer, model_args, launch)
 
 
-# The launch
-
-
-def launch_of(settings: Any) -> Launch:
-    """What an accelerate configuration asks for, as its launcher has read it together with the command line."""
-    file = yaml.safe_load(Path(settings.config_file).read_text(encoding="utf-8")) or {}
-    ranks = settings.num_processes or file.get("num_processes") or 1
-    kind = file.get("distributed_type")
-    deepspeed, fsdp = file.get("deepspeed_config") or {}, file.get("fsdp_config") or {}
-    compile_ = (file.get("dynamo_config") or {}).get("dynamo_backend") or "NO"
-    state = SimpleNamespace(
-        deepspeed_plugin=None, fsdp_plugin=None, dynamo_plugin=SimpleNamespace(backend=str(compile_).upper())
-    )
-    if kind == "DEEPSPEED":
-        stage = int(settings.zero_stage or deepspeed.get("zero_stage", 2))
-        offload = {"device": settings.offload_param_device or deepspeed.get("offload_param_device")}
-        state.deepspeed_plugin = SimpleNamespace(
-            zero_stage=stage, deepspeed_config={"zero_optimization": {"offload_param": offload}}
-        )
-        # At stage 1 gradients alone are not sharded, which are not among what is held.
-        return Launch("zero3" if stage == 3 else "zero2", int(ranks), state)
-    if kind == "FSDP":
-        version = int(fsdp.get("fsdp_version", settings.fsdp_version or 1))
-        state.fsdp_plugin = SimpleNamespace(fsdp_version=version)
-        return Launch("fsdp2", int(ranks), state)
-    return Launch("ddp", int(ranks), state)
+def _look_at_launch(
+    launch: Launch,
+    args: TrainingScriptArguments,
+    training_args: MeanTeacherConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    begun: bool,
+    refusals: Refusals,
+) -> None:
+    """What a training refuses of its launch, some of it when its processes run: this is none of them."""
+    has_texts = launch.shards_weights and may_be_at_hand(training_args, tokenizer)  # else nobody asks
+    for check in checks_of_launch(launch, args, training_args, begun=begun, has_texts=has_texts):
+        with refusals.collected():
+            check()
 
 
 @contextmanager
@@ -414,6 +385,7 @@ def trainer_without_weights(
     quantization(model_args, training_args)
     peft_config = lora(model_args)
     if args.adapter_name_or_path is not None:  # that of the adapter counts
+        warn_of_other_lora(args.adapter_name_or_path, model_args)
         peft_config = PeftConfig.from_pretrained(args.adapter_name_or_path)
         peft_config.inference_mode = False
     made: dict[str, Any] = {"assistant_only_loss": False} if args.is_mixture else {}
@@ -444,7 +416,8 @@ def _look_further(
         questions = samples[0].held_out
         has_prompts = {"prompt", "completion"} <= set(questions.column_names)
         count = min(args.generations, len(questions)) if has_prompts else 0
-        Measurement(trainer, questions.select(range(count)), args.generation_tokens)
+        if args.measure:
+            Measurement(trainer, questions.select(range(count)), args.generation_tokens)
     check_drift_is_watched(trainer)
     if checkpoint:
         check_checkpoint(trainer, checkpoint)
@@ -597,7 +570,7 @@ def _print_run(trainer: Any, rows: int | None, launch: Launch) -> None:
             else ", without a ramp"
         )
         print(f"  divergence: weight {args.kl_weight:g}{ramp}")
-    one = bytes_to_write(trainer, checkpoint=True) * (2 if launch.shards else 1)
+    one = bytes_to_write(trainer, checkpoint=True) * (2 if launch.writes_shards else 1)
     final, kept = bytes_to_write(trainer, checkpoint=False), checkpoints_kept(args, steps)
     free = shutil.disk_usage(args.output_dir).free
     peak = final + (kept + 1) * one if kept else final

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import logging
 import os
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -566,6 +568,7 @@ def load_to_go_on(
         base, tokenizer: See [`load_tokenizer`].
         training_args ([`MeanTeacherConfig`]): Its `model_init_kwargs` are used up: the trainer loads nothing.
     """
+    warn_of_other_lora(adapter, model_args)
     options: dict[str, Any] = {"trust_remote_code": training_args.trust_remote_code}
     options |= cast(dict, training_args.model_init_kwargs or {})
     options["revision"] = models.adapter_revision(adapter) or model_args.model_revision
@@ -577,7 +580,43 @@ def load_to_go_on(
         options["device_map"] = None  # as TRL: "auto" fails there
     with data.hub_errors("model", base):
         model = create_model_from_path(base, **options)
-    return models.with_adapter(model, adapter, tokenizer)[0]
+    found = models.with_adapter(model, adapter, tokenizer)[0]
+    if config is None and is_deepspeed_zero3_enabled():  # as TRL: stage 3 gathers weights of one precision together
+        for parameter in found.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(model.dtype)
+    return found
+
+
+# What of TRL's `ModelConfig` says of a new adapter what an older one has in its own configuration.
+_OF_ADAPTER = {
+    "lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters", "lora_modules_to_save": "modules_to_save", "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}  # fmt: skip
+
+
+def warn_of_other_lora(adapter: str, model_args: ModelConfig) -> None:
+    """Warns of options of LoRA that are given beside an adapter to go on from, and are not what that has."""
+    config, ignored = PeftConfig.from_pretrained(adapter), []
+    for option, name in _OF_ADAPTER.items():
+        given, has = getattr(model_args, option), getattr(config, name, None)
+        if given in (getattr(ModelConfig, option), "all-linear"):  # which stands there by the names of its layers
+            continue
+        if _as_set(given) != _as_set(has):
+            ignored.append(f"`{option}={given!r}` (it has {has!r})")
+    if ignored:
+        warnings.warn(
+            f"Ignored with `adapter_name_or_path={adapter!r}`, whose own options count: {', '.join(ignored)}.",
+            stacklevel=2,
+        )
+
+
+def _as_set(value: Any) -> Any:
+    """Names, one or several, in no order."""
+    if isinstance(value, str):
+        return {value}
+    return set(value) if isinstance(value, list | set | tuple) else value
 
 
 def sources(args: TrainingScriptArguments, model_args: ModelConfig) -> dict[str, str]:

@@ -39,6 +39,7 @@ from .fingerprint import Context, model_fingerprint
 from .losses import IGNORE_INDEX
 from .offline import cache_dir
 from .options import plain_count, take_booleans
+from .processes import refuse_to_write
 from .sharding import any_sharded
 from .workarounds import keep_4bit_layers_trainable
 
@@ -140,8 +141,8 @@ def write_texts(
     path = Path(path)
     before = before or (lambda: without_adapter(model))
     size = BATCH_SIZE if batch_size is None else plain_count("batch_size", batch_size, 1)
-    if any_sharded(model) and continuation is None and not path.exists():
-        raise ValueError(_sharded(sampling))
+    if continuation is None and not path.exists():
+        refuse_to_write(any_sharded(model), sampling.num_texts, sampling.num_tokens)
     about = _about(model, tokenizer, sampling)
     about |= {
         "fingerprint": fingerprint or model_fingerprint(model, tokenizer, before),
@@ -182,16 +183,8 @@ def _load_same(path: Path, about: dict) -> Texts:
 
 def check_sampling(model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
     """Raises `ValueError` if this model cannot write such texts: before it begins, and without files."""
-    if any_sharded(model):
-        raise ValueError(_sharded(sampling))
+    refuse_to_write(any_sharded(model), sampling.num_texts, sampling.num_tokens)
     _about(model, tokenizer, sampling)
-
-
-def _sharded(sampling: Sampling) -> str:
-    return (
-        "A sharded model (ZeRO-3, FSDP) cannot write texts: every token would gather all weights. Let it write before, whole, with "
-        f"`trl-ema rehearse --num_texts {sampling.num_texts} --num_tokens {sampling.num_tokens} --output_file FILE`."
-    )
 
 
 def _about(model: Any, tokenizer: Any, sampling: Sampling) -> dict:

@@ -11,7 +11,6 @@ from huggingface_hub import EvalResult
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from .adapters.fitness import base_changed_by, refuse_leftovers
@@ -29,7 +28,6 @@ from .checks import (
     check_labels,
     check_prompts,
     refuse_parallelism,
-    refuse_sharding,
 )
 from .config import MeanTeacherConfig
 from .files import check_output_dir
@@ -37,6 +35,7 @@ from .forward import add_regularized_forward, check_head
 from .model_card import method_of
 from .options import changed
 from .ownership import claim, claim_before, undo_earlier_run
+from .processes import Launch, refuse_sharding
 from .regularizers import make_regularizers
 from .regularizers.divergence import TeacherDivergence
 from .regularizers.micro_batch import RegularizedForward, TokenMean
@@ -135,7 +134,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         self._name, self._paper = method_of(self.args)  # for TRL's part of the model card
         if self.args.needs_fused_forward:
             refuse_parallelism(self.accelerator.parallelism_config)
-            refuse_sharding(self.accelerator.state)
+            refuse_sharding(Launch.of_state(self.accelerator.state))
             base = base_of(self.model)
             if not any(p.is_meta or hasattr(p, "ds_id") for p in base.parameters()):
                 # As in training: FlashAttention takes no float32, which the weights may be.
@@ -177,7 +176,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
     @property
     def shards_weights(self) -> bool:
         """Whether all ranks gather the weights together for each pass over them."""
-        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        return Launch.of_state(self.accelerator.state).shards_weights
 
     # The loss
 

@@ -27,8 +27,12 @@ OTHERS = {
 }
 
 
+# From an adapter, which the launch on one process has trained.
+ON = {"on": OTHERS["none"] | dict(adapter_name_or_path="one_none")}
+
+
 def others(mode, *kinds):
-    return {f"{mode}_{kind}": OTHERS[kind] for kind in kinds}
+    return {f"{mode}_{kind}": (OTHERS | ON)[kind] for kind in kinds}
 
 
 def resumed(output, before):
@@ -38,14 +42,17 @@ def resumed(output, before):
 # What is trained in turn by one launch. One that resumes is a launch of its own wherever no other test resumes bit for bit in
 # new processes, as those of a signal do.
 LAUNCHES = [
-    ("one", {"one": {}} | others("one", *OTHERS)),
+    ("one", {"one": {}} | others("one", *OTHERS) | others("one", *ON)),
     ("ddp", {"ddp": {}} | others("ddp", "nf4") | resumed("ddp_resumed", "ddp") | resumed("one_to_ddp", "one")),
     ("zero1", {"zero1": {}}),
     ("zero2", {"zero2": {}}),
     ("zero2", resumed("zero2_resumed", "zero2")),
     (
         "zero3",
-        {"zero3": {}} | others("zero3", "frozen") | resumed("zero3_resumed", "zero3") | resumed("one_to_zero3", "one"),
+        {"zero3": {}}
+        | others("zero3", "frozen", *ON)
+        | resumed("zero3_resumed", "zero3")
+        | resumed("one_to_zero3", "one"),
     ),
     ("fsdp2", {"fsdp2": {}} | others("fsdp2", "frozen", "bf16")),
     ("fsdp2", resumed("fsdp2_resumed", "fsdp2") | resumed("one_to_fsdp2", "one")),
@@ -64,7 +71,7 @@ def runs(tiny_folder):
         number = next(i for i, (_, outputs) in enumerate(LAUNCHES) if output in outputs)
         mode, outputs = LAUNCHES[number]
         for options in outputs.values():
-            before = options.get("resume_from_checkpoint", output).split("/")[0]
+            before = options.get("resume_from_checkpoint", options.get("adapter_name_or_path", output)).split("/")[0]
             if before not in outputs:
                 run(before)
         if number not in launched:
@@ -132,6 +139,12 @@ def test_other_teachers_too(runs, kind, mode):
     two = runs(f"{mode}_{kind}")
     assert_same(two, runs(f"one_{kind}"), rtol=1e-3, atol=1e-4, keys=KEYS[kind], adapters=["student"])
     assert not (two / "teacher").exists()
+
+
+def test_zero3_goes_on_from_an_adapter_as_one_process_does(runs):
+    """And its adapter has no embeddings: nothing has made them smaller, though a rank keeps but a part of them."""
+    assert_same(runs("zero3_on"), runs("one_on"), rtol=1e-3, atol=1e-4, keys=KEYS["none"], adapters=["student"])
+    assert not logged(runs("one_on"), "loss").equal(logged(runs("one_none"), "loss"))
 
 
 @pytest.mark.slow

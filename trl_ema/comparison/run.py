@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +39,16 @@ from ..evaluation.suite import HeldOutText, Kept, Reference, evaluate_model
 from ..evaluation.tasks import DOMAIN_TASKS, asked_as_chats, check_tasks, is_offline, suite_tasks, task_manager
 from ..extras import require
 from ..files import read_json, write_json, write_text
+from ..launch import checks_of_launch
+from ..processes import Launch
+from ..regularizers.own_texts import may_be_at_hand
 from ..script import (
+    LoadedPart,
     TrainingScriptArguments,
     as_trained_with,
     data_of,
     load_held_out,
+    load_parts,
     load_tokenizer,
     lora,
     parse,
@@ -95,7 +100,7 @@ def run_comparison(
         unknown = [one for one in asked if one not in planned]
         if unknown:
             raise ValueError(f"The comparison has no {name} {unknown}; expected some of {list(planned)}.")
-    check_jobs(comparison, jobs)
+    launch = None if evaluate_only else check_jobs(comparison, jobs)
     seeds = comparison.seeds if seeds is None else seeds
     chosen = [arm for arm in comparison.arms.values() if arms is None or {arm.name, arm.method} & {*arms}]
     parsed = _parsed(comparison)
@@ -109,9 +114,14 @@ def run_comparison(
         _check_scalable(arm, parsed[-1])
     for arm, seed in product(chosen, seeds):
         _check_run(comparison, arm, seed, now, chosen, evaluate_only)
+    if launch is not None:
+        for stage, of_stage in zip(comparison.by_stage(), parsed, strict=True):
+            for arm, seed in product(chosen if stage in now else (), seeds):
+                if arm.interpolate is None and not stage.is_trained(arm.name, seed):
+                    _check_launch(stage, arm.name, seed, launch, of_stage[arm.name, seed])
     _check_same_tokenizer({arm: config for (arm, _), (_, config, _) in parsed[0].items()})
     _write_configs(comparison, evaluate_only)
-    write_json(Path(comparison.output_dir, PLAN), _plan(comparison, first))
+    write_json(Path(comparison.output_dir, PLAN), _plan(comparison, first) | _shared_rows(comparison, first))
     evaluator = _Evaluator(comparison, first, manager)
     evaluator.base()
     if jobs > 1 and not evaluate_only:
@@ -290,6 +300,33 @@ def _plan(comparison: Comparison, by_stage: list[_Options]) -> dict:
     return found
 
 
+def _shared_rows(comparison: Comparison, by_stage: list[_Options]) -> dict:
+    """
+    As an entry of the plan, of which pairs of stages so many rows that the one holds out are trained on in the other: figures on them
+    tell less of what was learned or lost. Streams are not looked at.
+    """
+    loaded: dict[str, list[LoadedPart]] = {}
+    for stage, (args, settings, model_args) in zip(comparison.stages, by_stage, strict=False):
+        _, tokenizer = load_tokenizer(model_args, settings.trust_remote_code)
+        loaded[stage.name] = load_parts(args, tokenizer, settings.dataset_text_field)
+    found, field = [], by_stage[0][1].dataset_text_field
+    for (one, own), (other, others) in permutations(loaded.items(), 2):
+        rows = sum(
+            data.rows_in_common(part.held_out, trained.train, field)
+            for part, trained in product(own, others)
+            if not part.replayed and isinstance(trained.train, Dataset)
+        )
+        if rows:
+            of = sum(len(part.held_out) for part in own if not part.replayed)
+            found.append({"held_out": one, "trained": other, "rows": rows, "of": of})
+            logger.warning(
+                "%d of the %d held-out rows of stage %r are among the training rows of stage %r: losses on them tell less of what was "
+                "learned or forgotten. Take equal rows out of one of the data sets, or give both the same rows and `split_seed`.",
+                rows, of, one, other,
+            )  # fmt: skip
+    return {"shared_rows": found} if found else {}
+
+
 def _check_run(
     comparison: Comparison, arm: Arm, seed: int, now: list[Comparison], chosen: Sequence[Arm], evaluate_only: bool
 ) -> None:
@@ -346,6 +383,24 @@ def _check_order(stage: Comparison, earlier: Comparison, arm: str, seed: int, no
             f"{run}, goes on from stage {name!r}, which was kept without its weights ({before} holds no adapter). Put them back, or "
             "delete its metrics.json to train it again."
         )
+
+
+def _check_launch(stage: Comparison, arm: str, seed: int, launch: Launch, options: _Options) -> None:
+    """Raises `ValueError` if a run would refuse its launch, as where it cannot go on from the stage before it."""
+    args, settings, _ = options
+    begun = is_begun(stage.folder(arm, seed))
+    # Of a model that is still to be trained there are no texts.
+    is_there = stage.earlier is None or stage.earlier.is_trained(arm, seed)
+    for check in checks_of_launch(launch, args, settings, begun=begun, has_texts=is_there and may_be_at_hand(settings)):
+        try:
+            check()
+        except ValueError as error:
+            before = None if stage.earlier is None else stage.earlier.stage
+            goes_on = "" if before is None else f", which goes on from the adapter of stage {before.name!r}"
+            raise ValueError(
+                f"{stage.run_name(arm, seed)}{goes_on}, cannot be trained as `launch` says: {error} In a comparison the way out is "
+                "`accelerate_config: multi_gpu` or `zero2`."
+            ) from error
 
 
 def _check_source(comparison: Comparison, arm: Arm, chosen: Sequence[Arm], seed: int) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import takewhile
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
@@ -15,6 +16,8 @@ from tqdm import tqdm
 
 from ..evaluation.models import adapter_fingerprint
 from ..files import write_json
+from ..launch import launch_of, launcher_settings, take_accelerate_config
+from ..processes import Launch
 from .plan import Arm, Comparison
 
 
@@ -25,15 +28,25 @@ LOG = "train.log"
 START = "went_on_from.json"
 
 
-def check_jobs(comparison: Comparison, jobs: int) -> None:
-    """Raises `ValueError` if the trainings cannot be started so many at once, or as the plan launches them."""
+def check_jobs(comparison: Comparison, jobs: int) -> Launch:
+    """
+    How the plan launches its trainings. Raises `ValueError` if they cannot be started so, or so many at once.
+
+    Raises:
+        ImportError: The launch needs a package that is not there.
+    """
     if jobs < 1:
         raise ValueError(f"`jobs` must be at least 1, got {jobs}. It counts trainings at once.")
+    launch = Launch()
     if comparison.launch is not None:
-        # Imports TRL's parser: not for a report.
-        from ..launch import accelerate_config_file
-
-        accelerate_config_file(str(comparison.launch["accelerate_config"]))
+        config, others = take_accelerate_config(_words(comparison))
+        settings = launcher_settings(str(config), others)
+        launch, of_training = launch_of(settings), settings.training_script_args[1:]
+        if of_training:
+            raise ValueError(
+                f"`launch` in the plan has {' '.join(of_training)}, which is of the training and not of its launch. Give it under "
+                "`training`, so that the evaluation knows of it too."
+            )
         if jobs > 1:
             raise ValueError(
                 f"`jobs={jobs}` gives each training one GPU, and `launch` in the plan gives it several. Leave out one of them."
@@ -43,6 +56,15 @@ def check_jobs(comparison: Comparison, jobs: int) -> None:
         raise ValueError(
             f"`jobs={jobs}` trainings have {len(devices)} GPUs. Give at most as many, or a plan with `launch` to train each on all."
         )
+    return launch
+
+
+def _words(comparison: Comparison) -> list[str]:
+    """The `launch` of a plan as on a command line; what is true is a flag there."""
+    words: list[str] = []
+    for name, value in (comparison.launch or {}).items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
 
 
 def train(comparison: Comparison, arm: Arm, seed: int, log: Path | None = None, **environment: str) -> None:
@@ -61,11 +83,11 @@ def train(comparison: Comparison, arm: Arm, seed: int, log: Path | None = None, 
         start = {"adapter": adapter_fingerprint(comparison.earlier.folder(arm.name, seed))}
         write_json(Path(folder, START), start)
     config = os.path.join(folder, "config.yaml")
-    launch = [word for name, value in (comparison.launch or {}).items() for word in (f"--{name}", str(value))]
+    launch = _words(comparison)
     command = [sys.executable, "-m", "trl_ema", "train", *launch, "--config", config]
     # Weights & Biases takes these from nowhere else.
     groups = {"WANDB_PROJECT": comparison.project, "WANDB_RUN_GROUP": arm.name} | os.environ | environment
-    if not (launch or environment) and torch.cuda.device_count() > 1:  # one process, which TRL refuses several GPUs
+    if not (launch or environment) and len(_devices()) > 1:  # one process, which TRL refuses several GPUs
         groups |= _share(0, 1)
     if log is None:
         subprocess.run(command, check=True, env=groups)
@@ -138,15 +160,18 @@ def train_together(
 
 def _devices() -> list[str]:
     """Of the GPUs that this process may use, as a process that is to use one of them must be told."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible:
-        return visible.split(",")
-    return [str(number) for number in range(torch.cuda.device_count())]
+    visible, number = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    if visible is None:
+        return [str(device) for device in range(number)]
+    # CUDA reads up to the first that is none, such as -1.
+    named = takewhile(lambda device: device not in ("", "-1"), (word.strip() for word in visible.split(",")))
+    return list(named)[:number]
 
 
 def _share(place: int, jobs: int) -> dict[str, str]:
     """The part of the machine that one of so many jobs gets: a GPU, or without any its share of the cores."""
-    if torch.cuda.device_count():
-        return {"CUDA_VISIBLE_DEVICES": _devices()[place]}
+    devices = _devices()
+    if devices:
+        return {"CUDA_VISIBLE_DEVICES": devices[place]}
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}

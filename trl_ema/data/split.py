@@ -74,6 +74,17 @@ def held_out_of_stream(
     return dataset.filter(trained), Dataset.from_list([first[i] for i in sorted(chosen)])
 
 
+def rows_in_common(held_out: Dataset, train: Dataset, text_field: str = "text") -> int:
+    """How many rows of one data set's held-out part stand, with equal texts, among the training rows of another one."""
+    columns = seen_columns({*held_out.column_names}, text_field)
+    if columns != seen_columns({*train.column_names}, text_field):
+        return 0
+    held = [_question_and_answer(row, columns) for row in rows_of(held_out, columns)]
+    wanted = set(held)
+    found = wanted & {pair for row in rows_of(train, columns) if (pair := _question_and_answer(row, columns)) in wanted}
+    return sum(pair in found for pair in held)
+
+
 def _position(text: str, seed: int) -> float:
     """In [0, 1), by a hash."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:8], "big") / 2**64

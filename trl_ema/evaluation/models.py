@@ -21,6 +21,7 @@ from ..adapters.names import STUDENT_NAME, TEACHER_NAME
 from ..adapters.starting_point import StartingPoint
 from ..data import hub_errors
 from ..offline import demo_model, is_demo_model
+from ..sharding import whole_shape
 from ..workarounds import keep_4bit_layers_trainable
 
 
@@ -220,7 +221,7 @@ def _fits(folder: str, base: PreTrainedModel) -> Iterator[None]:
 
 def vocabulary(model: Any) -> int:
     """Tokens that a model has embeddings for."""
-    return model.get_input_embeddings().weight.shape[0]
+    return whole_shape(model.get_input_embeddings().weight)[0]
 
 
 def _resize(base: PreTrainedModel, folder: str, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -10,12 +10,12 @@ import torch
 
 from ..adapters.starting_point import StartingPoint
 from ..config import MeanTeacherConfig
+from ..fingerprint import model_fingerprint, tokenizer_fingerprint
 from ..texts import (
     Sampling,
     Texts,
     check_sampling,
     load_texts,
-    model_fingerprint,
     save_texts,
     texts_path,
     write_texts,
@@ -36,6 +36,22 @@ def sampling_of(args: MeanTeacherConfig) -> Sampling:
         start_token=args.rehearsal_start,
         chat=args.rehearsal_chat,
     )
+
+
+def may_be_at_hand(args: MeanTeacherConfig, tokenizer: Any = None) -> bool:
+    """
+    Whether texts are given, lie beside the run, or in the cache those of a model with this tokenizer. Whether they are this very
+    model's takes its weights to say.
+
+    Args:
+        args ([`MeanTeacherConfig`]): See [`OwnTexts`].
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): By default any.
+    """
+    if args.rehearsal_texts is not None or os.path.isfile(os.path.join(str(args.output_dir), FILE)):
+        return True
+    theirs = "*" if tokenizer is None else tokenizer_fingerprint(tokenizer)
+    cached = texts_path(f"*-{theirs}", sampling_of(args))
+    return any(cached.parent.glob(cached.name))
 
 
 class OwnTexts:

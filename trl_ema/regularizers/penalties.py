@@ -16,6 +16,7 @@ from ..adapters.files import ANOTHER
 from ..adapters.names import trained_names
 from ..adapters.switching import switched
 from ..losses import IGNORE_INDEX
+from ..processes import refuse_fisher
 from ..sharding import any_sharded, whole_weights
 from ..texts import drawn_labels
 from ..workarounds import keep_4bit_layers_trainable
@@ -192,11 +193,7 @@ class EWC(WeightPenalty):
         self.fisher = {name: fisher.to(trainer.args.device) for name, fisher in self.fisher.items()}
 
     def _measure(self, trainer: Any) -> dict[str, Tensor]:
-        if any_sharded(self.model):
-            raise ValueError(
-                "`ewc_weight`: a sharded model (ZeRO-3, FSDP2) has no gradient of one text, which the Fisher information is made of. "
-                "Begin the run on one process or under DDP, with `save_steps=1`, stop after the first checkpoint, and resume it here."
-            )
+        refuse_fisher(any_sharded(self.model))
         texts = self.own.get(trainer)
         self.own.keep_beside(trainer)
         labels = drawn_labels(texts)[: self.num_texts]

@@ -15,6 +15,7 @@ from transformers import TrainerControl
 from ..adapters.starting_point import StartingPoint
 from ..config import MeanTeacherConfig
 from ..forward import Divergence, divergence_mask, num_sequences
+from ..processes import Launch, refuse_start
 from ..schedules import BudgetedWeight, RampedWeight, SmoothedMean
 from ..texts import Texts
 from .base import Gather, Inputs, Regularizer
@@ -121,14 +122,9 @@ class Rehearsal(Regularizer):
         return mean
 
     def begin(self, trainer: Any, state: dict | None = None) -> None:
-        plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-        needs_start = self.own is not None or self.args.rehearsal_loss == "kl"
-        if plugin is not None and plugin.zero_stage == 3 and needs_start and not getattr(self.start, "is_base", False):
-            # See `measurement.starting_point`.
-            raise ValueError(
-                "Under ZeRO-3 the model before training is a base alone, and this training starts from something else (an adapter that "
-                "it goes on from, PiSSA, ...). Launch with DDP, ZeRO-2 or FSDP2 to rehearse."
-            )
+        if self.own is not None or self.args.rehearsal_loss == "kl":
+            is_base = getattr(self.start, "is_base", False)
+            refuse_start(Launch.of_state(trainer.accelerator.state), is_base, rehearses=True)
         self.pad = self.tokenizer.pad_token_id
         if self.own is not None:
             self.use(self.own.get(trainer))

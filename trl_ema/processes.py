@@ -1,0 +1,132 @@
+"""How a training is launched, as an accelerate configuration asks for it or as its processes run, and what cannot be done then."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils import DynamoBackend
+
+
+@dataclass(frozen=True)
+class Launch:
+    """
+    How many processes, and what is sharded over them.
+
+    Args:
+        ranks (`int`): Number of processes.
+        zero_stage (`int`, *optional*): Of DeepSpeed, where it is used.
+        offload_param (`str`, *optional*): Where DeepSpeed keeps weights, `none` for on the GPUs.
+        fsdp_version (`int`, *optional*): Of FSDP, where it is used.
+        compiles (`bool`): Whether accelerate compiles the model.
+    """
+
+    ranks: int = 1
+    zero_stage: int | None = None
+    offload_param: str | None = None
+    fsdp_version: int | None = None
+    compiles: bool = False
+
+    @classmethod
+    def of_state(cls, state: Any) -> "Launch":
+        """That of the processes that run: `state` is accelerate's."""
+        fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+        options, compiler = getattr(deepspeed, "deepspeed_config", None) or {}, getattr(state, "dynamo_plugin", None)
+        return cls(
+            ranks=getattr(state, "num_processes", 1),
+            zero_stage=None if deepspeed is None else deepspeed.zero_stage,
+            offload_param=(options.get("zero_optimization", {}).get("offload_param") or {}).get("device"),
+            fsdp_version=None if fsdp is None else fsdp.fsdp_version,
+            compiles=compiler is not None and compiler.backend != DynamoBackend.NO,
+        )
+
+    @property
+    def mode(self) -> str:
+        """`ddp`, `zero2`, `zero3` or `fsdp2`, as in docs/scaling.md; a single process is `ddp`."""
+        if self.fsdp_version is not None:
+            return "fsdp2"
+        if self.zero_stage is None:
+            return "ddp"
+        # At stage 1 gradients alone are not sharded, which are not among what is held.
+        return "zero3" if self.zero_stage == 3 else "zero2"
+
+    @property
+    def writes_shards(self) -> bool:
+        """Whether DeepSpeed or FSDP write files of their own."""
+        return self.mode != "ddp"
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether a rank keeps but a part of the model."""
+        return self.mode in ("zero3", "fsdp2")
+
+
+def refuse_sharding(launch: Launch) -> None:
+    """Raises for what shards in a way that an adapter is not whole in any checkpoint, or no pass goes through after one."""
+    if launch.fsdp_version not in (None, 2):
+        raise ValueError(
+            f"The launch asks for FSDP version {launch.fsdp_version}, which flattens an adapter with its base. Set "
+            "`fsdp_version: 2` under `fsdp_config`, as `--accelerate_config fsdp2` does."
+        )
+    if launch.fsdp_version is not None and launch.compiles:
+        raise ValueError(
+            "`torch_compile` under FSDP2 is not supported with a teacher: weights stay sharded in the pass after a checkpoint. "
+            "Leave it out, or launch with DDP as `--accelerate_config multi_gpu` does."
+        )
+    if launch.zero_stage == 0:
+        raise ValueError(
+            "The launch asks for DeepSpeed with `zero_stage: 0`, which shards nothing. Set a stage of 1, 2 or 3, or use DDP as "
+            "`--accelerate_config multi_gpu` does."
+        )
+    if launch.offload_param == "nvme":
+        raise ValueError(
+            "DeepSpeed's `offload_param` is set to `nvme`, where no rank has its shard of the teacher at hand. Offload to the "
+            "CPU (`offload_param_device: cpu`), or use `teacher='none'`."
+        )
+
+
+def refuse_tasks(launch: Launch) -> None:
+    """Raises where tasks cannot be asked during training."""
+    if launch.shards_weights:
+        raise ValueError(
+            "Tasks are asked during training of a model that lies whole on each rank, not sharded (ZeRO-3, FSDP). Launch with DDP "
+            "or ZeRO-2, or leave `eval_tasks` out and give the checkpoints to `trl-ema evaluate`."
+        )
+
+
+def refuse_start(launch: Launch, is_base: bool, *, rehearses: bool = False) -> None:
+    """
+    Raises where the model before a training cannot be put back during it. ZeRO-3 keeps small parameters gathered for as long as a
+    pass lasts, and lets nobody write to them: it can only switch an adapter off.
+
+    Args:
+        is_base (`bool`): Whether that model is the one with its adapter switched off.
+        rehearses (`bool`): Whether it is rehearsal that needs it; drift otherwise.
+    """
+    if is_base or launch.mode != "zero3":
+        return
+    start = "this training starts from something else (an adapter that it goes on from, PiSSA, ...)"
+    if rehearses:
+        raise ValueError(
+            f"Under ZeRO-3 the model before training is a base alone, and {start}. Launch with DDP, ZeRO-2 or FSDP2 to rehearse."
+        )
+    raise ValueError(
+        f"Under ZeRO-3 drift is measured from a base alone, and {start}. Launch with DDP, ZeRO-2 or FSDP2, or train without "
+        "measuring drift and give the result to `trl-ema evaluate`, with `--reference_adapter` if it goes on from an adapter."
+    )
+
+
+def refuse_fisher(sharded: bool) -> None:
+    """Raises where the Fisher information cannot be measured: of a model of which a rank keeps but a part."""
+    if sharded:
+        raise ValueError(
+            "`ewc_weight`: a sharded model (ZeRO-3, FSDP2) has no gradient of one text, which the Fisher information is made of. "
+            "Begin the run on one process or under DDP, with `save_steps=1`, stop after the first checkpoint, and resume it here."
+        )
+
+
+def refuse_to_write(sharded: bool, num_texts: int, num_tokens: int) -> None:
+    """Raises where so many texts of so many tokens cannot be written: by a model of which a rank keeps but a part."""
+    if sharded:
+        raise ValueError(
+            "A sharded model (ZeRO-3, FSDP) cannot write texts: every token would gather all weights. Let it write before, whole, with "
+            f"`trl-ema rehearse --num_texts {num_texts} --num_tokens {num_tokens} --output_file FILE`."
+        )
