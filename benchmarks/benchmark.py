@@ -40,6 +40,8 @@ OURS = {
     "ema, a quarter": dict(teacher="ema", ema_decay=0.999, kl_fraction=0.25),
     "frozen": dict(teacher="frozen"),
     "rehearsal": dict(teacher="none", rehearsal_weight=4.0, rehearsal_num_texts=64),
+    # As in a run that takes none again: the model before training passes over them in each micro-batch.
+    "rehearsal, fresh texts": dict(teacher="none", rehearsal_weight=4.0, rehearsal_num_texts=64),
     # Draws no sequence: TRL's own head multiplies ignored tokens too where there is no Triton, ours does not.
     "no pass of the teacher": dict(teacher="ema", ema_decay=0.999, kl_fraction=1e-9),
 }
@@ -172,7 +174,7 @@ def make_trainer(arm: str, args, folder: str):
     if arm in OURS:
         length = min(tokens, MeanTeacherConfig.rehearsal_num_tokens)
         own = dict(OURS[arm])
-        if arm == "rehearsal":  # in few tokens there is no room for a chat
+        if "rehearsal_weight" in own:  # in few tokens there is no room for a chat
             own |= {"rehearsal_num_tokens": length, "rehearsal_chat": None if length >= 64 else False}
         return EMARegularizedSFTTrainer(model, MeanTeacherConfig(**own, **options), **common)
     trainer = (SFTTrainer if arm == "sft" else _peer(arm, args))(model, SFTConfig(**options), **common)
@@ -219,7 +221,7 @@ class Stepper:
 
     def __init__(self, arm: str, args, folder: str):
         self.trainer = trainer = make_trainer(arm, args, folder)
-        trainer.state.max_steps = 10**6
+        trainer.state.max_steps = 1 if arm == "rehearsal, fresh texts" else 10**6
         trainer.current_gradient_accumulation_steps = 1
         if args.checkpointing:  # as `train` does it
             trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
@@ -293,11 +295,13 @@ def step(args) -> list[Figure]:
 
 
 def _writing(stepper: Stepper, seconds_of_step: list[float], title: str) -> Figure:
-    """Time in which the model writes the default number of texts, over that of 1,000 steps of plain SFT."""
+    """Time in which the model writes the default number of texts and reads them once, over that of 1,000 steps of plain SFT."""
     from trl_ema import MeanTeacherConfig
+    from trl_ema.regularizers.known_states import states_before
     from trl_ema.texts import write_texts
 
-    own = stepper.regularizers[0].own
+    rehearsal = stepper.regularizers[0]
+    own = rehearsal.own
     number = MeanTeacherConfig.rehearsal_num_texts
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -305,9 +309,10 @@ def _writing(stepper: Stepper, seconds_of_step: list[float], title: str) -> Figu
             own.model, own.tokenizer, own.sampling, f"{folder}/texts.safetensors", before=own.start.activate,
             fingerprint=own.fingerprint,
         )  # fmt: skip
+        states_before(stepper.trainer, own.start, texts.ids, own.tokenizer.pad_token_id, taken=10**6)
         seconds = (time.perf_counter() - start) * number / len(texts.ids)
     tokens = own.sampling.num_tokens
-    name = f"writing {number} texts of {tokens} tokens / 1,000 steps of SFTTrainer ({title})"
+    name = f"writing and reading {number} texts of {tokens} tokens / 1,000 steps of SFTTrainer ({title})"
     return ratio(name, 0.10, [seconds], [1000 * statistics.median(seconds_of_step)])
 
 

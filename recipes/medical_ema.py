@@ -136,7 +136,8 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
         say("Measuring the model as it was before, and as it is now ...")
         metrics, _ = measurement.models()
         trainer.model_card_details["Held-out figures, nats per token"] = card_figures(metrics)
-        trainer.model_card_results = card_results(metrics, sources(args, model_args)["data"])
+        named = {loaded.name: part for loaded, part in zip(parts, args.parts, strict=True)}
+        trainer.model_card_results = card_results(metrics, named)
     metrics["log"] = trainer.state.log_history
     seconds = round(time.perf_counter() - start)
     metrics["provenance"] = describe_run(trainer, args, model_args) | {"wall_seconds": seconds}

@@ -7,12 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 from conftest import CHAT_TEMPLATE, lora
 from peft import get_peft_model
+from test_tasks import write_tasks
 from transformers import AutoTokenizer
 
 from trl_ema import MeanTeacherConfig
@@ -20,11 +23,12 @@ from trl_ema.adapters.names import TEACHER_NAME
 from trl_ema.cli import train
 from trl_ema.comparison.figures import CURVES, summarize_comparison
 from trl_ema.comparison.pictures import CAPTIONS, COLORS, _curve_grid, _drift, _subject_bars, _task_bars, _tradeoff
-from trl_ema.comparison.plan import DEFAULT_CONFIG, Comparison, load_comparison
+from trl_ema.comparison.plan import DEFAULT_CONFIG, Comparison, kept_comparison, load_comparison
 from trl_ema.comparison.report import _in_short, write_report
 from trl_ema.comparison.run import _Evaluator, _understood, run_comparison
 from trl_ema.evaluation.models import is_adapter, load_base
-from trl_ema.evaluation.tasks import check_tasks, mmlu_subjects, task_manager
+from trl_ema.evaluation.settings import TaskSettings
+from trl_ema.evaluation.tasks import asked_as_chats, check_tasks, is_offline, mmlu_subjects, task_manager
 from trl_ema.script import parse
 
 
@@ -621,6 +625,8 @@ def test_losses_on_other_tokens_are_refused(comparison: Comparison, tmp_path):
             {"evaluation": {"drift_data": {"a": "a.jsonl"}, "drift_on": ["b"]}},
             r"`drift_on` names \['b'\]; expected some of \['general', 'a'\]",
         ),
+        ({"evaluation": {"suite": "medica"}}, r"`suite` of the evaluation is 'medica'; expected one of \['medical', "),
+        ({"evaluation": {"include_path": [3]}}, r"`include_path` is \[3\]; expected a list of folders with tasks"),
         ({"evaluation": {"bf16": "yes"}}, "`bf16` of the evaluation is 'yes'; expected true or false"),
         ({"seeds": 3}, r"`seeds` in .* is 3; expected a list such as \[0, 1, 2\]"),
         (
@@ -727,6 +733,20 @@ def test_a_plan_that_is_no_mapping_is_refused(tmp_path):
             {},
             "`chat_template_path='some/model'` is no .jinja file.*Write that model's chat template into",
         ),
+        *(
+            (
+                {
+                    "arms": {"dora": {"teacher": "none", **option}, "x": {"interpolate": "dora", "scales": [0, 0.5]}},
+                    "evaluation": {},
+                },
+                {},
+                f"Arm 'x' scales the adapters of 'dora', and `{named}.*` is no factor of their update: another scale would not be",
+            )
+            for option, named in (
+                ({"use_dora": True}, "use_dora=True"),
+                ({"lora_modules_to_save": ["lm_head"]}, "modules_to_save="),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is(tiny_folder, tmp_path, monkeypatch, changes, asked, message):
@@ -734,6 +754,42 @@ def test_what_cannot_be_done_is_refused_before_anything_is(tiny_folder, tmp_path
     plan = load_comparison(write_plan(tiny_folder, **changes), str(tmp_path / "out"))
     with pytest.raises(ValueError, match=message):
         run_comparison(plan, **asked)
+
+
+def test_a_comparison_asks_a_suite_and_tasks_of_a_folder(tiny_folder, tmp_path, monkeypatch, caplog):
+    class NoFurther(Exception):
+        pass
+
+    def stop(comparison, options, manager):
+        assert is_offline(manager) and "chosen" in manager.task_index
+        raise NoFurther
+
+    monkeypatch.setattr("trl_ema.comparison.run._Evaluator", stop)
+    monkeypatch.setattr("trl_ema.comparison.run.asked_as_chats", asked := mock.Mock(side_effect=asked_as_chats))
+    evaluation = {
+        "suite": "medical", "offline": "true", "include_path": str(write_tasks(tmp_path / "tasks")), "generation_tokens": 0,
+        "retention_tasks": {"chosen": None, "hellaswag": {"sample": 5}},
+    }  # fmt: skip
+    plan = load_comparison(write_plan(tiny_folder, evaluation=evaluation), str(tmp_path / "out"))
+    for _ in range(2):  # again over what is there
+        with pytest.raises(NoFurther):
+            run_comparison(plan)
+    shutil.rmtree(tmp_path / "tasks")
+    with pytest.raises(FileNotFoundError, match="`include_path` names .*tasks', which is no folder with tasks"):
+        run_comparison(plan)
+    suite = kept_comparison(str(tmp_path / "out")).suite
+    assert list(suite.retention_tasks) == ["chosen", "hellaswag", "mmlu_general"]
+    assert list(suite.domain_tasks) == ["mmlu_medical", "medmcqa", "medqa_5options"]
+    assert suite.retention_tasks["hellaswag"].sample == 5 and suite.retention_tasks["mmlu_general"] == TaskSettings()
+    assert "Not asked of the suite `medical`, for want of a hub: pubmedqa, medqa_4options, ifeval." in caplog.text
+    assert list(asked.call_args.args[0]) == ["mmlu_medical", "medmcqa", "medqa_5options", "mmlu_general"]
+
+
+def test_what_is_written_for_chat_models_is_asked_as_a_chat_in_a_suite():
+    tasks = {"ifeval": TaskSettings(limit=3), "hellaswag": TaskSettings()}
+    assert asked_as_chats(tasks, SimpleNamespace(chat_template=None)) == tasks
+    expected = tasks | {"ifeval": TaskSettings(limit=3, apply_chat_template=True)}
+    assert asked_as_chats(tasks, SimpleNamespace(chat_template="{{ messages }}")) == expected
 
 
 def test_conversations_are_measured_by_their_last_answer(tiny_folder, tmp_path):

@@ -200,6 +200,8 @@ def test_biases_that_the_base_has_no_place_for_are_not_merged(base, tmp_path):
     run = write_run(tmp_path / "run", base, lora_bias=True, target_modules=["down_proj"])
     done = export(run, "--output_dir", tmp_path / "out", check=False)
     assert done.returncode == 1 and "PEFT cannot merge the adapter" in done.stderr and not (tmp_path / "out").exists()
+    done = export(run, "--to", "adapter", "--output_dir", tmp_path / "out")
+    assert "take plain LoRA alone" in done.stdout and "vllm serve" not in done.stdout  # which would not read them
 
 
 def test_after_4_bits_it_is_merged_into_16_and_compared_on_the_rows_of_the_run(base, tiny_folder, tmp_path):

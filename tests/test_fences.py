@@ -329,6 +329,16 @@ def test_the_launcher_has_the_fields_that_are_set_and_read():
     assert set(LAUNCHER.split()) <= set(vars(launch_command_parser().parse_args(["train.py"])))
 
 
+def test_deepspeeds_optimizer_on_the_cpu_is_compiled_without_nvcc():
+    """As the Dockerfile says."""
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+    from deepspeed.ops.op_builder.builder import CUDAOpBuilder
+
+    found = CUDA_Accelerator().get_op_builder("CPUAdamBuilder")()
+    assert found.sources() and not isinstance(found, CUDAOpBuilder)
+    assert all(source.endswith(".cpp") for source in found.sources())
+
+
 def test_a_name_in_a_comment_or_docstring_is_not_had():
     def owner():
         """Once it had `one` and `self.two`."""

@@ -214,14 +214,20 @@ def slurm(tmp_path):
         "scontrol": 'echo "scontrol $*" >> calls; [ "$1" != show ] || printf "first\\nsecond\\n"',
         "scancel": 'echo "scancel $*" >> calls; kill -TERM $(cat 0.pid) $(cat 1.pid)',
         "srun": 'shift; for i in 0 1; do SLURM_NODEID=$i "$@" & done; wait',
-        "trl-ema": 'echo "$@" > $SLURM_NODEID.arguments; echo $$ > $SLURM_NODEID.pid; exec sleep ${RUNS_FOR:-0}',
+        "trl-ema": 'printf "%s\\n" "$@" > $SLURM_NODEID.arguments; echo $$ > $SLURM_NODEID.pid; exec sleep ${RUNS_FOR:-0}',
     }
     (tmp_path / "bin").mkdir()
     for name, command in commands.items():
         path = tmp_path / "bin" / name
         path.write_text(f"#!/bin/bash\ncd {tmp_path}\n{command}\n")
         path.chmod(0o755)
-    variables = {"JOB_NAME": "job", "JOB_ID": "7", "SUBMIT_DIR": str(tmp_path), "JOB_NODELIST": "nodes", "NNODES": "2"}
+    variables = {
+        "JOB_NAME": "job",
+        "JOB_ID": "7",
+        "SUBMIT_DIR": str(tmp_path / "my runs"),
+        "JOB_NODELIST": "nodes",
+        "NNODES": "2",
+    }
     environment = {f"SLURM_{name}": value for name, value in variables.items()}
     environment["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
 
@@ -235,7 +241,7 @@ def slurm(tmp_path):
 def test_under_slurm_each_machine_is_launched_with_its_number(slurm, launched, tmp_path):
     assert slurm().wait(30) == 0
     for number in (0, 1):
-        words = (tmp_path / f"{number}.arguments").read_text().split()
+        words = (tmp_path / f"{number}.arguments").read_text().splitlines()
         assert words[0] == "train"
         name, others = take_accelerate_config(words[1:])
         launch_training(name, others)
@@ -243,6 +249,7 @@ def test_under_slurm_each_machine_is_launched_with_its_number(slurm, launched, t
         assert (settings.num_machines, settings.num_processes, settings.machine_rank) == (2, 16, number)
         assert (settings.main_process_ip, settings.main_process_port) == ("first", 20007)
         assert "--resume_from_checkpoint" in settings.training_script_args
+        assert str(tmp_path / "my runs" / "runs" / "job-7") in settings.training_script_args  # with its blank
     assert "requeue" not in (tmp_path / "calls").read_text()
 
 
@@ -251,8 +258,9 @@ def test_under_slurm_a_job_whose_time_is_over_saves_and_queues_again_unless_it_i
     job = slurm(RUNS_FOR="60")
     wait_for(lambda: (tmp_path / "0.pid").is_file() and (tmp_path / "1.pid").is_file())
     if finished:
-        (tmp_path / "runs" / "job-7").mkdir(parents=True)
-        (tmp_path / "runs" / "job-7" / "metrics.json").write_text("{}")
+        folder = tmp_path / "my runs" / "runs" / "job-7"
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text("{}")
     job.send_signal(signal.SIGUSR1)
     assert job.wait(30) == 0
     expected = [

@@ -315,13 +315,43 @@ def test_held_out_rows_of_one_kind_are_measured_together_elsewhere(files, tokeni
     args = arguments(
         files, ("answers.jsonl", {}), ("odd.csv", {"columns": {"prompt": "Frage", "completion": "Antwort"}})
     )
-    args.replay_dataset = str(files / "notes.jsonl")
-    found = load_held_out(args, tokenizer)
-    assert len(found) == sum(len(part.held_out) for part in load_parts(args, tokenizer)[:2])
+    parts = load_parts(args, tokenizer)
+    with changed(args, replay_dataset="gone.jsonl"):  # its rows are not of the domain
+        found = load_held_out(args, tokenizer)
+    assert len(found) == sum(len(part.held_out) for part in parts)
     with pytest.raises(ValueError, match=r"rows of different kinds \(\['completion', 'prompt'\]; \['text'\]\)"):
         load_held_out(arguments(files, ("answers.jsonl", {}), ("notes.jsonl", {})), tokenizer)
     with pytest.raises(ValueError, match="Use `load_parts` and `training_sets`"):
         load_data(args, tokenizer)
+
+
+def test_columns_that_a_model_does_not_see_do_not_part_the_held_out_rows_of_a_mixture(files, tokenizer):
+    numbered = rows(30, seed=4).map(lambda row, i: {"id": i, "source": "ward"}, with_indices=True)
+    numbered.to_json(files / "numbered.jsonl")
+    args = arguments(files, ("answers.jsonl", {}), ("numbered.jsonl", {}))
+    found, parts = load_held_out(args, tokenizer), load_parts(args, tokenizer)
+    assert parts[1].held_out.column_names == ["prompt", "completion", "id", "source"]
+    expected = [row for part in parts for row in part.held_out.select_columns(["prompt", "completion"])]
+    assert sorted(found.column_names) == ["completion", "prompt"] and len(found) == 18
+    assert tokenize_rows(found, tokenizer)["labels"] == tokenize_rows(Dataset.from_list(expected), tokenizer)["labels"]
+
+
+def test_rows_to_replay_need_no_split_of_the_name_that_figures_are_measured_on(files, tokenizer):
+    folder = files / "folder"
+    folder.mkdir()
+    for seed, split in enumerate(("train", "validation")):
+        rows(20, seed=seed).to_json(folder / f"{split}.jsonl")
+    options = dict(dataset_test_split="validation", eval_fraction=0.2)
+    args = TrainingScriptArguments(str(folder), replay_dataset=str(files / "notes.jsonl"), **options)
+    own, replayed = load_parts(args, tokenizer)
+    assert (len(own.train), len(own.held_out)) == (20, 20)
+    assert (len(replayed.train), len(replayed.held_out)) == (40, 10)
+    own, replayed = load_parts(TrainingScriptArguments(str(folder), replay_dataset=str(folder), **options), tokenizer)
+    assert (len(replayed.train), len(replayed.held_out)) == (20, 20)  # where there is one it is taken
+    with pytest.raises(ValueError, match="has no split 'validation', only 'train'"):
+        load_parts(
+            TrainingScriptArguments(str(files / "notes.jsonl"), replay_dataset=str(folder), **options), tokenizer
+        )
 
 
 def test_parts_stand_in_the_table_of_figures():
@@ -363,13 +393,14 @@ def test_paths_can_be_mixed_on_the_command_line(files, tokenizer):
         [
             "--datasets",
             *(str(files / f"{n}.jsonl") for n in ("answers", "notes")),
+            f"{{path: {files / 'odd.csv'}, columns: {{prompt: Frage, completion: Antwort}}}}",
             "--use_cpu",
             "true",
             "--bf16",
             "false",
         ]
     )
-    assert [part.name for part in load_parts(args, tokenizer)] == ["answers", "notes"]
+    assert [part.name for part in load_parts(args, tokenizer)] == ["answers", "notes", "odd"]
 
 
 @pytest.mark.parametrize(
@@ -383,7 +414,7 @@ def test_paths_can_be_mixed_on_the_command_line(files, tokenizer):
             dict(datasets=[{"fraction": 1}]),
             "An entry of `datasets` is {'fraction': 1}; expected a mapping with a `path`",
         ),
-        (dict(datasets=["a"]), "An entry of `datasets` is 'a'; expected a mapping with a `path`"),
+        (dict(datasets=[3]), "An entry of `datasets` is 3; expected a mapping with a `path`"),
         (
             dict(datasets=[{"path": "a", "fractoin": 1}]),
             "The entry 'a' of `datasets` has unknown keys ['fractoin']; known are",
@@ -423,7 +454,7 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are(files):
         load_split(path)
     assert "Unknown data set columns ['Antwort', 'Frage', 'Nr.']" in str(error.value)
     assert "question, answer" in str(error.value).replace("answer, question", "question, answer")
-    assert "--dataset_columns prompt=YOURS completion=YOURS" in str(error.value)
+    assert "`trl_ema.data.load_split(path, columns={'prompt': 'YOURS', 'completion': 'YOURS'})`" in str(error.value)
 
 
 def test_a_row_that_cannot_be_tokenized_is_named_and_of_a_stream_raised(tokenizer, make_trainer):

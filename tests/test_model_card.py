@@ -11,6 +11,7 @@ from peft import LoHaConfig
 from transformers import BitsAndBytesConfig
 
 from trl_ema import MeanTeacherConfig, __version__, offline
+from trl_ema.data import DataPart
 from trl_ema.evaluation.models import adapter_base
 from trl_ema.measurement import card_results
 from trl_ema.model_card import CITATIONS, method_of
@@ -377,18 +378,39 @@ def test_metadata_is_read_by_the_hub_library(make_trained, card_of, teacher):
 def test_figures_are_in_the_metadata_as_the_hub_shows_them(make_trained, card_of):
     trainer = make_trained()
     figures = {"domain": {"loss": 2.5, "kl_base_model": 0.125}, "general": {"loss": 3.0, "kl_base_model": 0.25}}
-    trainer.model_card_results = card_results({"student": figures}, "someone/medical")
+    trainer.model_card_results = card_results({"student": figures}, {"medical": DataPart("someone/medical", "en")})
     for _ in range(2):  # a second card has them once, too
         data = card_of(trainer).data
         found = {(result.dataset_type, result.metric_type): result.metric_value for result in data.eval_results}
         assert found == {
             ("someone/medical", "loss"): 2.5,
             ("someone/medical", "kl_divergence"): 0.125,
-            ("general questions", "loss"): 3.0,
-            ("general questions", "kl_divergence"): 0.25,
+            ("general_questions", "loss"): 3.0,
+            ("general_questions", "kl_divergence"): 0.25,
         }
+        assert {result.dataset_config for result in data.eval_results} == {"en", None}
         assert len(data.eval_results) == 4 and data.model_name == ("tiny-ema" if card_of is created_card else "out")
         assert data.to_dict()["model-index"][0]["results"][0]["task"] == {"type": "text-generation"}
+
+
+def test_figures_of_a_mixture_are_each_of_their_data_set_and_of_a_file_without_its_folder(tmp_path):
+    (tmp_path / "letters.csv").write_text("")
+    parts = {"medical": DataPart("someone/medical"), "letters": DataPart(str(tmp_path / "letters.csv")), "demo": None}
+    figures = {"loss": 2.5, "kl_base_model": 0.125}
+
+    def found(*groups, **parts):
+        results = card_results({"student": dict.fromkeys(groups, figures)}, parts)
+        return [(one.dataset_type, one.dataset_name) for one in results if one.metric_type == "loss"]
+
+    assert found("domain", "general", *parts, **parts) == [
+        ("mixture", "medical, letters, demo, held-out rows together"),
+        ("general_questions", "general questions that come with trl_ema"),
+        ("someone/medical", "someone/medical, held-out rows"),
+        ("letters", "letters, held-out rows"),
+        ("human_phenotype_ontology", "Human Phenotype Ontology, held-out terms"),
+    ]
+    # One data set, with others that are replayed.
+    assert [kind for kind, _ in found("domain", "letters", **parts)] == ["someone/medical", "letters"]
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)

@@ -4,11 +4,15 @@ import ast
 import importlib
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from trl import TrlParser
+
+from trl_ema.tune_scale import ScaleArguments
 
 
 PATH = Path(__file__).parents[1] / "notebooks" / "medical_ema.ipynb"
@@ -35,6 +39,18 @@ def test_what_the_notebook_imports_is_there(notebook):
     for node in found:
         for name in node.names:
             assert hasattr(importlib.import_module(node.module), name.name)
+
+
+def test_a_model_whose_path_has_blanks_is_one_word_of_the_notebooks_command(notebook):
+    (line,) = re.findall(
+        r"^!trl-ema tune-scale ((?:.*\\\n)*.*)$", "\n".join(c.source for c in notebook.cells), re.MULTILINE
+    )
+    parser = TrlParser(ScaleArguments)
+    parser.add_argument("run")
+    args, _ = parser.parse_args_and_config(
+        shlex.split(line.replace("\\\n", "").replace("{model_name}", "/my models/small"))
+    )
+    assert args.base == "/my models/small" and args.max_drift == 0.02
 
 
 @pytest.mark.slow

@@ -224,6 +224,13 @@ def test_whatever_the_core_imports_is_declared():
     assert by_extras >= OF_EXTRAS
 
 
+def test_the_image_has_every_extra_but_those_of_development_and_vllm():
+    asked = re.search(r"'\.\[([\w,]+)\]'", (ROOT / "Dockerfile").read_text(encoding="utf-8"))[1].split(",")
+    assert sorted(asked) == sorted(
+        {*PROJECT["project"]["optional-dependencies"]} - {"benchmark", "dev", "test", "vllm"}
+    )
+
+
 def test_the_inner_loop_launches_nothing():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     left_out = set(re.search(r"addprefix test_,([\w ]+)\)", makefile)[1].split())

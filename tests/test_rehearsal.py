@@ -45,6 +45,11 @@ def of(trainer):
     return next(regularizer for regularizer in trainer.regularizers if isinstance(regularizer, Rehearsal))
 
 
+def text_at(rehearsal, place):
+    """The text that is taken there, of all places of the run."""
+    return rehearsal.texts.ids[rehearsal._order.number_at(place)]
+
+
 def _micro_batches(trainer, number):
     """As `Trainer` draws them for the next step, after whatever it needs to have begun."""
     batches, items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), number, trainer.args.device)
@@ -84,7 +89,7 @@ def test_loss_and_gradient_are_those_of_two_batches_apart(rehearsing, kind, teac
     first = rehearsal._first
     loss = sum(trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items) for batch in batches)
     ours = torch.autograd.grad(loss, trained)
-    taken = [rehearsal._text(place) for place in range(first, rehearsal.taken)]
+    taken = [text_at(rehearsal, place) for place in range(first, rehearsal.taken)]
     plain = SFTTrainer.compute_loss
     trainer.regularizers.clear()
     ce = sum(plain(trainer, trainer.model, dict(batch), num_items_in_batch=items) for batch in batches)
@@ -107,7 +112,7 @@ def test_a_batch_alone_is_divided_by_its_own_tokens(rehearsing):
     (batch,), _ = _micro_batches(trainer, 1)
     first = of(trainer)._first
     loss = trainer.compute_loss(trainer.model, dict(batch))
-    taken = [of(trainer)._text(place) for place in range(first, of(trainer).taken)]
+    taken = [text_at(of(trainer), place) for place in range(first, of(trainer).taken)]
     kl = sum(_sum_of_kl(trainer, ids) for ids in taken) / sum(len(ids) - 1 for ids in taken)
     trainer.regularizers.clear()
     ce = SFTTrainer.compute_loss(trainer, trainer.model, dict(batch))
@@ -151,6 +156,52 @@ def test_a_teacher_that_is_the_base_and_rehearsal_share_a_pass(rehearsing, monke
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-7)
 
 
+def _known_or_not(rehearsing, **options):
+    """Loss and gradients of one micro-batch of a trained student, with what is known of the texts and by a pass; those passes."""
+    trainer = rehearsing(learning_rate=0.05, max_steps=9, **options)
+    trainer.train()
+    trainer.model.train()
+    (batch,), items = _micro_batches(trainer, 1)
+    trained, passes = [p for p in trainer.model.parameters() if p.requires_grad], []
+    trainer.model.get_base_model().model.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    found, known = [], of(trainer)._known
+    for states in (known, None):
+        of(trainer)._micro_batch, of(trainer)._known = 0, states
+        torch.manual_seed(0)  # the student's dropout
+        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+        found.append((loss, *torch.autograd.grad(loss, trained)))
+    assert [len(states) for states in known] == [len(ids) - 1 for ids in of(trainer).texts.ids]
+    return found, passes
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("of_base", [True, False], ids=["base", "adapter"])
+def test_texts_taken_again_and_again_are_read_once_by_the_model_before(rehearsing, packing, of_base):
+    options = dict(padding_free=True, max_length=None) if packing else {}
+    if not of_base:  # with something random in it
+        model = get_peft_model(tiny_model(), lora(lora_dropout=0.5, init_lora_weights=False))
+        options |= dict(model=model, peft_config=None)
+    (with_it, by_pass), passes = _known_or_not(rehearsing, **options)
+    assert passes == [True, False, True]
+    torch.testing.assert_close(with_it, by_pass, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reason", ["few taken", "a trained head", "too many", "replay"])
+def test_the_model_before_passes_over_each_micro_batch_where_its_states_are_not_kept(rehearsing, monkeypatch, reason):
+    options = dict(max_steps=9)
+    if reason == "few taken":
+        options |= dict(max_steps=2)
+    if reason == "a trained head":
+        options |= dict(peft_config=lora(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    if reason == "too many":
+        monkeypatch.setattr("trl_ema.regularizers.known_states.MOST_BYTES", 1000)
+    if reason == "replay":
+        options |= dict(rehearsal_loss="ce")
+    trainer = rehearsing(**options)
+    trainer.train()
+    assert of(trainer)._known is None
+
+
 def test_the_model_before_training_has_nothing_random(rehearsing):
     """NEFTune's noise and an adapter's dropout are the student's alone."""
     model = get_peft_model(tiny_model(), lora(lora_dropout=0.5, init_lora_weights=False))
@@ -172,7 +223,7 @@ def test_a_head_that_is_trained_on_is_the_one_of_before_in_the_pass_of_before(re
     assert not trainer.starting_point.is_base
     trainer.model.train()
     (batch,), items = _micro_batches(trainer, 1)
-    taken = [of(trainer)._text(place) for place in range(of(trainer)._first, of(trainer).taken)]
+    taken = [text_at(of(trainer), place) for place in range(of(trainer)._first, of(trainer).taken)]
     loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
     kl = sum(_sum_of_kl(trainer, ids) for ids in taken) / sum(len(ids) - 1 for ids in taken)
     trainer.regularizers.clear()
@@ -280,8 +331,8 @@ def test_all_texts_are_taken_before_any_is_taken_again(rehearsing):
     rehearsal.begin(rehearsing(), None) if rehearsal.texts is None else None
     texts = [tuple(ids) for ids in rehearsal.texts.ids]
     for begin in (0, 10, 20):
-        assert sorted(tuple(rehearsal._text(place)) for place in range(begin, begin + 10)) == sorted(texts)
-    orders = [[tuple(rehearsal._text(place)) for place in range(begin, begin + 10)] for begin in (0, 10)]
+        assert sorted(tuple(text_at(rehearsal, place)) for place in range(begin, begin + 10)) == sorted(texts)
+    orders = [[tuple(text_at(rehearsal, place)) for place in range(begin, begin + 10)] for begin in (0, 10)]
     assert orders[0] != orders[1]
 
 
@@ -290,13 +341,13 @@ def test_two_ranks_take_what_one_does(rehearsing, monkeypatch):
     trainer.train()
     rehearsal = of(trainer)
     assert rehearsal._counts == [2] and rehearsal.taken == 4 * 2
-    together = [rehearsal._text(place) for place in range(8)]
+    together = [text_at(rehearsal, place) for place in range(8)]
     rehearsal._counts = [1]  # as with half the batch
     monkeypatch.setattr(MeanTeacherConfig, "world_size", 2)
     found = []
     for step in range(4):
         rehearsal._first = 2 * step
-        found += list(itertools.chain(rehearsal._chosen(0, 0), rehearsal._chosen(0, 1)))
+        found += list(itertools.chain(rehearsal._texts(0, 0), rehearsal._texts(0, 1)))
     assert found == together
 
 
@@ -315,7 +366,7 @@ def test_micro_batches_without_a_text_leave_the_mean_of_a_step(rehearsing):
     batches, _ = _micro_batches(trainer, 2)
     assert of(trainer)._counts == [0, 1]
     divergences = [of(trainer).add_rows(dict(batch), 9, None)[1] for batch in batches]
-    (text,) = (of(trainer)._text(place) for place in range(of(trainer)._first, of(trainer).taken))
+    (text,) = (text_at(of(trainer), place) for place in range(of(trainer)._first, of(trainer).taken))
     assert divergences[0] == [] and divergences[1][0].weight == pytest.approx(2.0 * 2 / (len(text) - 1))
 
 
@@ -464,6 +515,17 @@ def test_a_budget_is_met_where_the_divergence_falls_with_the_weight(begin):
     for step in range(400):
         weight.observe(0.1 / (1.0 + weight.value(step)))
     assert 0.1 / (1.0 + weight.value(400)) == pytest.approx(0.05, rel=0.05)
+
+
+@pytest.mark.parametrize("budget", [0.01, 0.03, 0.1])
+def test_a_budget_is_met_by_a_student_that_follows_late_and_whose_divergence_falls(budget):
+    """As on a short run: eight steps behind its weight, and with the learning rate a quarter is left of the divergence."""
+    weight, follows, found = BudgetedWeight(4.0, budget), math.log(4.0), []
+    for step in range(120):
+        follows += (math.log(weight.value(step)) - follows) / 8
+        found.append(0.07 * math.exp(-0.5 * follows) * 2 ** (1 - step / 60) * (1 - math.exp(-(step + 1) / 8)) ** 2)
+        weight.observe(found[-1])
+    assert sum(found[-10:]) / 10 == pytest.approx(budget, rel=0.15)
 
 
 def test_the_weight_stays_within_its_bounds():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 import yaml
 from conftest import config, lora, qwen2_tokenizer, rows, tiny_model
 from datasets import Dataset
-from peft import IA3Config, PeftConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_cli import trl_ema
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import ModelConfig
 
 from trl_ema import EMARegularizedSFTTrainer
+from trl_ema.adapters.fitness import not_plain_by, unscalable_by
 from trl_ema.adapters.names import tuner_layers
 from trl_ema.comparison.pictures import draw_scales
 from trl_ema.data import as_chat
@@ -428,8 +430,20 @@ def test_an_adapter_that_is_no_factor_of_its_update_is_refused(tmp_path, adapter
 
 def test_another_kind_of_adapter_is_refused(tmp_path):
     IA3Config(target_modules=["q_proj"], feedforward_modules=[]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="cannot be scaled: IA3 is no factor"):
+    with pytest.raises(ValueError, match="cannot be scaled: `peft_type=IA3` is no factor"):
         check_run(str(tmp_path))
+
+
+def test_an_option_that_a_later_peft_may_have_is_no_plain_lora():
+    @dataclass
+    class Later(LoraConfig):
+        another_kind: bool = False
+
+    assert unscalable_by(Later()) is None and not_plain_by(Later(use_rslora=True)) is None
+    assert unscalable_by(Later(another_kind=True)) == not_plain_by(Later(another_kind=True)) == "`another_kind=True`"
+    # What scales with the update is no hindrance to scaling, and one to readers of plain LoRA.
+    several = Later(alpha_pattern={"q_proj": 3})
+    assert unscalable_by(several) is None and not_plain_by(several) == "`alpha_pattern={'q_proj': 3}`"
 
 
 def test_a_teacher_of_another_student_is_refused(tmp_path):

@@ -169,6 +169,7 @@ def test_every_domain_is_measured_after_every_stage_from_the_base(comparison, ti
     # All other figures are of the last stage, and the curves of one stage after the other.
     (sft,) = [point for point in summary["points"] if point["label"] == "sft"]
     assert sft["domain_loss"]["mean"] == pytest.approx(after[1][1])
+    assert sft["domain_loss"] == way["after"][1]["loss"][1]  # with the same interval
     assert [step for step, _ in summary["curves"]["ce_loss"]["sft"]] == list(range(1, 8))
     # A curve over the scales is of the last one.
     assert [(folder / "evaluation/student/curve.json").exists() for folder in folders(comparison)] == [False, True]
@@ -228,6 +229,8 @@ def test_tasks_are_told_after_each_stage(copied):
     folder = Path(copied.output_dir)
     plan = read_json(folder / "plan.json")
     plan["evaluation"]["retention_tasks"] = {"quiz": {}}
+    for stage in plan["stages"]:
+        stage["tasks"] = ["quiz"]
     write_json(folder / "plan.json", plan)
     for place, right in [(folder / "base", 2)] + [
         (way, 3 if way.parts[-3] == "first" else 1) for way in folder.glob("*/seed_0/*/evaluation/*")
@@ -246,6 +249,30 @@ def test_tasks_are_told_after_each_stage(copied):
         ("first", "0.750"),
         ("second", "0.250"),
     ]
+    # R is 0.5, 0.75 and 0.25 before and after each stage, on the tasks of both.
+    means = {name: figure["mean"] for name, figure in way["accuracy"].items()}
+    assert means == {"backward_transfer": -0.5, "forgetting": 0.5, "forward_transfer": 0.25, "mean": 0.25}
+    page = (folder / "report.html").read_text()
+    check_tags(page)
+    assert "| ema | -50.0" in (folder / "report.md").read_text() and "-50.0<small>" in page
+    assert "first: quiz; second: quiz" in page
+
+
+def test_an_arm_that_is_not_through_is_shown_as_far_as_it_came(copied):
+    shutil.rmtree(folders(copied, "ema")[1])
+    write_report(copied.output_dir)
+    folder = Path(copied.output_dir)
+    summary, text = read_json(folder / "comparison.json"), (folder / "report.md").read_text()
+    ways = {way["label"]: way for way in summary["stages"]["ways"]}
+    assert {label: len(way["after"]) for label, way in ways.items()} == {
+        "sft": 2, "half, × 0.5": 2, "ema": 1, "ema, teacher": 1,
+    }  # fmt: skip
+    assert ways["ema"]["backward_transfer"] is None and ways["ema"]["mean_loss"] is None
+    assert len(ways["ema"]["after"][0]["loss"]) == 2
+    assert "| ema | 1 | – | – | – | – |" in text and "| ema | first | **" in text and "| ema | second |" not in text
+    assert "ema, seed 0: not trained (ema/seed_0/second)" in summary["missing"]
+    assert "backward transfer" in _figures(summary)["sft"] and "ema" not in _figures(summary)
+    assert (folder / "stages.png").is_file()
     check_tags((folder / "report.html").read_text())
 
 
@@ -368,6 +395,15 @@ TWO = [{"name": "first"}, {"name": "second"}]
         ({"stages": [{"name": "a"}]}, "has 1; expected at least two.* give the options under `training`"),
         ({"stages": []}, "has 0; expected at least two"),
         ({"stages": [{"name": "general"}, {"name": "a"}]}, "a stage named 'general', which is the name of something else"),
+        ({"stages": [{"name": "a", "tasks": "x"}, {"name": "b"}]}, "`tasks` of stage 'a' in .* is 'x'; expected a list of names"),
+        (
+            {"stages": [{"name": "a", "tasks": ["x"]}, {"name": "b"}], "evaluation": {"domain_tasks": {"x": {}}}},
+            "Stage 'b' has no `tasks`, and 'a' has some: transfer in accuracy needs those of every stage",
+        ),
+        (
+            {"stages": [{"name": "a", "tasks": ["x"]}, {"name": "b", "tasks": ["y"]}], "evaluation": {"domain_tasks": {"x": {}}}},
+            r"Stage 'b' has `tasks` \['y'\], which are not measured; expected some of \['x'\]",
+        ),
         ({"stages": TWO, "evaluation": {"drift_data": {"first": "x.jsonl"}}}, "a stage named 'first', which is the name of"),
         *(
             ({"stages": [{"name": "a"}, {"name": "b", option: "x"}]}, rf"Stage 'b' in .* sets \['{option}'\], which the comparison itself sets")

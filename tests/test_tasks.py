@@ -5,12 +5,14 @@ import random
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import WORDS, adapter_weights, logged, lora, make_tokenizer, tiny_model
+from transformers import TrainerCallback
 
 from trl_ema.comparison.changes import changes_table, task_changes
 from trl_ema.evaluation.answers import paired_scores
@@ -418,6 +420,60 @@ def test_a_run_that_goes_on_is_not_asked_again_before_its_first_step(make_traine
         callback.ask(step)
     callback.asked = [4]
     assert str(tmp_path / "tasks" / "step-000002") in callback.table()
+
+
+def test_what_an_early_stop_ends_with_is_asked_and_logged_before_trackers_close(make_trainer, manager, tmp_path):
+    class Tracker(TrainerCallback):
+        logs: ClassVar[list] = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            self.logs.append(logs)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.logs.append("closed")
+
+    trainer = make_trainer(
+        model=tiny_model(max_position_embeddings=256), max_steps=5, output_dir=str(tmp_path / "run"), report_to="none",
+        callbacks=[Tracker()],
+    )  # fmt: skip
+    callback = TasksCallback(trainer, {"chosen": TaskSettings(sample=4)}, 2, manager)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.asked == [0, 2, 3] and trainer.state.log_history[-1]["task_chosen"] is not None
+    assert Tracker.logs[-1] == "closed" and "task_chosen" in Tracker.logs[-2]
+    assert str(tmp_path / "run" / "tasks" / "step-000000") in callback.table()
+
+
+def test_the_weights_that_a_training_ends_with_are_asked_once(make_trainer, monkeypatch, tmp_path):
+    callback = TasksCallback(make_trainer(), {"t": TaskSettings()}, 2, None)
+    callback.folder, asked = tmp_path, []
+
+    def ask(step):
+        asked.append(step)
+        answers(callback._at(step), [0.0, step / 10])
+
+    monkeypatch.setattr(callback, "ask", ask)
+
+    def end(step, best=None, begun=0, stopped_by=0):
+        callback.begun, callback.asked, callback.trainer.stopped_by = begun, [0, 2, 4], stopped_by
+        state = SimpleNamespace(global_step=step, best_global_step=best, best_model_checkpoint=best and "folder")
+        callback.on_train_end(SimpleNamespace(load_best_model_at_end=best is not None), state, None)
+        return [asked.pop() for _ in range(len(asked))]
+
+    for step in (0, 2, 4):
+        answers(callback._at(step), [0.0, step / 10])
+    assert end(4) == end(5, stopped_by=15) == end(5, best=2) == []
+    assert str(tmp_path / "step-000000") in callback.table() and "0.1000" in callback.table()
+    assert end(5) == [5] and end(5, best=3) == [3]
+    callback.asked = [0, 2, 3, 4, 5]
+    assert "0.1500" in callback.table() and "0.2500" not in callback.table()  # of step 3, not 5
+    assert end(5, begun=5) == []  # gone on from where it had ended: asked then
+    callback.trainer.stopped_by = 15  # nor at a step at which a signal ends it
+    callback.on_step_end(None, SimpleNamespace(global_step=2, max_steps=5), None)
+    assert not asked
 
 
 def test_tasks_are_not_asked_of_a_sharded_model_nor_every_0_steps(make_trainer):

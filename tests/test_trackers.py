@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from conftest import logged
 
+from trl_ema.cli import compare
 from trl_ema.comparison.plan import load_comparison
 from trl_ema.comparison.report import write_report
-from trl_ema.comparison.trackers import log_report
+from trl_ema.comparison.trackers import check_trackers, log_report
 from trl_ema.files import read_json
 
 
@@ -85,3 +86,20 @@ def test_a_report_is_a_run_with_its_figures_and_pictures(trackio, tmp_path):
         assert figures[tag] == figure["mean"]
         assert shown.Scalars(tag)[0].value == pytest.approx(figure["mean"])
     assert set(shown.Tags()["images"]) and any("report" in tag for tag in shown.Tags()["tensors"])
+
+
+def test_trackers_that_cannot_have_the_report_are_refused_before_any_work(tmp_path, monkeypatch):
+    check_trackers(["trackio", "tensorboard", "all"])
+    check_trackers([])
+    monkeypatch.setattr("trl_ema.comparison.run.run_comparison", lambda *_: pytest.fail("worked"))
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("training: {report_to: [trackio, codecarbon]}\narms: {sft: {teacher: none}}")
+    with pytest.raises(
+        ValueError, match=r"names \['codecarbon'\], to which .* report cannot be logged; expected some of .*'wandb'"
+    ):
+        compare(["--config", str(plan), "--output_dir", str(tmp_path / "out")])
+    monkeypatch.setattr("trl_ema.comparison.trackers.get_available_trackers", lambda: ["tensorboard"])
+    plan.write_text(plan.read_text().replace("codecarbon", "tensorboard"))
+    with pytest.raises(ImportError, match="names 'trackio', whose package is not installed.* `pip install trackio`"):
+        compare(["--config", str(plan), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

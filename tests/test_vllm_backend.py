@@ -11,6 +11,7 @@ from test_cli import trl_ema
 from test_tasks import write_tasks
 from transformers import AutoModelForCausalLM
 
+from trl_ema.cli import EvaluationArguments
 from trl_ema.evaluation import tasks
 from trl_ema.evaluation.models import load_base, load_tokenizer, with_adapter
 from trl_ema.evaluation.runner import evaluate_tasks
@@ -149,7 +150,8 @@ def test_answers_are_those_of_transformers_but_for_their_backend(vllm, base, man
 def test_a_chat_is_written_by_the_tokenizer_that_was_trained_with(vllm, base):
     tokenizer = load_tokenizer(base)
     tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
-    lm = load_vllm(base, None, tokenizer)
+    lm = load_vllm(base, None, tokenizer, gpu_memory_utilization=0.5, max_model_len=64)
+    assert (vllm[-1]["gpu_memory_utilization"], vllm[-1]["max_model_len"], lm.max_length) == (0.5, 64, 64)
     assert lm.apply_chat_template([{"role": "user", "content": "fever"}]) == "[fever]"
 
 
@@ -187,6 +189,19 @@ def test_other_kinds_and_ranks_without_room_are_refused_and_rslora_is_not(base, 
         check_vllm_reads(str(adapter))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(max_model_len=64), "`max_model_len=64` is of vLLM. Give `backend='vllm'`, or leave it out"),
+        (dict(backend="vllm", gpu_memory_utilization=90), r"`gpu_memory_utilization` must be in \(0, 1\], got 90"),
+        (dict(backend="vllm", max_model_len=0), "`max_model_len` must be a whole number of at least 2, got 0"),
+    ],
+)
+def test_the_memory_of_vllm_has_its_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationArguments(**options)
+
+
 def test_the_command_asks_in_vllm_and_pairs_with_vllm_alone(vllm, base, manager, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "task_manager", lambda *_: manager)
     adapter = saved(base, tmp_path / "adapter")
@@ -195,7 +210,8 @@ def test_the_command_asks_in_vllm_and_pairs_with_vllm_alone(vllm, base, manager,
         options = ["--tasks", "chosen", "followed", "--dtype", "float32", "--gen_kwargs", "max_gen_toks=3", *more]
         return trl_ema("evaluate", "--model", model, "--output_dir", tmp_path / folder, *options, check=check)
 
-    evaluate(base, "before", "--backend", "vllm")
+    evaluate(base, "before", "--backend", "vllm", "--gpu_memory_utilization", "0.5")
+    assert vllm[-1]["gpu_memory_utilization"] == 0.5 and vllm[-1]["max_model_len"] is None
     done = evaluate(adapter, "after", "--backend", "vllm", "--against", tmp_path / "before")
     assert "chosen" in done.stdout and "Mean relative drop" in done.stdout and vllm[-1]["enable_lora"] is True
     done = evaluate(adapter, "other", "--against", tmp_path / "before", check=False)

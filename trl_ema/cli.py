@@ -8,11 +8,12 @@ import runpy
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .noise import hide_noise
+from .options import RowsArguments
 
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class PrecisionArguments:
 
 
 @dataclass
-class EvaluationArguments(PrecisionArguments):
+class EvaluationArguments(PrecisionArguments, RowsArguments):
     """
     Measure a base model, an adapter folder, its `teacher/`, or a merged model.
 
@@ -100,7 +101,8 @@ class EvaluationArguments(PrecisionArguments):
         default=None,
         metadata={
             "help": "`medical` (`multimedqa`, `mmlu_general`, `ifeval`, `hellaswag`) or `retention` (`mmlu_general`, `hellaswag`, "
-            "`arc_challenge`, `winogrande`, `ifeval`, `gsm8k`), beside `tasks`; without a hub what of it can be had.",
+            "`arc_challenge`, `winogrande`, `ifeval`, `gsm8k`), beside `tasks`; without a hub what of it can be had. `ifeval` is asked "
+            "as a chat where there is a chat template.",
             "choices": ["medical", "retention"],
         },
     )
@@ -124,10 +126,12 @@ class EvaluationArguments(PrecisionArguments):
             "help": "Rows (hub name or file) for loss, drift from the base and generation quality, beside the tasks."
         },
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of `dataset_name`; a single file is `train`."})
-    dataset_samples: int = field(default=128, metadata={"help": "Rows of `dataset_name` at most, seeded."})
-    drop_incomplete_rows: bool = field(
-        default=False, metadata={"help": "Leave out rows of `dataset_name` in which a text is missing."}
+    held_out_of: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that `trl-ema train` wrote: its held-out rows, `dataset_samples` of them at most, read and labelled as there, "
+            "instead of `dataset_name`."
+        },
     )
     generation_tokens: int = field(default=48, metadata={"help": "Tokens per generated answer; 0 for none."})
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples before each question; the task's own."})
@@ -170,21 +174,48 @@ class EvaluationArguments(PrecisionArguments):
             "choices": ["transformers", "vllm"],
         },
     )
+    gpu_memory_utilization: float | None = field(
+        default=None,
+        metadata={"help": "Share of a GPU's memory that vLLM takes, in (0, 1]; default: vLLM's own."},
+    )
+    max_model_len: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a question and its answer that vLLM makes room for: fewer take less memory; default: the model's own."
+        },
+    )
 
     def __post_init__(self) -> None:
-        from .options import plain_count, plain_number, take_booleans
+        from .options import plain_count, plain_number, take_booleans, take_columns
 
         take_booleans(self)
+        if self.held_out_of is not None and self.dataset_name is not None:
+            raise ValueError(
+                f"`held_out_of={self.held_out_of!r}` and `dataset_name={self.dataset_name!r}` both say which rows are measured. Give one of "
+                "them."
+            )
+        take_columns(self)
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("`load_in_4bit` and `load_in_8bit` both say how weights are kept. Give one of them.")
-        others = ("load_in_4bit", "load_in_8bit", "dataset_name", "reference_adapter")
+        others = ("load_in_4bit", "load_in_8bit", "dataset_name", "held_out_of", "reference_adapter")
         given = [name for name in others if getattr(self, name)] if self.backend == "vllm" else []
         if given:
             raise ValueError(
                 f"`backend='vllm'` asks tasks alone, of weights that bitsandbytes has not made smaller. Leave out `{given[0]}` or "
                 "`backend`."
             )
-        least = dict(dataset_samples=1, generation_tokens=0, num_fewshot=0, sample=1, batch_size=1, seed=0)
+        for name in ("gpu_memory_utilization", "max_model_len"):
+            if getattr(self, name) is not None and self.backend != "vllm":
+                raise ValueError(f"`{name}={getattr(self, name)}` is of vLLM. Give `backend='vllm'`, or leave it out.")
+        if self.gpu_memory_utilization is not None:
+            self.gpu_memory_utilization = float(plain_number("gpu_memory_utilization", self.gpu_memory_utilization))
+            if not 0 < self.gpu_memory_utilization <= 1:
+                raise ValueError(
+                    f"`gpu_memory_utilization` must be in (0, 1], got {self.gpu_memory_utilization:g}. It is a share; try 0.8."
+                )
+        least = dict(
+            dataset_samples=1, generation_tokens=0, num_fewshot=0, sample=1, batch_size=1, seed=0, max_model_len=2
+        )
         for name, count in least.items():
             if getattr(self, name) is not None:
                 setattr(self, name, plain_count(name, getattr(self, name), count))
@@ -200,7 +231,7 @@ def evaluate(arguments: list[str]) -> None:
     from .evaluation.models import fingerprint, load_tokenizer
     from .evaluation.runner import evaluate_tasks
     from .evaluation.settings import TaskSettings
-    from .evaluation.tasks import is_offline, task_manager
+    from .evaluation.tasks import asked_as_chats, is_offline, task_manager
     from .evaluation.vllm_backend import check_vllm_reads
     from .extras import require
     from .files import check_output_dir
@@ -226,7 +257,9 @@ def evaluate(arguments: list[str]) -> None:
                 "first, or leave the task out."
             )
     tokenizer = load_tokenizer(base, adapter, revision, args.trust_remote_code)
-    text = _held_out_text(args, tokenizer, adapter) if args.dataset_name else None
+    if args.suite is not None:
+        settings = asked_as_chats(settings, tokenizer)
+    text = _held_out_text(args, tokenizer, adapter) if args.dataset_name or args.held_out_of else None
     about = {
         "model": name, "base": base, "revision": revision, "reference_adapter": args.reference_adapter,
         "load_in_4bit": args.load_in_4bit, "load_in_8bit": args.load_in_8bit, "dtype": args.dtype,
@@ -258,8 +291,6 @@ def _settings_of_tasks(
     args: EvaluationArguments, common: "TaskSettings", manager: "TaskManager"
 ) -> "dict[str, TaskSettings]":
     """The tasks to ask, each with how it is asked, checked as far as it can be before a model is loaded."""
-    from dataclasses import replace
-
     from .evaluation.runner import check_settings
     from .evaluation.tasks import check_tasks, generates, suite_tasks
 
@@ -289,7 +320,8 @@ def _load_evaluated(
 
     remote = args.trust_remote_code
     if args.backend == "vllm":
-        model: Any = load_vllm(base, adapter, tokenizer, revision, args.dtype, remote)
+        room = {name: getattr(args, name) for name in ("gpu_memory_utilization", "max_model_len")}
+        model: Any = load_vllm(base, adapter, tokenizer, revision, args.dtype, remote, **room)
         return model, None, base_commit(base, revision, remote)
     model, _ = load_base(base, revision, trust_remote_code=remote, **_precision(args, args.load_in_8bit))
     commit = getattr(model.config, "_commit_hash", None)
@@ -351,7 +383,7 @@ def _precision(args: PrecisionArguments, load_in_8bit: bool = False) -> dict:
 def _held_out_text(
     args: EvaluationArguments, tokenizer: "PreTrainedTokenizerBase", adapter: str | None
 ) -> "HeldOutText":
-    """The rows of `dataset_name` and the general ones, with what is needed to measure them."""
+    """The rows of `dataset_name`, or those that a run held out, and the general ones, with what is needed to measure them."""
     from datasets import Dataset
     from peft import PeftConfig
 
@@ -361,16 +393,23 @@ def _held_out_text(
     from .evaluation.settings import Suite
     from .evaluation.suite import HeldOutText
     from .extras import require
+    from .script import held_out_rows, options_of_run
 
     if adapter is not None:
         check_measurable(PeftConfig.from_pretrained(adapter))
     if args.generation_tokens:
         require("eval", *PACKAGES)
-    name, drop = str(args.dataset_name), args.drop_incomplete_rows
-    rows = sampled_rows(name, args.dataset_split, args.dataset_samples, args.seed, drop, tokenizer)
+    suite = Suite(generation_tokens=args.generation_tokens, batch_size=args.batch_size)
+    options = None if args.held_out_of is None else options_of_run(args.held_out_of)
+    settings: Any = None if options is None else options[1]  # TRL's defaults
+    if args.held_out_of is None:
+        rows = sampled_rows(args, tokenizer)
+    else:
+        rows = held_out_rows(args.held_out_of, options)
+        rows = rows.select(range(min(args.dataset_samples, len(rows))))
+        suite = replace(suite, max_length=settings.max_length or suite.max_length)
     general = data.as_chat(Dataset.from_list(general_rows()), tokenizer)
-    suite = Suite(generation_tokens=args.generation_tokens, domain_samples=len(rows), batch_size=args.batch_size)
-    return HeldOutText(tokenizer, suite, domain=rows, general=general)
+    return HeldOutText(tokenizer, suite, domain=rows, general=general, settings=settings)
 
 
 def _print_text(text: dict, before: str | None) -> None:
@@ -415,6 +454,7 @@ def compare(arguments: list[str]) -> None:
     from .comparison.plan import DEFAULT_CONFIG, load_comparison
     from .comparison.report import write_report
     from .comparison.run import run_comparison
+    from .comparison.trackers import check_trackers, log_report
     from .extras import require
     from .files import check_output_dir
 
@@ -440,12 +480,11 @@ def compare(arguments: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     require("report", "jinja2", "matplotlib", "scipy")
     comparison = load_comparison(args.config, args.output_dir)
+    check_trackers(comparison.trackers)
     check_output_dir(comparison.output_dir)
     run_comparison(comparison, args.arms, args.seeds, args.evaluate_only, args.jobs, args.stages)
     print(f"Report: {write_report(comparison.output_dir)}")
     if comparison.trackers:
-        from .comparison.trackers import log_report  # which needs matplotlib
-
         log_report(comparison.output_dir, comparison.trackers, comparison.project)
 
 

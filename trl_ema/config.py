@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 
 from trl import SFTConfig
 
+from .data import DataPart
 from .losses import KL_DIRECTIONS
 from .options import plain_count, plain_number, take_booleans
 
@@ -170,11 +171,11 @@ class MeanTeacherConfig(SFTConfig):
             "begins, once for each model."
         },
     )
-    rehearsal_dataset: str | None = field(
+    rehearsal_dataset: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Hub name or JSONL, CSV or Parquet file of general texts to rehearse instead of self-written ones, in the formats "
-            "of the training data. Of each all tokens count. Excludes `rehearsal_texts`."
+            "help": "General texts to rehearse instead of self-written ones: hub name or JSONL, CSV or Parquet file, or an entry as of "
+            "`datasets`, such as `{path: general.csv, columns: {text: Body}}`. Of each all tokens count. Excludes `rehearsal_texts`."
         },
     )
     rehearsal_loss: str = field(
@@ -410,6 +411,8 @@ def _check_rehearsed_texts(config: MeanTeacherConfig) -> None:
         raise ValueError(
             f"`rehearsal_texts={texts!r}` and `rehearsal_dataset={dataset!r}` both say what is rehearsed. Give one of them."
         )
+    if dataset is not None:
+        DataPart.from_config(dataset, "rehearsal_dataset")
     to_be_written = bool(config.rehearsal_weight) and texts is None and dataset is None
     if to_be_written and config.max_length is not None and tokens > config.max_length:
         raise ValueError(

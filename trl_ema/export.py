@@ -29,9 +29,10 @@ from .evaluation.drift import check_measurable, general_rows, sampled_rows, toke
 from .evaluation.merging import merged_and_compared
 from .evaluation.models import adapter_base, adapter_revision, is_adapter, load_base, load_tokenizer
 from .evaluation.scaling import LARGEST_SCALE, adapter_at, check_run, read_adapter, save_adapter, teacher_of
+from .evaluation.vllm_backend import check_vllm_reads
 from .extras import require
 from .files import OutputError, check_output_dir, new_folder, write_json, write_text
-from .options import plain_count, plain_number, take_booleans
+from .options import RowsArguments, plain_count, plain_number, take_booleans, take_columns
 from .provenance import provenance
 from .script import held_out_rows, options_of_run
 from .tune_scale import check_began_as_base, settings_unknown
@@ -41,15 +42,13 @@ TARGETS = ("adapter", "merged", "gguf")
 RECORD = "export.json"
 _HELP = "Folder that `trl-ema train` wrote: the adapter in it, the teacher's below, if there is one."
 # Options that only some exports read: of rows by name, of what is merged and compared on rows, of llama.cpp's form.
-_OF_NAMED_ROWS = ("dataset_split", "drop_incomplete_rows", "seed")
-_OF_MERGING = ("dtype", "device", "max_kl", "dataset_name", "dataset_samples", "batch_size")
+_OF_NAMED_ROWS = ("dataset_config", "dataset_split", "drop_incomplete_rows", "seed")
+_OF_MERGING = ("dtype", "device", "max_kl", "dataset_name", "dataset_columns", "dataset_samples", "batch_size")
 _OF_GGUF = ("outtype", "llama_cpp")
-# Ranks that vLLM can be started with.
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass
-class ExportArguments:
+class ExportArguments(RowsArguments):
     """
     Write the adapter of a run as others load it: alone, merged into its base, or as GGUF.
 
@@ -101,13 +100,8 @@ class ExportArguments:
             "help": "Rows (hub name or file) to compare on; default: those that the run held out, else general ones."
         },
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of `dataset_name`; a single file is `train`."})
     dataset_samples: int = field(default=64, metadata={"help": "Rows to compare on at most."})
-    drop_incomplete_rows: bool = field(
-        default=False, metadata={"help": "Leave out rows of `dataset_name` in which a text is missing."}
-    )
     batch_size: int = field(default=8, metadata={"help": "Rows at once."})
-    seed: int = field(default=1234, metadata={"help": "Of the choice of rows of `dataset_name`."})
     outtype: str = field(
         default="auto",
         metadata={
@@ -124,6 +118,7 @@ class ExportArguments:
 
     def __post_init__(self) -> None:
         take_booleans(self)
+        take_columns(self)
         for name, least in dict(dataset_samples=1, batch_size=1, seed=0).items():
             setattr(self, name, plain_count(name, getattr(self, name), least))
         self.scale, self.max_kl = (float(plain_number(name, getattr(self, name))) for name in ("scale", "max_kl"))
@@ -139,13 +134,12 @@ class ExportArguments:
         self._warn_about_ignored()
 
     def _warn_about_ignored(self) -> None:
-        unread: tuple[str, ...] = () if self.to == "gguf" else _OF_GGUF
-        if self.to == "adapter":
-            unread += _OF_MERGING
+        unread: tuple[str, ...] = _OF_MERGING if self.to == "adapter" else ()
         if self.to == "adapter" or self.dataset_name is None:
             unread += _OF_NAMED_ROWS
+        unread += () if self.to == "gguf" else _OF_GGUF
         default = {f.name: f.default for f in fields(self)}
-        ignored = [f"`{n}={getattr(self, n)!r}`" for n in default if n in unread and getattr(self, n) != default[n]]
+        ignored = [f"`{name}={getattr(self, name)!r}`" for name in unread if getattr(self, name) != default[name]]
         if ignored:
             given = f"`to={self.to!r}`" + ("" if self.to == "adapter" else f", `dataset_name={self.dataset_name!r}`")
             warnings.warn(f"Ignored with {given}: {', '.join(ignored)}.", stacklevel=4)
@@ -257,8 +251,7 @@ class _Export:
         """What the rows to compare on are, and their batches."""
         args, what = self.args, self.args.dataset_name
         if what is not None:
-            drop = args.drop_incomplete_rows
-            rows = sampled_rows(what, args.dataset_split, args.dataset_samples, args.seed, drop, self.tokenizer)
+            rows = sampled_rows(args, self.tokenizer)
         elif options is not None:
             what, rows = "held out by the run", held_out_rows(self.run, options)
         else:
@@ -399,11 +392,11 @@ class _Export:
         return [*lines, ollama, "vLLM:       serves merged models: `--to merged`"]
 
     def _serving_adapter(self, name: str, scratch: str, folder: str) -> list[str]:
-        if not self.is_plain:
+        try:
+            rank = check_vllm_reads(scratch)
+        except ValueError:
             return ["vLLM and Ollama take plain LoRA alone: for them export `--to merged` or `--to gguf`."]
-        rank = read_adapter(scratch)[0].r
-        fitting = next((size for size in _VLLM_RANKS if size >= rank), rank)
-        vllm = f"vLLM:       vllm serve {_quoted(self.base)} --enable-lora --max-lora-rank {fitting} --lora-modules {name}={_quoted(folder)}"
+        vllm = f"vLLM:       vllm serve {_quoted(self.base)} --enable-lora --max-lora-rank {rank} --lora-modules {name}={_quoted(folder)}"
         if os.path.isfile(os.path.join(scratch, CHAT_TEMPLATE_FILE)):
             vllm += f" --chat-template {_quoted(folder, CHAT_TEMPLATE_FILE)}"
         return [vllm, "Ollama:     takes whole models: `--to merged` or `--to gguf`"]

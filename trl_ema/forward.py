@@ -47,6 +47,8 @@ class Divergence:
         length (`int`, *optional*): No row of `sequences` has a token behind so many: a pass over them alone ends there.
         times (`torch.Tensor`, *optional*): λ is multiplied by it: a whole number on the device, which the host reads, of a term with
             `sequences`, where it waits in any case. FSDP2 casts whatever is not whole to its own precision on the way in.
+        hidden (`torch.Tensor`, *optional*): The teacher's hidden states at the predictions of the term, `(tokens, hidden_size)`, in
+            their order, known from before: it has no pass. Its LM head must be the student's.
     """
 
     teacher: Teacher | None
@@ -56,6 +58,7 @@ class Divergence:
     options: dict[str, Any] = field(default_factory=dict)
     length: int | None = None
     times: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
 
 # Beside it there is the cross-entropy alone.
@@ -328,7 +331,7 @@ class _Taught:
 
 
 def _teach(model: Any, divergences: list[Divergence], args: tuple, inputs: dict) -> list[_Taught]:
-    taught = [_Taught(_choose_tokens(divergence, inputs)) for divergence in divergences]
+    taught = [_Taught(_choose_tokens(divergence, inputs), divergence.hidden) for divergence in divergences]
     for numbers in _passes(divergences):
         first, group = divergences[numbers[0]], [taught[i] for i in numbers]
         seen = [one.tokens.seen for one in group if one.tokens.seen is not None]
@@ -358,10 +361,10 @@ def _teach(model: Any, divergences: list[Divergence], args: tuple, inputs: dict)
 
 
 def _passes(divergences: list[Divergence]) -> list[list[int]]:
-    """Which terms share a teacher's pass; those without one, or whose teacher sees nothing, have none."""
+    """Which terms share a teacher's pass; those without one, whose teacher sees nothing, or is known from before, have none."""
     passes: list[list[int]] = []
     for i, one in enumerate(divergences):
-        if one.teacher is None or (one.sequences is not None and not len(one.sequences)):
+        if one.teacher is None or one.hidden is not None or (one.sequences is not None and not len(one.sequences)):
             continue
         for group in passes:
             others = [divergences[j] for j in group]

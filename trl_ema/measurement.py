@@ -1,5 +1,6 @@
 """What is measured of a model in its trainer: loss, drift and generations before and after, drift and tasks in between."""
 
+import os
 import random
 import tempfile
 import time
@@ -24,6 +25,7 @@ from transformers import (
 
 from .adapters.starting_point import StartingPoint
 from .comparison.changes import changes_table
+from .data import DataPart
 from .evaluation.drift import adapter_configs, check_measurable, measure_drift
 from .evaluation.generation import generate_answers, prompts_and_references
 from .evaluation.runner import evaluate_tasks
@@ -146,23 +148,43 @@ def card_figures(metrics: dict) -> dict[str, float]:
     }
 
 
-def card_results(metrics: dict, data: str) -> list[EvalResult]:
+def card_results(metrics: dict, parts: Mapping[str, DataPart | None]) -> list[EvalResult]:
     """
-    Those figures of the student in `metrics.json` for the metadata of a model card, where the hub shows and compares them.
+    Those figures of the student in `metrics.json` for the metadata of a model card, where the hub shows and compares them, each with the
+    data set that the held-out rows are of, by its name on the hub if that is where it is.
 
     Args:
-        data (`str`): Name of the data set that the held-out rows are of.
+        parts (`dict`): What was trained on, by the names in `metrics.json`; `None` is the offline demo's.
     """
-    sets = {"domain": (data, "held-out rows"), "general": ("general questions", "questions that come with trl_ema")}
+    student = metrics["student"]
+    sets = {name: _of_the_hub(name, part) for name, part in parts.items()}
+    own = [name for name in parts if name not in student]  # whose rows alone are the domain
+    mixture = {"dataset_type": "mixture", "dataset_name": f"{', '.join(sets)}, held-out rows together"}
+    general = {"dataset_type": "general_questions", "dataset_name": "general questions that come with trl_ema"}
+    sets |= {"domain": sets[own[0]] if own else mixture, "general": general}
     names = {"loss": "Loss, nats per token", "kl_base_model": "Drift: KL(before || model), nats per token"}
     return [
         EvalResult(
-            task_type="text-generation", dataset_type=sets[group][0], dataset_name=f"{sets[group][0]}, {sets[group][1]}",
-            metric_type="loss" if name == "loss" else "kl_divergence", metric_name=names[name], metric_value=metrics["student"][group][name],
+            task_type="text-generation", **sets[group],
+            metric_type="loss" if name == "loss" else "kl_divergence", metric_name=names[name], metric_value=student[group][name],
         )
-        for group in sets if group in metrics["student"]
+        for group in student if group in sets
         for name in names
     ]  # fmt: skip
+
+
+def _of_the_hub(name: str, part: DataPart | None) -> dict[str, Any]:
+    """What a model card says of a data set: its name on the hub, and its configuration there; of a file what it is called in `metrics.json`."""
+    if part is None:
+        return {"dataset_type": "human_phenotype_ontology", "dataset_name": "Human Phenotype Ontology, held-out terms"}
+    if os.path.exists(part.path) or part.data_files is not None:
+        return {"dataset_type": name, "dataset_name": f"{name}, held-out rows"}
+    config = "" if part.name is None else f" ({part.name})"
+    return {
+        "dataset_type": part.path,
+        "dataset_config": part.name,
+        "dataset_name": f"{part.path}{config}, held-out rows",
+    }
 
 
 def table(metrics: dict) -> str:
@@ -274,7 +296,8 @@ class DriftCallback(TrainerCallback):
 class TasksCallback(TrainerCallback):
     """
     Asks the student lm-eval's tasks during training, as it is in memory: before the first step, every `steps` optimizer steps, and
-    after the last. The training goes on as if it had not been asked: random states, modes, adapters and tokenizer are left as they were.
+    after the last, whichever that is; of a training that puts its best weights back at its end, those too. A signal ends it without.
+    The training goes on as if it had not been asked: random states, modes, adapters and tokenizer are left as they were.
 
     Logs `task_NAME`, the score. The answers are kept in `output_dir/tasks/step-N`, as `trl-ema evaluate` keeps them: two steps, or a
     step and an evaluation, compare question by question.
@@ -304,16 +327,45 @@ class TasksCallback(TrainerCallback):
         self.trainer, self.tasks, self.steps, self.manager = trainer, dict(tasks), steps, manager
         self.folder = Path(str(trainer.args.output_dir), "tasks")
         self.asked: list[int] = []
+        self.begun = 0
+        self.kept: int | None = None  # the step of the weights that the training ended with
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.begun = state.global_step
         if not state.global_step:  # a run that goes on was asked then
             self.ask(0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
+        due = state.global_step % self.steps == 0 or state.global_step == state.max_steps
+        if due and not self.trainer.stopped_by:  # whoever sent the signal does not wait
             self.ask(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        callbacks = self.trainer.callback_handler.callbacks
+        if "train_runtime" in (logs or {}) and self in callbacks:
+            # The last log but ours: now before the trackers, which end their runs in `on_train_end`.
+            callbacks.remove(self)
+            callbacks.insert(0, self)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.stopped_by:  # it goes on later
+            return
+        is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        self.kept = int(state.best_global_step or 0) if is_best else state.global_step
+        before = self.kept <= self.begun and self._is_whole(self.kept)  # by the process that was cut off
+        if self.kept not in self.asked and not before:
+            self.ask(self.kept)
 
     def ask(self, step: int) -> dict[str, float]:
         """Scores of the student as it is now, logged."""
@@ -340,16 +392,23 @@ class TasksCallback(TrainerCallback):
         return scores
 
     def table(self) -> str:
-        """The change of each task from before the first step (or the first round that is kept) to the last round, see [`changes_table`]."""
+        """
+        The change of each task from before the first step (or the first round that is kept) to the weights that the training ended
+        with, or the last round, see [`changes_table`].
+        """
         steps = self.asked
         if 0 not in steps:  # a run that went on
-            steps = [step for step in map(_step, self.folder.glob("step-*")) if step <= max(steps, default=-1)]
-        whole = [
-            step for step in sorted(steps) if all((self._at(step) / f"{task}.jsonl").is_file() for task in self.tasks)
-        ]
-        if len(whole) < 2:
+            last = max([self.begun, *steps])
+            steps = [step for step in map(_step, self.folder.glob("step-*")) if step <= last]
+        whole = [step for step in sorted({*steps}) if self._is_whole(step)]
+        last = self.kept if self.kept in whole else max(whole, default=0)
+        if last <= min(whole, default=0):
             return ""
-        return changes_table(str(self._at(whole[0])), str(self._at(whole[-1])), self.tasks)
+        return changes_table(str(self._at(whole[0])), str(self._at(last)), self.tasks)
+
+    def _is_whole(self, step: int) -> bool:
+        """Whether all answers of that step are there."""
+        return all((self._at(step) / f"{task}.jsonl").is_file() for task in self.tasks)
 
     def _at(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"

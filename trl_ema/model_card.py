@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from .adapters.names import TEACHER_NAME
+from .data import DataPart
 from .files import read_json
 from .offline import DEMO_MODEL_HUB, is_demo_model
 
@@ -379,6 +380,8 @@ def _settings(trainer: Any, base: _Base) -> dict[str, str]:
     args = trainer.args
     own = [f.name for f in fields(MeanTeacherConfig) if f.name in MeanTeacherConfig.__annotations__]
     values = args.to_dict() | {"ema_half_life": args.half_life}  # with plain strings for enums
+    if values["rehearsal_dataset"] is not None:
+        values["rehearsal_dataset"] = DataPart.from_config(values["rehearsal_dataset"], "rehearsal_dataset").path
     settings = {name: str(values[name]) for name in (*own, *_TRAINING)} | _adapter(trainer.model)
     return settings | ({"base_model": base.label} if "base_model" in settings else {})
 

@@ -1,9 +1,9 @@
-"""Options of every command as plain numbers and booleans, whatever they were written as. It knows no other library."""
+"""Options that several commands have, as plain values, whatever they were written as. It knows no other library."""
 
 import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from typing import Any
 
@@ -79,3 +79,49 @@ def changed(config: Any, **values: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+
+
+@dataclass
+class RowsArguments:
+    """Rows of a data set to measure on, named and read as those of a training."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Rows (hub name or file) to measure on."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of `dataset_name` on the hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of `dataset_name`; a single file is `train`."})
+    dataset_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Which column of `dataset_name` is which, where they are of no known format: `prompt=Question completion=Reply`; in "
+            "YAML a mapping."
+        },
+    )
+    dataset_samples: int = field(default=128, metadata={"help": "Rows of `dataset_name` at most, seeded."})
+    drop_incomplete_rows: bool = field(
+        default=False, metadata={"help": "Leave out rows of `dataset_name` in which a text is missing."}
+    )
+    seed: int = field(default=1234, metadata={"help": "Of the choice of rows."})
+
+
+def take_columns(args: Any) -> None:
+    """
+    `dataset_columns` of a command line, `prompt=Question completion=Reply`, becomes a mapping, as YAML has it.
+
+    Raises:
+        ValueError: It is no such pairs, or there is no `dataset_name` that it is of.
+    """
+    columns = args.dataset_columns
+    if columns is None:
+        return
+    if args.dataset_name is None:
+        raise ValueError(
+            "`dataset_columns` is of a `dataset_name`, and none is given. Give that too; the rows that a run held out are read as the run "
+            "was told, and an entry of `datasets` has `columns`."
+        )
+    if isinstance(columns, dict):
+        return
+    pairs = [str(pair).partition("=") for pair in columns]
+    if not all(ours and theirs for ours, _, theirs in pairs):
+        raise ValueError(
+            f"`dataset_columns` is {columns}; expected pairs such as `prompt=Question completion=Reply`, our name first."
+        )
+    args.dataset_columns = {ours: theirs for ours, _, theirs in pairs}

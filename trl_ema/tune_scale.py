@@ -18,7 +18,7 @@ from .evaluation.models import adapter_base, adapter_revision, fingerprint, is_a
 from .evaluation.scaling import FIGURES, SCALES, Dial, check_run, check_scales, curve_of, teacher_of
 from .extras import require
 from .files import check_output_dir
-from .options import plain_count, plain_number, take_booleans
+from .options import RowsArguments, plain_count, plain_number, take_booleans, take_columns
 from .script import TrainingScriptArguments, held_out_rows, options_of_run, quantization
 
 
@@ -28,7 +28,7 @@ _HELP = "Folder that `trl-ema train` wrote: the adapter in it, the teacher's bel
 
 
 @dataclass
-class ScaleArguments:
+class ScaleArguments(RowsArguments):
     """
     Scale the update of a trained adapter: less of it drifts less from the base, and keeps most of what was learned.
 
@@ -75,10 +75,11 @@ class ScaleArguments:
     drop_incomplete_rows: bool = field(
         default=False, metadata={"help": "Leave out rows of these two in which a text is missing."}
     )
-    drift_dataset: str | None = field(
+    drift_dataset: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Further rows (hub name or file) that drift is measured on, beside 48 general ones; the larger of both counts."
+            "help": "Further rows that drift is measured on, beside 48 general ones; the larger of both counts: hub name or file, or an "
+            "entry as of `datasets`, such as `{path: other.csv, columns: {prompt: Question, completion: Reply}}`."
         },
     )
     batch_size: int = field(default=16, metadata={"help": "Rows at once."})
@@ -92,10 +93,10 @@ class ScaleArguments:
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )
-    seed: int = field(default=1234, metadata={"help": "Of the choice of rows."})
 
     def __post_init__(self) -> None:
         take_booleans(self)
+        take_columns(self)
         for name, least in dict(dataset_samples=1, batch_size=1, seed=0).items():
             setattr(self, name, plain_count(name, getattr(self, name), least))
         if self.max_drift is not None:
@@ -203,17 +204,13 @@ def _rows(
 ) -> dict[str, Dataset]:
     """Those whose loss is measured, and by name those for the drift."""
     if args.dataset_name is not None:
-        held_out = _given(args, args.dataset_name, tokenizer)
+        held_out = sampled_rows(args, tokenizer)
     else:
         held_out = held_out_rows(run, options)
     rows = {_HELD_OUT: held_out, "general": data.as_chat(Dataset.from_list(general_rows()), tokenizer)}
     if args.drift_dataset is not None:
-        rows["yours"] = _given(args, args.drift_dataset, tokenizer)
+        rows["yours"] = sampled_rows(args, tokenizer, "drift_dataset")
     return rows
-
-
-def _given(args: ScaleArguments, name: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    return sampled_rows(name, args.dataset_split, args.dataset_samples, args.seed, args.drop_incomplete_rows, tokenizer)
 
 
 def _name(mixture: float) -> str:

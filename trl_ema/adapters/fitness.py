@@ -2,6 +2,8 @@
 
 import itertools
 import re
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -99,10 +101,34 @@ def check_adapter(config: Any, anchor: float) -> None:
         )
 
 
-# Options of a `LoraConfig` that make another adapter of it: one that readers of plain LoRA would compute wrongly.
-_OTHER_LORAS = (
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "velora_config", "monteclora_config",
-)  # fmt: skip
+# Options of a `LoraConfig` with which it is plain LoRA: base(x) + lora_alpha / r · B·A·x (rsLoRA: √r) in each of its layers, or which say
+# nothing of what it computes. Of any other one, of a later PEFT too, a reader of plain LoRA would compute another model.
+_PLAIN_LORA = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "init_lora_weights",
+    "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "kasa_config",
+}  # fmt: skip
+# With these the update is still a factor times one that stays the same: ranks and factors of single layers, biases that are scaled with
+# it, weights that are no layer's own.
+_SCALED_ALIKE = ("alpha_pattern", "rank_pattern", "lora_bias", "target_parameters")
+
+
+def not_plain_by(config: Any, beside: Iterable[str] = ()) -> str | None:
+    """
+    What of this kind of adapter is not plain LoRA or rsLoRA beside its base; `None` where all of it is.
+
+    Args:
+        beside: Options that may be set too.
+    """
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        return f"`peft_type={kind}`"
+    for option in (field.name for field in fields(config) if field.name not in {*_PLAIN_LORA, *beside}):
+        value = getattr(config, option)
+        if value or (value is not None and option == "trainable_token_indices"):
+            return f"`{option}={value!r}`"
+    return base_changed_by(config)
 
 
 def unscalable_by(config: Any) -> str | None:
@@ -110,17 +136,7 @@ def unscalable_by(config: Any) -> str | None:
     What of this kind of adapter is no factor of its update, so that another scale is not another share of it; `None` for plain
     LoRA and rsLoRA.
     """
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind != "LORA":
-        return str(kind)
-    for option in ("use_dora", "modules_to_save", "trainable_token_indices"):
-        value = getattr(config, option)
-        if value or (value is not None and option == "trainable_token_indices"):
-            return f"`{option}={value!r}`"
-    for option in _OTHER_LORAS:
-        if getattr(config, option, None):
-            return f"`{option}={getattr(config, option)!r}`"
-    return base_changed_by(config)
+    return not_plain_by(config, beside=_SCALED_ALIKE)
 
 
 def _targets_embeddings(config) -> bool:

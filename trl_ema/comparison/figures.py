@@ -5,7 +5,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from .statistics import (
     forgetting,
     forward_transfer,
     interval,
-    mean_interval,
     paired_test,
     pareto_front,
     ratio_interval,
@@ -179,7 +178,7 @@ class _Base:
             for name, found in rows.items()
         }
         self.losses = self.mean_loss(self.text)
-        intervals = {name: mean_interval([row["score"] for row in found]) for name, found in rows.items()}
+        intervals = {name: interval(lambda x: x, found) for name, found in self.scores.items()}
         # On a task on which it may be guessing the base has nothing to retain.
         self.above_chance = [
             name
@@ -505,37 +504,75 @@ def _against_controls(points: list[_Point], base: _Base) -> list[dict]:
 def _stages(comparison: Comparison, base: _Base, by_stage: Sequence[list[_Point]]) -> dict:
     """
     What was measured before the first stage and after each, of the seeds that went through all of them; and of each way to use an
-    arm backward transfer, forgetting, forward transfer and the mean loss at the end. R is the negative of the loss.
+    arm backward transfer, forgetting, forward transfer and the mean loss at the end. R is the negative of the loss; where stages have
+    tasks, all but the loss also with their mean accuracy.
+
+    Of a way that is not through, what is there of the most stages that a seed went through, and no transfer.
     """
-    texts = list(enumerate(comparison.domains.values(), 1))
-    before = [base.mean_loss(base.text, name, number) for number, name in texts]
+    before = np.array(_stage_losses(comparison, base, base.text))
     found = []
-    for last in by_stage[-1]:
-        after = [p for points in by_stage for p in points if (p.arm, p.role) == (last.arm, last.role)]
-        seeds = sorted(set.intersection(*({*point.folders} for point in after)))
-        if len(after) < len(by_stage) or not seeds:
+    for key in dict.fromkeys((p.arm, p.role) for points in reversed(by_stage) for p in points):
+        after, seeds = _gone_through(by_stage, key)
+        if not seeds:
             continue
         losses = {
-            seed: np.array(
-                [before, *([base.mean_loss(p.texts[seed], name, number) for number, name in texts] for p in after)]
-            )
-            for seed in seeds
+            seed: np.array([before, *(_stage_losses(comparison, base, p.texts[seed]) for p in after)]) for seed in seeds
         }
+        is_through = len(after) == len(by_stage)
         found.append(
             {
-                "arm": last.arm,
-                "role": last.role,
-                "label": last.label,
+                "arm": after[-1].arm,
+                "role": after[-1].role,
+                "label": after[-1].label,
                 "seeds": seeds,
                 "after": [_after_stage(base, p, losses, i) for i, p in enumerate(after, 1)],
-                **_transfers(losses),
+                **_transfers({seed: -loss for seed, loss in losses.items()} if is_through else None),
+                "mean_loss": _of_seeds({seed: loss[-1].mean(0) for seed, loss in losses.items()})
+                if is_through
+                else None,
+                "accuracy": _accuracy(comparison, base, after, seeds) if is_through else None,
             }
         )
     return {
         "names": list(comparison.domains),
-        "before": {"loss": [interval(lambda x: x, loss) for loss in before]},
+        "tasks": {stage.name: list(stage.tasks) for stage in comparison.stages if stage.tasks},
+        "before": {"loss": [_of_seeds(loss) for loss in before]},
         "ways": found,
     }
+
+
+def _gone_through(by_stage: Sequence[list[_Point]], key: tuple[str, str]) -> tuple[list[_Point], list[int]]:
+    """Of one way to use an arm, the points after each stage from the first on that some seeds went through, and those seeds."""
+    found = (next((p for p in points if (p.arm, p.role) == key), None) for points in by_stage)
+    after = [point for point in takewhile(lambda point: point is not None, found) if point is not None]
+    while after:
+        seeds = sorted(set.intersection(*({*point.folders} for point in after)))
+        if seeds:
+            return after, seeds
+        after.pop()
+    return [], []
+
+
+def _stage_losses(comparison: Comparison, base: _Base, text: dict) -> list[np.ndarray]:
+    """On the held-out text of every stage. That of the last one is resampled as the domain is in all other figures."""
+    names = enumerate(comparison.domains.values(), 1)
+    return [base.mean_loss(text, name, 0 if name == "domain" else number) for number, name in names]
+
+
+def _accuracy(comparison: Comparison, base: _Base, after: list[_Point], seeds: list[int]) -> dict | None:
+    """Transfers in the mean accuracy on the tasks of each stage; `None` where stages have none."""
+    if not all(stage.tasks for stage in comparison.stages):
+        return None
+    scores = {
+        seed: np.array(
+            [
+                [np.mean([one[name] for name in stage.tasks], axis=0) for stage in comparison.stages]
+                for one in [base.scores, *({name: p.scores[name][seed] for name in base.tasks} for p in after)]
+            ]
+        )
+        for seed in seeds
+    }
+    return _transfers(scores) | {"mean": _of_seeds({seed: found[-1].mean(0) for seed, found in scores.items()})}
 
 
 def _after_stage(base: _Base, point: _Point, losses: dict[int, np.ndarray], stage: int) -> dict:
@@ -544,26 +581,31 @@ def _after_stage(base: _Base, point: _Point, losses: dict[int, np.ndarray], stag
     drifts = {name: {s: d for s, d in point.drift(name, "kl_base_model").items() if s in losses} for name in base.texts}
     return {
         "loss": [
-            interval(lambda x: x, {seed: loss[stage, j] for seed, loss in losses.items()})
-            for j in range(len(next(iter(losses.values()))) - 1)
+            _of_seeds({seed: loss[stage, j] for seed, loss in losses.items()})
+            for j in range(next(iter(losses.values())).shape[1])
         ],
-        "drift": {name: interval(lambda x: x, drift) for name, drift in drifts.items()},
-        "tasks": {name: interval(lambda x: x, found) for name, found in scores.items()},
+        "drift": {name: _of_seeds(drift) for name, drift in drifts.items()},
+        "tasks": {name: _of_seeds(found) for name, found in scores.items()},
     }
 
 
-def _transfers(losses: dict[int, np.ndarray]) -> dict[str, dict]:
-    """Of each seed on its own, as its best stage may be another."""
+def _transfers(scores: dict[int, np.ndarray] | None) -> dict[str, dict | None]:
+    """Of each seed on its own, as its best stage may be another; of a way that is not through none."""
     measures: dict[str, Callable[[np.ndarray], Any]] = {
-        "backward_transfer": lambda loss: backward_transfer(-loss),
-        "forgetting": lambda loss: stage_forgetting(-loss),
-        "forward_transfer": lambda loss: forward_transfer(-loss),
-        "mean_loss": lambda loss: loss[-1].mean(0),
+        "backward_transfer": backward_transfer,
+        "forgetting": stage_forgetting,
+        "forward_transfer": forward_transfer,
     }
+    if scores is None:
+        return dict.fromkeys(measures)
     return {
-        name: interval(lambda x: x, {seed: measure(loss) for seed, loss in losses.items()})
-        for name, measure in measures.items()
+        name: _of_seeds({seed: measure(found) for seed, found in scores.items()}) for name, measure in measures.items()
     }
+
+
+def _of_seeds(found: np.ndarray | dict[int, np.ndarray]) -> dict:
+    """A quantity, by seed where there are some, with its interval."""
+    return interval(lambda x: x, found)
 
 
 def _places(comparison: Comparison) -> list[str]:

@@ -391,6 +391,8 @@ def _bars(found: dict) -> list[list[float]] | None:
 def _stage_lines(summary: dict, colors: dict[str, str]) -> "Figure | None":
     stages = summary.get("stages") or {"ways": []}
     shown = {point["label"] for point in _points_shown(summary)}
+    if len(stages["ways"]) <= MANY_ARMS:  # those that are not through too
+        shown |= {way["label"] for way in stages["ways"]}
     ways = [way for way in stages["ways"] if way["label"] in shown]
     if not ways:
         return None
@@ -406,7 +408,7 @@ def _stage_lines(summary: dict, colors: dict[str, str]) -> "Figure | None":
             figures = [after["loss"][j] if is_loss else after["drift"]["general"] for after in way["after"]]
             first = stages["before"]["loss"][j]["mean"] if is_loss else 0.0
             ax.plot(
-                range(len(names) + 1), [first, *(found["mean"] for found in figures)], color=colors[way["arm"]], marker="o",
+                range(len(figures) + 1), [first, *(found["mean"] for found in figures)], color=colors[way["arm"]], marker="o",
                 markersize=3, linewidth=1.4, linestyle={"student": "-", "teacher": "--"}.get(way["role"], ":"), label=way["label"],
             )  # fmt: skip
         if is_loss:

@@ -13,7 +13,7 @@ import yaml
 
 from ..evaluation.settings import Suite
 from ..files import read_json
-from .stages import Stage, check_options_once, read_stages
+from .stages import Stage, check_options_once, check_tasks_of_stages, read_stages
 
 
 logger = logging.getLogger(__name__)
@@ -363,6 +363,8 @@ def _comparison(plan: dict, path: str, output_dir: str | None) -> Comparison:
     suite = Suite.from_dict(plan.get("evaluation") or {})
     stages = read_stages(plan.get("stages"), path, _RESERVED_OF_STAGES, suite.drift_data)
     check_options_once(stages, {arm.name: arm.options for arm in arms.values()})
+    if suite.suite is None:  # whose tasks are known when it is run
+        check_tasks_of_stages(stages, suite.tasks)
     comparison = Comparison(
         output_dir=output_dir or plan.get("output_dir") or "runs/comparison",
         training=plan.get("training") or {},

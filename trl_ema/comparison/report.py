@@ -35,7 +35,8 @@ _STAGES = (
     "the domain of stage j after stage i, of T stages: backward transfer is the mean of R_Tj − R_jj over j < T, below 0 where later "
     "stages made an earlier domain worse (Lopez-Paz & Ranzato 2017); forgetting the mean of the largest R_lj with l < T, less R_Tj, "
     "above 0 where the best was lost (Chaudhry et al. 2018); forward transfer the mean of R_(j−1)j − R_0j over j > 1, above 0 where "
-    "earlier stages made a later domain easier. All in nats per token. Everything else in this report is of the models after the last "
+    "earlier stages made a later domain easier. All in nats per token. Of an arm that is not through all stages there is what was "
+    "measured so far. Everything else in this report is of the models after the last "
     "stage, and domain is that of the last stage."
 )
 
@@ -150,7 +151,7 @@ def _templates() -> "Environment":
     )
     environment.filters["fixed"] = lambda value, digits=3: "–" if is_absent(value) else f"{value:.{digits}f}"
     environment.filters["figure"] = _figure
-    environment.filters["points"] = lambda found: _figure(found and found | in_points(found), 1)
+    environment.filters["points"] = lambda found, signed=True: _figure(found and found | in_points(found), 1, signed)
     environment.filters["share"] = lambda found: _figure(found, signed=False, percent=True) if found else "not shown"
     environment.filters["level"] = lambda share: f"{100 * float(share):g}"
     environment.filters["obstacles"] = lambda methods: "; ".join(

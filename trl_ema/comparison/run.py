@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from .. import data
+from ..adapters.fitness import unscalable_by
 from ..config import MeanTeacherConfig
-from ..evaluation.drift import general_rows
+from ..evaluation.drift import adapter_configs, general_rows
 from ..evaluation.generation import PACKAGES as GENERATION_PACKAGES
 from ..evaluation.models import (
     adapter_fingerprint,
@@ -33,9 +34,9 @@ from ..evaluation.models import (
 )
 from ..evaluation.models import load_tokenizer as load_adapter_tokenizer
 from ..evaluation.runner import check_settings
-from ..evaluation.settings import Suite
+from ..evaluation.settings import Suite, TaskSettings
 from ..evaluation.suite import HeldOutText, Kept, Reference, evaluate_model
-from ..evaluation.tasks import check_tasks, is_offline, task_manager
+from ..evaluation.tasks import DOMAIN_TASKS, asked_as_chats, check_tasks, is_offline, suite_tasks, task_manager
 from ..extras import require
 from ..files import read_json, write_json, write_text
 from ..launch import checks_of_launch
@@ -49,11 +50,13 @@ from ..script import (
     load_held_out,
     load_parts,
     load_tokenizer,
+    lora,
     parse,
     quantization,
     sources,
 )
 from .plan import BASE, PLAN, Arm, Comparison
+from .stages import check_tasks_of_stages
 from .training import START, check_jobs, is_begun, train, train_together
 
 
@@ -102,7 +105,13 @@ def run_comparison(
     chosen = [arm for arm in comparison.arms.values() if arms is None or {arm.name, arm.method} & {*arms}]
     parsed = _parsed(comparison)
     comparison = _understood(comparison, parsed)
+    first = [next(iter(of_stage.values())) for of_stage in parsed]
+    suite, manager = _checked_tasks(comparison.suite, first[0])
+    check_tasks_of_stages(comparison.stages, suite.tasks)
+    comparison = replace(comparison, suite=suite)
     now = [one for one in comparison.by_stage() if stages is None or (one.stage and one.stage.name in stages)]
+    for arm in chosen:
+        _check_scalable(arm, parsed[-1])
     for arm, seed in product(chosen, seeds):
         _check_run(comparison, arm, seed, now, chosen, evaluate_only)
     if launch is not None:
@@ -112,8 +121,6 @@ def run_comparison(
                     _check_launch(stage, arm.name, seed, launch, of_stage[arm.name, seed])
     _check_same_tokenizer({arm: config for (arm, _), (_, config, _) in parsed[0].items()})
     _write_configs(comparison, evaluate_only)
-    manager = _checked_tasks(comparison.suite)
-    first = [next(iter(of_stage.values())) for of_stage in parsed]
     write_json(Path(comparison.output_dir, PLAN), _plan(comparison, first) | _shared_rows(comparison, first))
     evaluator = _Evaluator(comparison, first, manager)
     evaluator.base()
@@ -240,17 +247,36 @@ def _check_same_tokenizer(settings: dict[str, MeanTeacherConfig]) -> None:
         )
 
 
-def _checked_tasks(suite: Suite) -> "TaskManager | None":
-    """lm-eval's task manager, after every task, sample and package is known to be there."""
+def _checked_tasks(suite: Suite, options: _Options) -> "tuple[Suite, TaskManager | None]":
+    """
+    The suite with the tasks of the one that it names, and lm-eval's task manager, after every task, sample and package is known to
+    be there.
+    """
     if suite.generation_tokens:
         require("eval", *GENERATION_PACKAGES)
-    if not suite.tasks:
-        return None
-    manager = task_manager()
+    if not suite.tasks and suite.suite is None:
+        return suite, None
+    manager = task_manager(suite.offline, suite.include_path)
+    if suite.suite is not None:
+        suite = _with_suite(suite, suite.suite, options, manager)
     check_tasks(list(suite.tasks), manager)
     for name, settings in suite.tasks.items():
         check_settings(name, settings, manager)
-    return manager
+    return suite, manager
+
+
+def _with_suite(suite: Suite, name: str, options: _Options, manager: "TaskManager") -> Suite:
+    """With the tasks of the named one that are not there by themselves."""
+    names, absent = suite_tasks(name, manager)
+    if absent:
+        logger.warning("Not asked of the suite `%s`, for want of a hub: %s.", name, ", ".join(absent))
+    _, training_args, model_args = options
+    _, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
+    as_trained_with(tokenizer, training_args)
+    new = asked_as_chats({task: TaskSettings() for task in names if task not in suite.tasks}, tokenizer)
+    of_domain = {task: settings for task, settings in new.items() if task in DOMAIN_TASKS}
+    others = {task: settings for task, settings in new.items() if task not in DOMAIN_TASKS}
+    return replace(suite, retention_tasks=suite.retention_tasks | others, domain_tasks=suite.domain_tasks | of_domain)
 
 
 def _plan(comparison: Comparison, by_stage: list[_Options]) -> dict:
@@ -314,6 +340,19 @@ def _check_run(
     for stage in comparison.by_stage():
         if stage.earlier is not None:
             _check_order(stage, stage.earlier, arm.name, seed, [] if evaluate_only else now)
+
+
+def _check_scalable(arm: Arm, runs: dict[tuple[str, int], _Options]) -> None:
+    """Raises `ValueError` if `arm` scales adapters that are no factor of their update."""
+    if arm.interpolate is None or set(arm.scales) <= {1}:
+        return
+    model_args = next(options[2] for (source, _), options in runs.items() if source == arm.interpolate)
+    cause = unscalable_by(lora(model_args))
+    if cause is not None:
+        raise ValueError(
+            f"Arm {arm.name!r} scales the adapters of {arm.interpolate!r}, and {cause} is no factor of their update: another scale would "
+            "not be another share of it. Leave the arm out, or train a plain LoRA or rsLoRA."
+        )
 
 
 def _check_order(stage: Comparison, earlier: Comparison, arm: str, seed: int, now: list[Comparison]) -> None:
@@ -438,10 +477,11 @@ class _Evaluator:
             settings_of_stages[stage.name] = settings
         general = data.as_chat(Dataset.from_list(general_rows()), self.tokenizer)
         as_trained_with(self.tokenizer, training_args)
-        others |= {
-            name: data.as_chat(data.load_split(path, text_field=training_args.dataset_text_field), self.tokenizer)
-            for name, path in comparison.suite.drift_data.items()
-        }
+        for name, given in comparison.suite.drift_data.items():
+            part = data.DataPart.from_config(given, "drift_data")
+            field, drop = training_args.dataset_text_field, args.drop_incomplete_rows
+            rows = data.load_part(part, "drift_data", text_field=field, drop_incomplete=drop)
+            others[name] = data.as_chat(rows, self.tokenizer)
         self.rows: dict[str, Any] = dict(domain=held_out, general=general, others=others, settings=training_args)
         self.rows["other_settings"] = settings_of_stages
         HeldOutText(self.tokenizer, comparison.suite, **self.rows)  # refuses what cannot be measured
@@ -503,10 +543,11 @@ class _Evaluator:
         base, self._model = self.model, None
         tokens = vocabulary(base)
         model, start = with_adapter(base, adapter, tokenizer)
-        if scale != 1.0 and not start.is_base:
+        cause = next(filter(None, map(unscalable_by, adapter_configs(model))), None)
+        if scale != 1.0 and cause is not None:
             raise ValueError(
-                f"The adapter in {adapter} cannot be scaled to {scale:g}: without it the model is not what it was before its "
-                "training. Leave its scales out, or train a plain LoRA."
+                f"The adapter in {adapter} cannot be scaled to {scale:g}: {cause} is no factor of its update. Leave its scales out, or "
+                "train a plain LoRA."
             )
         kept = self._kept if start.is_base and vocabulary(base) == tokens else None
         with rescale_adapter_scale(model, scale) if scale != 1.0 else nullcontext():

@@ -1,7 +1,7 @@
 """Several domains in a row: what the stages of a comparison are, read from its plan. Light: a report reads it too."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,17 @@ class Stage:
     Args:
         name (`str`): Folder and label.
         options (`dict`): Options of `trl-ema train` that differ from the common ones: the data above all.
+        tasks (`tuple`): Those tasks of the evaluation that ask for its domain.
     """
 
     name: str
     options: dict
+    tasks: tuple[str, ...] = ()
 
     @property
     def written(self) -> dict:
         """As the YAML file has it."""
-        return {"name": self.name, **self.options}
+        return {"name": self.name, **({"tasks": list(self.tasks)} if self.tasks else {}), **self.options}
 
 
 def read_stages(entries: list | None, path: str, reserved: Iterable[str], texts: Iterable[str]) -> tuple[Stage, ...]:
@@ -74,14 +76,41 @@ def _stage(number: int, entry: Any, path: str, reserved: tuple[str, ...]) -> Sta
         raise ValueError(
             f"A stage in {path} is named {name!r}; it becomes a folder, so use letters, digits, `_`, `-` and `.`."
         )
-    options = {key: value for key, value in entry.items() if key != "name"}
+    tasks = entry.get("tasks") or []
+    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+        raise ValueError(
+            f"`tasks` of stage {name!r} in {path} is {tasks!r}; expected a list of names such as [medmcqa]."
+        )
+    options = {key: value for key, value in entry.items() if key not in ("name", "tasks")}
     not_own = [key for key in options if key in reserved]
     if not_own:
         raise ValueError(
             f"Stage {name!r} in {path} sets {not_own}, which the comparison itself sets: each stage goes on from the adapter of the one "
             "before, in a folder of its own. Leave them out."
         )
-    return Stage(name, options)
+    return Stage(name, options, tuple(tasks))
+
+
+def check_tasks_of_stages(stages: Sequence[Stage], asked: Collection[str]) -> None:
+    """
+    Raises `ValueError` if a stage names tasks that are not asked, or has none while others have some.
+
+    Args:
+        asked: Names of the tasks that are measured.
+    """
+    having = [stage for stage in stages if stage.tasks]
+    for stage in stages if having else ():
+        if not stage.tasks:
+            raise ValueError(
+                f"Stage {stage.name!r} has no `tasks`, and {having[0].name!r} has some: transfer in accuracy needs those of every stage. "
+                "Give each some, or none."
+            )
+        strange = [task for task in stage.tasks if task not in asked]
+        if strange:
+            raise ValueError(
+                f"Stage {stage.name!r} has `tasks` {strange}, which are not measured; expected some of {list(asked)}, the tasks under "
+                "`evaluation`."
+            )
 
 
 def check_options_once(stages: Iterable[Stage], arms: dict[str, dict]) -> None:

@@ -4,12 +4,33 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from matplotlib.image import imread
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
 from ..files import read_json
 from .figures import is_absent
 from .pictures import CAPTIONS
 from .report import FIGURES
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """
+    Raises `ValueError` if the report cannot be logged to one of them, as accelerate has none of its name, and `ImportError` if its
+    package is not installed. Trainings have some more than accelerate.
+    """
+    known = LoggerType.list()
+    strange = [name for name in trackers if name not in known]
+    if strange:
+        raise ValueError(
+            f"`report_to` under `training` names {strange}, to which a comparison's report cannot be logged; expected some of {known}. "
+            "Leave them out."
+        )
+    missing = [name for name in trackers if name not in ("all", *map(str, get_available_trackers()))]
+    if missing:
+        raise ImportError(
+            f"`report_to` under `training` names {missing[0]!r}, whose package is not installed. Install it with `pip install "
+            f"{missing[0]}`, or leave it out."
+        )
 
 
 def log_report(folder: str, trackers: Sequence[str], project: str) -> None:
@@ -22,6 +43,8 @@ def log_report(folder: str, trackers: Sequence[str], project: str) -> None:
         trackers: Of accelerate's, such as `"trackio"`, `"tensorboard"` and `"wandb"`.
         project (`str`): That of the comparison's runs.
     """
+    from matplotlib.image import imread
+
     summary = read_json(Path(folder, FIGURES))
     accelerator = Accelerator(log_with=list(trackers), project_dir=folder, cpu=True)
     # What these call a run's name; elsewhere the project is.
@@ -56,5 +79,6 @@ def _figures(summary: dict) -> dict[str, dict[str, float]]:
         }
     for way in summary.get("stages", {}).get("ways", ()):
         for name, key in (("backward transfer", "backward_transfer"), ("forgetting over stages", "forgetting")):
-            found[way["label"]][name] = way[key]["mean"]
+            if way[key] is not None:  # of a way that is through
+                found.setdefault(way["label"], {})[name] = way[key]["mean"]
     return found

@@ -5,13 +5,14 @@ from .formats import (
     as_chat,
     as_conversation,
     check_columns,
+    seen_columns,
     to_prompt_completion,
     trained_columns,
     trl_format,
     with_columns,
     with_prompts,
 )
-from .loading import NoSplitError, hub_errors, load_rows, load_split
+from .loading import NoSplitError, hub_errors, load_part, load_rows, load_split
 from .mixture import DataPart, mixed, mixture_counts, names_of_parts
 from .rows import IncompleteRowsError, NoAnswersError, check_dataset, check_rows, complete_rows
 from .split import held_out_of_stream, held_out_split, rows_in_common
@@ -33,6 +34,7 @@ __all__ = [
     "held_out_of_stream",
     "held_out_split",
     "hub_errors",
+    "load_part",
     "load_rows",
     "load_split",
     "mixed",
@@ -40,6 +42,7 @@ __all__ = [
     "names_of_parts",
     "rows_in_common",
     "rows_to_mix",
+    "seen_columns",
     "to_prompt_completion",
     "tokenize_rows",
     "trained_columns",

@@ -89,11 +89,21 @@ def trained_columns(columns: set[str], text_field: str = "text") -> list[str]:
     return [name for name in ("messages", "conversations", text_field) if name in columns][:1]
 
 
+def seen_columns(columns: set[str], text_field: str = "text") -> list[str]:
+    """
+    Those that decide what a model sees of a row, the answer or text last: a chat template shows the model its tools and options too.
+    """
+    found = trained_columns(columns, text_field) or ["input_ids"]
+    with_template = found[-1] in ("completion", "messages", "conversations")
+    return [c for c in ("tools", "chat_template_kwargs") if with_template and c in columns] + found
+
+
 def to_prompt_completion(
     dataset: Dataset | IterableDataset,
     text_field: str = "text",
     drop_incomplete: bool = False,
     name: str = "the data set",
+    option: str | None = None,
 ) -> Dataset | IterableDataset:
     """
     Rows of a well-known medical data set as `{"prompt", "completion"}`; rows in a TRL format come back unchanged, but for
@@ -102,6 +112,7 @@ def to_prompt_completion(
     Args:
         drop_incomplete (`bool`): Leave out the rows in which a text is missing, instead of refusing them.
         name (`str`): What an error calls the data; of a file its path, so that it can name the line.
+        option (`str`, *optional*): The option in which a user named them, see [`DataPart`]: an error says how it is told columns.
 
     Raises:
         IncompleteRowsError: A text is missing or is no text; names row and column. Of a stream, when it is read.
@@ -116,7 +127,7 @@ def to_prompt_completion(
     if not trl_format(columns, text_field):
         known = [one for one in FORMATS.values() if one[0] <= columns]
         if not known:
-            raise ValueError(_unknown_columns(columns))
+            raise ValueError(_unknown_columns(columns, name, option))
         needed, convert = known[0]
     dataset = complete_rows(_numbers_as_text(dataset, needed), needed, drop_incomplete, name)
     if convert is None:
@@ -126,31 +137,45 @@ def to_prompt_completion(
     )
 
 
-def _unknown_columns(columns: set[str]) -> str:
+def _unknown_columns(columns: set[str], name: str, option: str | None) -> str:
     known = "; ".join(f"{', '.join(sorted(needed))} ({name})" for name, (needed, _) in FORMATS.items())
     return (
-        f"Unknown data set columns {sorted(columns)}. Expected a TRL format (`messages`; `prompt`, `completion`; `text`) "
-        f"or one of: {known}. Rename your columns to `prompt` and `completion`, or say which is which: `--dataset_columns "
-        "prompt=YOURS completion=YOURS`, in an entry of `datasets` `columns: {prompt: YOURS, completion: YOURS}`."
+        f"Unknown data set columns {sorted(columns)} in {name}. Expected a TRL format (`messages`; `prompt`, `completion`; `text`) "
+        f"or one of: {known}. Rename your columns to `prompt` and `completion`, or {_how_to_tell(option)}."
     )
 
 
-def with_columns(dataset: Rows, columns: dict[str, str] | list[str], name: str = "the data set") -> Rows:
+def _how_to_tell(option: str | None) -> str:
+    """Which column is which, of a data set that is named in this option, or in Python."""
+    if option is None:
+        return "read the file by `trl_ema.data.load_split(path, columns={'prompt': 'YOURS', 'completion': 'YOURS'})`"
+    if option == "dataset_name":
+        return "say which is which: `--dataset_columns prompt=YOURS completion=YOURS`"
+    return f"say which is which: `{{path: ..., columns: {{prompt: YOURS, completion: YOURS}}}}` in `{option}`"
+
+
+def with_columns(
+    dataset: Rows, columns: dict[str, str] | list[str], name: str = "the data set", option: str | None = None
+) -> Rows:
     """
     The data set with these columns alone; a `dict` says what each is to be called, `{"prompt": "Question"}`.
+
+    Args:
+        name, option: See [`to_prompt_completion`].
 
     Raises:
         ValueError: One of them is not there, or has two names.
     """
+    told_in = {None: "`columns`", "dataset_name": "`dataset_columns`"}.get(option, f"`columns` in `{option}`")
     there = dataset.column_names or list(next(iter(dataset)))
     wanted: list[str] = list(columns.values() if isinstance(columns, dict) else columns)
     missing = [column for column in wanted if column not in there]
     if missing:
         raise ValueError(
-            f"{name} has no column {', '.join(map(repr, missing))}, only {sorted(there)}. Correct `columns`."
+            f"{name} has no column {', '.join(map(repr, missing))}, only {sorted(there)}. Correct {told_in}."
         )
     if len({*wanted}) < len(wanted):
-        raise ValueError(f"`columns` of {name} names a column twice: {columns}. Give each of its own.")
+        raise ValueError(f"{told_in} of {name} names a column twice: {columns}. Give each of its own.")
     chosen = dataset.select_columns(wanted)
     new = {theirs: ours for ours, theirs in columns.items() if ours != theirs} if isinstance(columns, dict) else {}
     return chosen.rename_columns(new) if new else chosen

@@ -15,6 +15,7 @@ from .. import __version__
 from ..files import OutputError
 from ..versions import check_versions
 from .formats import to_prompt_completion, with_columns
+from .mixture import DataPart
 
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def load_rows(
     if not isinstance(dataset, (DatasetDict, dict)):
         return dataset
     if split not in dataset:
-        raise NoSplitError(f"{name} has no split {split!r}, only {sorted(dataset)}. Choose one with the split option.")
+        raise NoSplitError(f"{name} has no split {split!r}, only {sorted(dataset)}. Name one of these.")
     return dataset[split]
 
 
@@ -85,6 +86,7 @@ def load_split(
     text_field: str = "text",
     drop_incomplete: bool = False,
     columns: dict[str, str] | list[str] | None = None,
+    option: str | None = None,
     **options: Any,
 ) -> Dataset | IterableDataset:
     """
@@ -92,6 +94,7 @@ def load_split(
 
     Args:
         columns (`dict` or `list`, *optional*): Which column is which, see [`with_columns`], or those to read.
+        option (`str`, *optional*): See [`to_prompt_completion`].
 
     Raises:
         ImportError: `datasets` is of a version outside its range.
@@ -101,11 +104,34 @@ def load_split(
     rows = load_rows(name, config, split, streaming, **options)
     shown = name if os.path.isfile(name) else f"{name} ({split})"
     if columns is not None:
-        rows = with_columns(rows, columns, shown)
-    rows = to_prompt_completion(rows, text_field, drop_incomplete, shown)
+        rows = with_columns(rows, columns, shown, option)
+    rows = to_prompt_completion(rows, text_field, drop_incomplete, shown, option)
     if next(iter(rows), None) is None:
         raise ValueError(f"{shown} has no row{' left' * drop_incomplete}. Give at least 2 rows to train on.")
     return rows
+
+
+def load_part(
+    part: DataPart,
+    option: str,
+    split: str | None = None,
+    streaming: bool = False,
+    text_field: str = "text",
+    drop_incomplete: bool = False,
+) -> Dataset | IterableDataset:
+    """
+    [`load_split`] of a data set as a user wrote it.
+
+    Args:
+        option (`str`): The option in which he did, for messages.
+        split (`str`, *optional*): Another one than its own.
+    """
+    files = {"data_dir": part.data_dir, "data_files": part.data_files}
+    files = {name: value for name, value in files.items() if value is not None}
+    split = part.split if split is None else split
+    return load_split(
+        part.path, part.name, split, streaming, text_field, drop_incomplete, part.columns, option, **files
+    )
 
 
 def _is_empty(path: str, suffix: str) -> bool:

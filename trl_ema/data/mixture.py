@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
+import yaml
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from trl.scripts.utils import DatasetConfig
 
@@ -25,7 +26,8 @@ _TAKEN = ("domain", "general")
 @dataclass
 class DataPart(DatasetConfig):
     """
-    A data set, alone or in TRL's `datasets:` block; the keys of an entry of that block, and what they mean, are TRL's.
+    A data set, alone or in TRL's `datasets:` block; the keys of an entry of that block, and what they mean, are TRL's. Every other
+    option that names further rows (`replay_dataset`, `rehearsal_dataset`, `drift_dataset`, `drift_data`) takes such an entry, too.
 
     Args:
         columns (`list` or `dict`, *optional*): Columns to read, as in TRL; or which column is which, for columns of no known format:
@@ -37,27 +39,33 @@ class DataPart(DatasetConfig):
     fraction: float | None = None
 
     @classmethod
-    def from_config(cls, given: Any) -> "DataPart":
+    def from_config(cls, given: Any, option: str = "datasets", split: str = "train") -> "DataPart":
         """
-        An entry of `datasets`.
+        A data set as a user wrote it: its hub name or file, or a mapping, as YAML has it or as text on a command line.
+
+        Args:
+            option (`str`): The option in which he did, for messages.
+            split (`str`): Where none is named.
 
         Raises:
             ValueError: It is none.
         """
-        if isinstance(given, DatasetConfig):
-            given = vars(given)
-        known = [f.name for f in fields(cls)]
-        if not isinstance(given, dict) or not isinstance(given.get("path"), str):
+        if isinstance(given, DatasetConfig):  # of a command line it has a path alone
+            given = given.path if str(given.path).startswith("{") else vars(given)
+        entry = _as_mapping(given)
+        known = [f.name for f in fields(cls) if f.name != "fraction" or option == "datasets"]
+        what = "An entry of `datasets`" if option == "datasets" else f"`{option}`"
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise ValueError(
-                f"An entry of `datasets` is {given!r}; expected a mapping with a `path` (hub name or file), such as "
-                "`{path: data.jsonl, fraction: 0.5}`."
+                f"{what} is {given!r}; expected a mapping with a `path` (hub name or file), such as `{{path: data.csv, columns: {{prompt: "
+                "Question, completion: Reply}}`, or that path alone."
             )
-        unknown = sorted(map(str, given.keys() - {*known}))
+        unknown = sorted(map(str, entry.keys() - {*known}))
         if unknown:
-            raise ValueError(
-                f"The entry {given['path']!r} of `datasets` has unknown keys {unknown}; known are {known}."
-            )
-        part = cls(**given)
+            what = f"The entry {entry['path']!r} of `{option}`"
+            raise ValueError(f"{what} has unknown keys {unknown}; known are {known}.")
+        part = cls(**cast(dict, {"split": split} | entry))
+        _check_columns(part, option)
         if part.fraction is not None:
             part.fraction = float(plain_number("fraction", part.fraction))
             if not 0 < part.fraction <= 1:
@@ -66,6 +74,28 @@ class DataPart(DatasetConfig):
                     "that come from there."
                 )
         return part
+
+
+def _as_mapping(given: Any) -> Any:
+    """A name, or the text of a mapping, as a mapping; what is neither stays as it is."""
+    if not isinstance(given, str):
+        return given
+    if not given.startswith("{"):
+        return {"path": given}
+    try:
+        return yaml.safe_load(given)
+    except yaml.YAMLError:
+        return given
+
+
+def _check_columns(part: DataPart, option: str) -> None:
+    told = part.columns
+    names = [*told.keys(), *told.values()] if isinstance(told, dict) else told
+    if told is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(
+            f"`columns` of {part.path!r} in `{option}` is {told!r}; expected which is which, `{{prompt: Question, completion: Reply}}`, or "
+            "a list of columns to read."
+        )
 
 
 def names_of_parts(parts: Sequence[DataPart | None]) -> list[str]:

@@ -5,11 +5,10 @@ import json
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 
 from datasets import Dataset, IterableDataset
 
-from .formats import trained_columns
+from .formats import seen_columns
 from .rows import rows_of
 
 
@@ -44,7 +43,7 @@ def held_out_split(
         texts = [str(row[key]) for row in dataset.select_columns(key)]
         held = {i for i, text in enumerate(texts) if _position(text, seed) < fraction}
     else:
-        columns = _split_columns(dataset.column_names, text_field)
+        columns = seen_columns(set(dataset.column_names), text_field)
         held = _chosen([_question_and_answer(row, columns) for row in rows_of(dataset, columns)], fraction, seed)
     return (
         dataset.select([i for i in range(len(dataset)) if i not in held]),
@@ -62,7 +61,7 @@ def held_out_of_stream(
     first = list(dataset.take(math.ceil(samples / fraction)))
     if len(first) <= samples:
         return dataset.skip(samples), Dataset.from_list(first)
-    columns = _split_columns(first[0], text_field)
+    columns = seen_columns(set(first[0]), text_field)
     rows = [_question_and_answer(row, columns) for row in first]
     chosen = _chosen(rows, samples / len(first), seed)
     held = {rows[i] for i in chosen}
@@ -77,8 +76,8 @@ def held_out_of_stream(
 
 def rows_in_common(held_out: Dataset, train: Dataset, text_field: str = "text") -> int:
     """How many rows of one data set's held-out part stand, with equal texts, among the training rows of another one."""
-    columns = _split_columns(held_out.column_names, text_field)
-    if columns != _split_columns(train.column_names, text_field):
+    columns = seen_columns(set(held_out.column_names), text_field)
+    if columns != seen_columns(set(train.column_names), text_field):
         return 0
     held = [_question_and_answer(row, columns) for row in rows_of(held_out, columns)]
     wanted = set(held)
@@ -89,13 +88,6 @@ def rows_in_common(held_out: Dataset, train: Dataset, text_field: str = "text") 
 def _position(text: str, seed: int) -> float:
     """In [0, 1), by a hash."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:8], "big") / 2**64
-
-
-def _split_columns(columns: Iterable[str], text_field: str) -> list[str]:
-    """Those that make a question and, last, its answer: a chat template shows the model its tools and options too."""
-    found = trained_columns(set(columns), text_field) or ["input_ids"]
-    with_template = found[-1] in ("completion", "messages", "conversations")
-    return [c for c in ("tools", "chat_template_kwargs") if with_template and c in columns] + found
 
 
 def _question_and_answer(row: dict, columns: list[str]) -> tuple[str, str]:

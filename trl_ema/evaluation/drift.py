@@ -23,9 +23,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..adapters.fitness import base_changed_by, targets_head
 from ..adapters.switching import without_adapter
-from ..data import as_chat, load_split, tokenize_rows
+from ..data import DataPart, as_chat, load_part, tokenize_rows
 from ..forward import logit_transform
 from ..losses import IGNORE_INDEX, fused_linear_cross_entropy_kl
+from ..options import RowsArguments
 from ..sharding import whole_weights
 from .models import evaluating
 
@@ -54,12 +55,20 @@ def general_rows() -> list[dict[str, str]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def sampled_rows(
-    name: str, split: str, samples: int, seed: int, drop_incomplete: bool, tokenizer: PreTrainedTokenizerBase
-) -> Dataset:
-    """At most so many rows of a data set (hub name or file) to measure on, drawn with `seed`; plain prompts become chats."""
-    rows = load_split(name, split=split, drop_incomplete=drop_incomplete)
-    rows = rows.shuffle(seed=seed).select(range(min(samples, len(rows))))
+def sampled_rows(args: RowsArguments, tokenizer: PreTrainedTokenizerBase, option: str = "dataset_name") -> Dataset:
+    """
+    At most `dataset_samples` rows to measure on, drawn with `seed`; plain prompts become chats.
+
+    Args:
+        option (`str`): The one that names them; another than `dataset_name` may hold an entry as of `datasets`.
+    """
+    if option == "dataset_name":
+        name, columns = str(args.dataset_name), args.dataset_columns
+        part = DataPart(name, args.dataset_config, split=args.dataset_split, columns=columns)
+    else:
+        part = DataPart.from_config(getattr(args, option), option, args.dataset_split)
+    rows = cast(Dataset, load_part(part, option, drop_incomplete=args.drop_incomplete_rows))
+    rows = rows.shuffle(seed=args.seed).select(range(min(args.dataset_samples, len(rows))))
     return as_chat(rows, tokenizer)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..options import plain_count, plain_number, take_booleans
+from ..options import plain_bool, plain_count, plain_number, take_booleans
 from .answers import CURVE, GENERATIONS, TEXT
 
 
@@ -15,6 +15,11 @@ from .answers import CURVE, GENERATIONS, TEXT
 _METRIC = r"[^\s@]+(@[^\s@]+)?"
 # Options that came later than the first answers: without them these keep their key.
 LATER = ("gen_kwargs",)
+# What is asked together, by name; see `suite_tasks`.
+SUITES = {
+    "medical": ("multimedqa", "mmlu_general", "ifeval", "hellaswag"),
+    "retention": ("mmlu_general", "hellaswag", "arc_challenge", "winogrande", "ifeval", "gsm8k"),
+}
 # Entries of the file that loss and drift are kept in.
 _RESERVED = ("answered", "domain", "general", "generation", "key", "provenance")
 
@@ -75,8 +80,11 @@ class Suite:
     Args:
         retention_tasks (`dict`): lm-eval task or group to its [`TaskSettings`]: what must not be forgotten.
         domain_tasks (`dict`): The same for the domain.
-        drift_data (`dict`): Name to a file (or hub name) of further general texts for loss and drift, beside the built-in
-            `general` rows.
+        suite (`str`, *optional*): One of [`SUITES`], whose tasks are asked too; those named above as they are there.
+        include_path (`list[str]`): Folders with further tasks in lm-eval's YAML.
+        offline (`bool`, *optional*): Questions from the package registry; by default if the hub does not answer.
+        drift_data (`dict`): Name to a file or hub name of further general texts for loss and drift, beside the built-in `general`
+            rows; or to an entry as of `datasets`.
         drift_on (`list[str]`, *optional*): Those of these texts, `general` among them, whose mean is the drift of the map. All of
             them by default.
         scales (`tuple`): Factors of each adapter's update at which loss and drift are measured too, beside 1.
@@ -89,7 +97,10 @@ class Suite:
 
     retention_tasks: dict[str, TaskSettings] = field(default_factory=dict)
     domain_tasks: dict[str, TaskSettings] = field(default_factory=dict)
-    drift_data: dict[str, str] = field(default_factory=dict)
+    suite: str | None = None
+    include_path: list[str] = field(default_factory=list)
+    offline: bool | None = None
+    drift_data: dict[str, str | dict] = field(default_factory=dict)
     drift_on: list[str] = field(default_factory=list)
     scales: tuple[float, ...] = ()
     domain_samples: int = 128
@@ -114,6 +125,11 @@ class Suite:
         return cls(**options)
 
     def __post_init__(self) -> None:
+        if self.suite is not None and self.suite not in SUITES:
+            raise ValueError(f"`suite` of the evaluation is {self.suite!r}; expected one of {list(SUITES)}.")
+        object.__setattr__(self, "include_path", _folders(self.include_path))  # of a frozen dataclass
+        if self.offline is not None:
+            object.__setattr__(self, "offline", plain_bool("offline", self.offline))
         _take_counts(self, {"domain_samples": 1, "generation_tokens": 0, "max_length": 2, "batch_size": 1})
         object.__setattr__(self, "drift_data", _drift_data(self.drift_data or {}))
         object.__setattr__(self, "drift_on", _drift_on(self.drift_on, self.general_texts))
@@ -199,8 +215,17 @@ def _take_counts(settings: TaskSettings | Suite, least: dict[str, int]) -> None:
             object.__setattr__(settings, name, plain_count(name, value, smallest))
 
 
-def _drift_data(files: Any) -> dict[str, str]:
-    if not isinstance(files, dict) or not all(isinstance(path, str) for path in files.values()):
+def _folders(given: Any) -> list[str]:
+    found = [given] if isinstance(given, str) else given or []
+    if not isinstance(found, list | tuple) or not all(isinstance(path, str) for path in found):
+        raise ValueError(
+            f"`include_path` is {given!r}; expected a list of folders with tasks in lm-eval's YAML, such as `[my_tasks]`."
+        )
+    return list(found)
+
+
+def _drift_data(files: Any) -> dict[str, str | dict]:
+    if not isinstance(files, dict) or not all(isinstance(path, str | dict) for path in files.values()):
         raise ValueError(
             f"`drift_data` is {files!r}; expected files by name, such as `{{encyclopaedia: articles.jsonl}}`."
         )

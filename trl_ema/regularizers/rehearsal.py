@@ -20,6 +20,7 @@ from ..schedules import BudgetedWeight, RampedWeight, SmoothedMean
 from ..texts import Texts
 from .base import Gather, Inputs, Regularizer
 from .given_texts import given_texts
+from .known_states import states_before, to_device
 from .micro_batch import TokenMean
 from .own_texts import FILE, OwnTexts
 
@@ -38,7 +39,8 @@ class Rehearsal(Regularizer):
 
     The micro-batches of an optimizer step get so many texts as further rows that their share is `rehearsal_fraction`, spread
     evenly over them, and one at least. All texts are taken once before any is taken again, in a seeded order that depends on
-    nothing but how many were taken so far.
+    nothing but how many were taken so far. Where a run takes more than there are, the model before training passes over each
+    once, and not in every micro-batch, see [`states_before`].
 
     Args:
         args ([`MeanTeacherConfig`]): The options that begin with `rehearsal_`, and `drift_budget`.
@@ -78,7 +80,7 @@ class Rehearsal(Regularizer):
         self._counts: list[int] = []  # of texts in each micro-batch of this step, on every rank
         self.texts: Texts | None = None
         self.digest = ""  # of the texts
-        self._pass, self._order = -1, np.empty(0, dtype=int)  # through all texts, and the order in it
+        self._known: list[torch.Tensor] | None = None  # of the model before training, for each text
         self._start_anew()
         self.own: OwnTexts | None = None
         if given is not None:
@@ -106,6 +108,7 @@ class Rehearsal(Regularizer):
             )
         self.per_micro_batch = self._check(len(lengths), sum(lengths) / len(lengths))
         self.texts, self.digest = texts, digest_of(texts)
+        self._order = _Order(len(lengths), self.args.seed)
 
     def _check(self, number: int, mean_length: float) -> float:
         """How many texts of so many a micro-batch takes on average. Raises `ValueError` if there are not as many."""
@@ -131,8 +134,17 @@ class Rehearsal(Regularizer):
             self.own.keep_beside(trainer)
         self._start_anew()
         self._control = trainer.control
+        self._know_before(trainer)
         if state is not None:
             self._go_on(state)
+
+    def _know_before(self, trainer: Any) -> None:
+        self._known = None
+        if self.args.rehearsal_loss == "kl":
+            assert self.start is not None and self.texts is not None
+            of_step = sum(_spread(self.per_micro_batch, self.args.gradient_accumulation_steps))
+            taken = of_step * trainer.state.max_steps
+            self._known = states_before(trainer, self.start, self.texts.ids, self.pad, taken)
 
     def _go_on(self, state: dict) -> None:
         self.taken = state["taken"]
@@ -167,27 +179,23 @@ class Rehearsal(Regularizer):
         self.taken += sum(self._counts) * self.args.world_size
         # Predictions that the mean is over: those of all whose labelled tokens TRL counts together.
         ranks = [self.args.process_index] if gather is None else range(self.args.world_size)
-        self._predicted = sum(_num_predicted(self._chosen(i, rank)) for i in range(len(batches)) for rank in ranks)
+        self._predicted = sum(_num_predicted(self._texts(i, rank)) for i in range(len(batches)) for rank in ranks)
 
-    def _chosen(self, micro_batch: int, rank: int) -> list[list[int]]:
-        """Texts of one rank in one micro-batch of this step."""
+    def _texts(self, micro_batch: int, rank: int) -> list[list[int]]:
+        assert self.texts is not None
+        return [self.texts.ids[number] for number in self._chosen(micro_batch, rank)]
+
+    def _chosen(self, micro_batch: int, rank: int) -> list[int]:
+        """Numbers of the texts of one rank in one micro-batch of this step."""
         before, number = sum(self._counts[:micro_batch]), self._counts[micro_batch]
         first = self._first + before * self.args.world_size + rank * number
-        return [self._text(position) for position in range(first, first + number)]
-
-    def _text(self, position: int) -> list[int]:
-        """The text that is taken at this place, of all places of the run."""
-        assert self.texts is not None
-        number = len(self.texts.ids)
-        if self._pass != position // number:
-            self._pass = position // number
-            self._order = np.random.default_rng([self.args.seed, self._pass]).permutation(number)
-        return self.texts.ids[self._order[position % number]]
+        return [self._order.number_at(position) for position in range(first, first + number)]
 
     # The loss
 
     def add_rows(self, inputs: Inputs, step: int, num_items: torch.Tensor | None) -> tuple[Inputs, list[Divergence]]:
-        texts = self._chosen(self._micro_batch, self.args.process_index)
+        texts = self._texts(self._micro_batch, self.args.process_index)
+        known = self._known and [self._known[i] for i in self._chosen(self._micro_batch, self.args.process_index)]
         weight = self._last_weight = self.weight.value(step)
         self._micro_batch += 1
         if not texts:  # nor on any other rank
@@ -207,7 +215,9 @@ class Rehearsal(Regularizer):
         chosen = list(range(own, own + len(texts)))
         multiple = int(self.args.pad_to_multiple_of or 1)
         length = None if packed else -(-max(map(len, texts)) // multiple) * multiple
-        return batch, [Divergence(teacher, weight / predicted, "all", chosen, length=length, times=times)]
+        hidden = None if known is None else to_device(torch.cat(known), inputs["input_ids"].device)
+        term = Divergence(teacher, weight / predicted, "all", chosen, length=length, times=times, hidden=hidden)
+        return batch, [term]
 
     @property
     def watches_drift(self) -> bool:
@@ -244,6 +254,20 @@ class Rehearsal(Regularizer):
             "taken": self.taken, "weight": self.weight.state(), "texts": self.digest, "smoothed": self.smoothed.state(),
             "options": _options(self.args), "sampling": None if self.texts is None else self.texts.about.get("sampling"),
         }  # fmt: skip
+
+
+class _Order:
+    """Which of so many texts is taken at each place of a run: all once, in a seeded order, before any again in another."""
+
+    def __init__(self, number: int, seed: int):
+        self.number, self.seed = number, seed
+        self._pass, self._order = -1, np.empty(0, dtype=int)
+
+    def number_at(self, place: int) -> int:
+        if self._pass != place // self.number:
+            self._pass = place // self.number
+            self._order = np.random.default_rng([self.seed, self._pass]).permutation(self.number)
+        return int(self._order[place % self.number])
 
 
 def stop_at_drift(control: TrainerControl, drift: float, limit: float | None, where: str) -> None:

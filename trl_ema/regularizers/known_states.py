@@ -1,0 +1,69 @@
+"""What the model before training makes of the texts that are rehearsed: computed once, where each is taken more than once."""
+
+import logging
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..adapters.names import base_of
+from ..adapters.starting_point import StartingPoint
+from ..adapters.switching import Switch, switched
+
+
+logger = logging.getLogger(__name__)
+
+# What they may take of the memory of the machine, on each rank.
+MOST_BYTES = 2**30
+_BATCH_SIZE = 8  # always the same: another one would change the last bits of a resumed run
+
+
+def states_before(
+    trainer: Any, start: StartingPoint, ids: list[list[int]], pad: int, taken: int
+) -> list[torch.Tensor] | None:
+    """
+    Hidden states of the model before training at every prediction of each text, on the CPU; `None` where its pass in each
+    micro-batch is no more work, or is needed.
+
+    That is where a rank takes no more texts (`taken`) than there are, where weights are sharded (all ranks would have to pass
+    as often), where the LM head is trained on (it is another one before training), or where they would take more than
+    [`MOST_BYTES`].
+
+    Args:
+        trainer ([`EMARegularizedSFTTrainer`]): About to train.
+        start ([`StartingPoint`]): The model before training.
+        ids (`list[list[int]]`): The texts.
+        pad (`int`): Token that fills a row.
+        taken (`int`): Texts that this rank takes in the whole run.
+
+    Returns:
+        `list[torch.Tensor]`: `(len(text) - 1, hidden_size)` of each text, in the type the model computes them in.
+    """
+    base = base_of(trainer.model)
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if taken <= len(ids) or trainer.shards_weights or any(p.requires_grad for p in head.parameters()):
+        return None
+    if sum(map(len, ids)) * head.weight.shape[-1] * 4 > MOST_BYTES:
+        return None
+    logger.info("The model before training passes over %d texts, once", len(ids))
+    states = []
+    shows = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
+    evaluating: list[Switch] = [(module, "training", False) for module in trainer.model.modules()]
+    with torch.no_grad(), trainer.precision(), switched(evaluating), start.activate():
+        for first in tqdm(range(0, len(ids), _BATCH_SIZE), desc="Reading texts", unit="batch", disable=not shows):
+            texts = ids[first : first + _BATCH_SIZE]
+            longest = max(map(len, texts))
+            rows = torch.tensor([text + [pad] * (longest - len(text)) for text in texts])
+            mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+            inputs = {
+                "input_ids": rows.to(embeddings.weight.device),
+                "attention_mask": mask.to(embeddings.weight.device),
+            }
+            hidden = base.base_model(**inputs, use_cache=False).last_hidden_state.cpu()
+            states += [row[: len(text) - 1].clone() for row, text in zip(hidden, texts, strict=True)]
+    return states
+
+
+def to_device(states: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device, without the host waiting for it."""
+    return (states.pin_memory() if device.type == "cuda" else states).to(device, non_blocking=True)
