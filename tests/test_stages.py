@@ -507,10 +507,10 @@ def test_a_stage_that_its_launch_cannot_go_on_with_is_refused_before_any_is_trai
 def test_a_stage_may_have_texts_once_the_one_before_is_trained(checked):
     options = {"rehearsal_weight": 1, "rehearsal_num_tokens": 32}
     with pytest.raises(ValueError, match="cannot write texts"):
-        checked("fsdp2", options, done=["first"], stages=["second"])
+        checked("fsdp2", options, done=["first"], arms=["other"], stages=["second"])
     texts_path("0-0", Sampling(num_tokens=32)).parent.mkdir(parents=True)
     texts_path("0-0", Sampling(num_tokens=32)).touch()
-    checked("fsdp2", options, stages=["second"])
+    checked("fsdp2", options, arms=["other"], stages=["second"])
 
 
 def test_runs_of_stages_are_named_after_them_where_they_are_tracked(tiny_folder, tmp_path):

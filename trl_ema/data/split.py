@@ -76,8 +76,8 @@ def held_out_of_stream(
 
 def rows_in_common(held_out: Dataset, train: Dataset, text_field: str = "text") -> int:
     """How many rows of one data set's held-out part stand, with equal texts, among the training rows of another one."""
-    columns = seen_columns({*held_out.column_names}, text_field)
-    if columns != seen_columns({*train.column_names}, text_field):
+    columns = seen_columns(set(held_out.column_names), text_field)
+    if columns != seen_columns(set(train.column_names), text_field):
         return 0
     held = [_question_and_answer(row, columns) for row in rows_of(held_out, columns)]
     wanted = set(held)
