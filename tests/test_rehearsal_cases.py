@@ -149,13 +149,22 @@ CASES = {
 }  # fmt: skip
 
 
+# The model before training passes over each micro-batch, or over each text once where it is taken again.
+PASSES = {"fresh texts": {}, "texts again": dict(max_steps=12)}
+
+
+@pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("case", CASES)
-def test_the_loss_is_that_of_the_two_batches_apart(rehearsing, case):  # noqa: F811
-    options = dict(learning_rate=0.03) | CASES[case]
+def test_the_loss_is_that_of_the_two_batches_apart(rehearsing, case, passes):  # noqa: F811
+    options = dict(learning_rate=0.03) | CASES[case] | PASSES[passes]
     model, adapter = tiny_model(**options.pop("model", {})), lora(**options.pop("peft_config", {}))
     if options.pop("gone_on_from", False):
         model, adapter = get_peft_model(model, adapter), None
-    check(rehearsing(model=model, peft_config=adapter, **options))
+    trainer = rehearsing(model=model, peft_config=adapter, **options)
+    check(trainer)
+    if passes == "texts again":
+        head_is_trained = any(p.requires_grad for p in trainer.model.get_output_embeddings().parameters())
+        assert (of(trainer)._known is None) == head_is_trained
 
 
 APART = {
@@ -209,14 +218,16 @@ def test_what_is_passed_over_apart_must_be_worth_a_pass():
     assert better(Parts(8, (1024, 96), apart=True), 12, 1024, device="meta")
 
 
-def test_a_4bit_model_is_held_to_itself_in_4_bits(rehearsing, nf4_model):  # noqa: F811
-    check(rehearsing(model=nf4_model(), learning_rate=0.03), rtol=1e-4)
+@pytest.mark.parametrize("passes", PASSES)
+def test_a_4bit_model_is_held_to_itself_in_4_bits(rehearsing, nf4_model, passes):  # noqa: F811
+    check(rehearsing(model=nf4_model(), learning_rate=0.03, **PASSES[passes]), rtol=1e-4)
 
 
+@pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("four_bit", [False, True], ids=["float32", "nf4"])
-def test_under_autocast_the_loss_is_as_near_as_its_precision(rehearsing, nf4_model, four_bit):  # noqa: F811
+def test_under_autocast_the_loss_is_as_near_as_its_precision(rehearsing, nf4_model, four_bit, passes):  # noqa: F811
     model = nf4_model() if four_bit else None
-    trainer = rehearsing(model=model, learning_rate=0.03, bf16=True)
+    trainer = rehearsing(model=model, learning_rate=0.03, bf16=True, **PASSES[passes])
     check(trainer, gradient=False, rtol=0.02, atol=0.02)
 
 
