@@ -37,7 +37,7 @@ def test_every_arm_steps_on_every_kind_of_rows(monkeypatch, capsys, tiny_folder,
     options = ["--model", tiny_folder / "model", "--tokens", 16, "--repetitions", 1, "--rows", rows, "--json", output]
     table = run(monkeypatch, capsys, "step", *options, "--plot", tmp_path / "figures.png")
     figures = json.loads(output.read_text())["figures"]
-    assert len(figures) == 12 and all(f["low"] == f["median"] == f["high"] > 0 for f in figures)
+    assert len(figures) == 13 and all(f["low"] == f["median"] == f["high"] > 0 for f in figures)
     assert all(f["median"] == pytest.approx(f["over"][0] / f["under"][0]) for f in figures)
     assert all(f["name"] in table for f in figures) and (tmp_path / "figures.png").stat().st_size > 10_000
 

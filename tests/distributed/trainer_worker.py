@@ -113,7 +113,8 @@ class _DenseRehearsal:
         self.texts = load_texts(self.args.rehearsal_texts).ids
         with torch.random.fork_rng():
             self.before = tiny_model()
-        self.weight, self.taken, self.mean, self.steps = self.args.rehearsal_weight, 0, 0.0, 0
+        self.weight = self.center = self.args.rehearsal_weight
+        self.taken, self.mean, self.steps = 0, 0.0, 0
         self.weights, self.sums = [], torch.zeros(2)
 
     def draw(self, number):
@@ -143,7 +144,9 @@ class _DenseRehearsal:
         self.mean = 0.9 * self.mean + 0.1 * kl / tokens
         if self.args.drift_budget is not None:
             smoothed = self.mean / (1 - 0.9**self.steps)
-            self.weight *= math.exp(max(min(0.05 * (smoothed / self.args.drift_budget - 1), 0.2), -0.2))
+            error = max(min(math.log(max(smoothed / self.args.drift_budget, 1e-9)), 1.0), -1.0)
+            self.center *= math.exp(0.2 * error)
+            self.weight = self.center * math.exp(2 * error)
 
 
 class _Average(TrainerCallback):
