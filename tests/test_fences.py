@@ -31,6 +31,7 @@ OVERRIDDEN = (
 
 # Functions, and the parameters that they are given: by position before the `|`, by name after it.
 CALLED = {
+    "accelerate.commands.launch._validate_launch_command": "args",
     "accelerate.utils.broadcast_object_list": "object_list",
     "accelerate.utils.is_peft_model": "model",
     "bitsandbytes.nn.Linear4bit.state_dict": "",
@@ -104,11 +105,11 @@ CALLED = {
 
 # Attributes, fields and keys that are read or set, by the class or module that has them.
 NAMED = {
-    "accelerate.Accelerator": "gradient_state optimizer_step_was_skipped parallelism_config",
+    "accelerate.Accelerator": "gradient_state optimizer_step_was_skipped",
     "accelerate.DeepSpeedPlugin": "deepspeed_config zero_stage",
-    "accelerate.FullyShardedDataParallelPlugin": "fsdp_version mixed_precision_policy state_dict_type",
-    "accelerate.parallelism_config.ParallelismConfig": "cp_enabled cp_size sp_enabled sp_size tp_enabled tp_size",
-    "accelerate.state.AcceleratorState": "deepspeed_plugin dynamo_plugin fsdp_plugin",
+    "accelerate.FullyShardedDataParallelPlugin": "activation_checkpointing fsdp_version mixed_precision_policy state_dict_type",
+    "accelerate.parallelism_config.ParallelismConfig": "cp_size sp_size tp_size",
+    "accelerate.state.AcceleratorState": "deepspeed_plugin dynamo_plugin fsdp_plugin parallelism_config",
     "accelerate.state.GradientState": "end_of_dataloader",
     "bitsandbytes.backends.cpu.ops": "logger",
     "bitsandbytes.functional.QuantState": "absmax nested offset quant_type state2",
@@ -211,8 +212,9 @@ WRITTEN = {
 
 # Fields of what accelerate's launcher takes.
 LAUNCHER = (
-    "config_file deepspeed_config_file fsdp_version gpu_ids module multi_gpu num_processes offload_param_device quiet training_script "
-    "training_script_args use_deepspeed use_fsdp zero_stage"
+    "config_file cpu deepspeed_config_file dynamo_backend fsdp_activation_checkpointing fsdp_version gpu_ids module multi_gpu "
+    "num_processes offload_param_device parallelism_config_cp_size parallelism_config_sp_size parallelism_config_tp_size quiet "
+    "training_script training_script_args use_deepspeed use_fsdp use_parallelism_config zero_stage"
 )
 
 

@@ -73,11 +73,14 @@ def test_a_training_goes_on_and_measures_from_the_adapter(start, tiny_folder, tm
     [
         (["--adapter_name_or_path", "none"], "`adapter_name_or_path='none'` holds no adapter (adapter_config.json is missing)"),
         (["--adapter_name_or_path", "run", "--model_name_or_path", "some/base"], "not on 'some/base'"),
+        (["--adapter_name_or_path", "bare"], "`adapter_name_or_path='bare'` holds no weights of its adapter (adapter_model.safetensors is missing)"),
         (["--model_name_or_path", "run"], "`model_name_or_path='run'` is an adapter. To go on from it give it as `--adapter_name_or_path`"),
     ],
 )  # fmt: skip
 def test_what_is_no_start_is_refused_in_a_line(tiny_folder, tmp_path, arguments, message):
-    lora(base_model_name_or_path=str(tiny_folder / "model")).save_pretrained(tmp_path / "run")
+    for name in ("run", "bare"):
+        lora(base_model_name_or_path=str(tiny_folder / "model")).save_pretrained(tmp_path / name)
+    (tmp_path / "run" / "adapter_model.safetensors").touch()
     done = train(
         *arguments, "--dataset_name", tiny_folder / "data.jsonl", "--output_dir", "x", check=False, cwd=tmp_path
     )

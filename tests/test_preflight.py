@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from accelerate import PartialState
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, FullyShardedDataParallelPlugin, ParallelismConfig
 from conftest import lora, rows, tiny_config
 from datasets import Dataset
 from peft import get_peft_model
@@ -417,18 +417,93 @@ def test_the_launch_of_a_running_process_is_that_of_its_file():
     assert Launch.of_state(PartialState()) == Launch()
 
 
-def refused(launch, begun=False, has_texts=False, **options):
+FSDP = ["--fsdp_activation_checkpointing", "true"]
+SPLIT = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}, "num_processes": 4}
+SPLIT["parallelism_config"] = {"parallelism_config_cp_size": 2, "parallelism_config_dp_shard_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected", "message"),
+    [
+        ("fsdp2", ["--fsdp_version", "1"], dict(fsdp_version=1), "The launch asks for FSDP version 1"),
+        ("fsdp2", ["--dynamo_backend", "inductor"], dict(fsdp_version=2, compiles=True), "`torch_compile` under FSDP2 is not supported"),
+        ("fsdp2", FSDP, dict(fsdp_version=2, wraps_layers=True), "Use `gradient_checkpointing` instead of `fsdp_activation"),
+        ("split.yaml", [], dict(fsdp_version=2, cp_size=2), "Context parallelism (`cp_size=2`) is not supported"),
+        ("split.yaml", ["--parallelism_config_tp_size", "2"], dict(fsdp_version=2, cp_size=2, tp_size=2), "Context parallelism"),
+        ("split.yaml", ["--parallelism_config_cp_size", "1"], dict(fsdp_version=2), None),
+        ("zero2", ["--zero_stage", "0"], dict(zero_stage=0, offload_param="none"), "DeepSpeed with `zero_stage: 0`"),
+        ("zero3", ["--offload_param_device", "nvme"], dict(zero_stage=3, offload_param="nvme"), "`offload_param` is set to `nvme`"),
+        ("zero3", ["--zero_stage", "2"], dict(zero_stage=2, offload_param="none"), None),
+        ("multi_gpu", FSDP, {}, None),
+        ("fsdp2", ["--cpu"], {}, None),
+    ],
+)  # fmt: skip
+def test_options_of_the_launcher_win_over_its_file_as_in_accelerate(tmp_path, name, options, expected, message):
+    (tmp_path / "split.yaml").write_text(yaml.safe_dump(SPLIT))
+    config = str(tmp_path / name) if name == "split.yaml" else name
+    launch = launch_of(launcher_settings(config, [*options, "--num_processes", "4"]))
+    assert launch == Launch(4, **expected)
+    assert message is None or any(message in one for one in refused(launch, teacher="ema", words=None))
+    assert message is not None or refused(launch, teacher="ema") == []
+
+
+def test_what_a_launch_wraps_or_splits_is_told_of_a_running_process():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, activation_checkpointing=True)
+    state = SimpleNamespace(fsdp_plugin=plugin, parallelism_config=ParallelismConfig(cp_size=2, tp_size=3))
+    assert Launch.of_state(state) == Launch(1, fsdp_version=2, wraps_layers=True, cp_size=2, tp_size=3)
+
+
+def test_compiling_in_the_options_of_the_training_counts_as_the_launchers(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # which transformers sets, and is put back
+    assert refused(Launch(2, fsdp_version=2), torch_compile=True) == []  # nothing is fused
+    assert refused(Launch(2, fsdp_version=2), teacher="ema", torch_compile=True) == ["`torch_compile` under FSDP2 is"]
+    assert refused(Launch(2), teacher="ema", torch_compile=True) == []
+
+
+def test_an_option_of_the_launcher_that_training_refuses_is_told(workplace, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    arguments = [
+        "--dataset_name",
+        "data.jsonl",
+        "--output_dir",
+        "out",
+        "--max_steps",
+        "2",
+        "--accelerate_config",
+        "fsdp2",
+    ]
+    done = check(workplace, *arguments, "--torch_compile", "true", *FSDP, check=False)
+    assert done.returncode == 1 and "would refuse, for 2 reason(s)" in done.stdout
+    assert "`torch_compile` under FSDP2" in done.stdout and "`fsdp_activation_checkpointing`" in done.stdout
+
+
+def test_a_best_metric_and_a_push_that_cannot_be_are_refused(workplace, monkeypatch):
+    monkeypatch.setattr(preflight, "get_token", lambda: None)
+    arguments = ["--dataset_name", "data.jsonl", "--output_dir", "out", "--max_steps", "2", "--eval_strategy", "steps"]
+    arguments += ["--eval_steps", "1", "--save_steps", "1", "--load_best_model_at_end", "true"]
+    push = ["--push_to_hub", "true"]
+    done = check(workplace, *arguments, *push, "--metric_for_best_model", "eval_domian_loss", check=False)
+    assert done.returncode == 1 and "would refuse, for 2 reason(s)" in done.stdout
+    assert "`push_to_hub=True`, and there is no login to the Hub" in done.stdout
+    assert "'eval_domian_loss' is none of the metrics" in said(done).replace("`metric_for_best_model=", "").replace(
+        "`", ""
+    )
+    monkeypatch.setattr(preflight, "get_token", lambda: "hf_x")
+    assert said(check(workplace, *arguments, *push)).endswith("would start.")  # of the domain, as in the training
+
+
+def refused(launch, begun=False, has_texts=False, teacher="none", words=4, **options):
     """First words of what a training with these options would refuse of its launch."""
     own = {f.name for f in fields(TrainingScriptArguments)}
     args = TrainingScriptArguments(**{name: value for name, value in options.items() if name in own})
     rest = {name: value for name, value in options.items() if name not in own}
-    settings = MeanTeacherConfig("out", use_cpu=True, bf16=False, teacher="none", **rest)
+    settings = MeanTeacherConfig("out", use_cpu=True, bf16=False, teacher=teacher, **rest)
     found = []
     for one in checks_of_launch(launch, args, settings, begun=begun, has_texts=has_texts):
         try:
             one()
         except ValueError as error:
-            found.append(" ".join(str(error).split()[:4]))
+            found.append(" ".join(str(error).split()[:words]))
     return found
 
 

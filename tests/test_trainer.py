@@ -12,6 +12,7 @@ from conftest import DEVICE, USE_CPU, adapter_weights, config, logged, lora, row
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import TrainerCallback
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -20,10 +21,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import SFTConfig, SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
-from trl_ema.checks import check_free_space, refuse_parallelism
+from trl_ema.checks import check_free_space
 from trl_ema.forward import _of_sequences, _tokens_of, sequence_numbers
 from trl_ema.measurement import DriftCallback, Measurement
-from trl_ema.processes import Launch, refuse_sharding
+from trl_ema.processes import Launch, refuse_parallelism, refuse_sharding
 
 
 FORMATS = {
@@ -955,13 +956,20 @@ def test_a_teacher_adapter_of_the_users_own_is_left_to_them(make_trainer):
 
 @pytest.mark.parametrize("name", ["sp", "cp", "tp"])
 def test_sequence_context_and_tensor_parallelism_are_refused(name):
-    class Config:
-        pass
-
-    setattr(Config, f"{name}_enabled", True)
-    setattr(Config, f"{name}_size", 2)
+    split = SimpleNamespace(**(dict(sp_size=1, cp_size=1, tp_size=1) | {f"{name}_size": 2}))
+    launch = Launch.of_state(SimpleNamespace(parallelism_config=split))
     with pytest.raises(ValueError, match=f"parallelism .`{name}_size=2`. is not supported.*Set `{name}_size=1`"):
-        refuse_parallelism(Config())
+        refuse_parallelism(launch)
+
+
+def test_layers_that_preparing_has_put_under_another_name_are_refused(make_trainer, monkeypatch):
+    def wrapping(self, *_):
+        layers = self.model.get_base_model().model.layers
+        layers[0] = checkpoint_wrapper(layers[0])
+
+    monkeypatch.setattr(SFTTrainer, "_prepare_for_training", wrapping)
+    with pytest.raises(ValueError, match=r"has become 'base_model.model.model.layers.0._checkpoint_wrapped_module\."):
+        make_trainer().train()
 
 
 @pytest.mark.parametrize(

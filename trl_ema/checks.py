@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from trl.trainer.utils import get_config_model_id
 
 from .adapters.fitness import NO_ADAPTER, check_adapter, check_repeatable, refuse_leftovers, student_name, targets_head
@@ -20,6 +20,7 @@ from .data import check_columns, check_dataset, check_rows, trained_columns
 from .files import OutputError
 from .losses import IGNORE_INDEX
 from .ownership import has_earlier_teacher
+from .processes import Launch, parallel_sizes, refuse_parallelism
 from .sharding import whole_shape
 
 
@@ -28,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 # What TRL's own forward does, with all that it takes.
 _PLAIN = "`teacher='none'` without rehearsal and entropy weighting"
+
+# Beside its loss, what an evaluation gives of each set, and of all of them: by `Trainer` and by TRL.
+_SPEEDS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+_OF_TRL = {f"eval_{name}" for name in ("aux_loss", "entropy", "mean_token_accuracy", "num_tokens")}
 
 # Rows of a stream that are read, at most, in search of a label.
 _STREAM_ROWS = 1000
@@ -68,7 +73,7 @@ def check_before_loading(
     refuse_leftovers(model)
     if args.needs_fused_forward:
         _refuse_what_cannot_work(args, compute_loss_func, train_dataset)
-        refuse_parallelism(args.parallelism_config)
+        refuse_parallelism(Launch(**parallel_sizes(args.parallelism_config)))
         if args.teacher == "none" and adapter is not None and adapter.is_prompt_learning:  # with a teacher see below
             raise ValueError(
                 f"{getattr(adapter.peft_type, 'value', adapter.peft_type)} is prompt learning: rehearsal and entropy weighting count the "
@@ -146,16 +151,6 @@ def _warn_of_what_cannot_be_loaded(peft_config: Any) -> None:
         )
     except ValueError as error:
         logger.warning("%s", error)
-
-
-def refuse_parallelism(config: Any) -> None:
-    """The divergence needs whole sequences and whole logits on each rank."""
-    for name, what in (("sp", "sequence (Ulysses)"), ("cp", "context"), ("tp", "tensor")):
-        if config is not None and getattr(config, f"{name}_enabled", False):
-            raise ValueError(
-                f"{what.capitalize()} parallelism (`{name}_size={getattr(config, f'{name}_size')}`) is not supported with "
-                f"a teacher. Set `{name}_size=1` and shard with DDP, FSDP2 or DeepSpeed, or use `teacher='none'`."
-            )
 
 
 def _columns(dataset: Any) -> set[str]:
@@ -251,6 +246,38 @@ def check_drift_is_watched(trainer: Any) -> None:
             f"`metric_for_best_model={best!r}`, but no evaluation measures the drift. Make a `trl_ema.measurement.TrainedDrift(trainer)` "
             "before `train()`; `trl-ema train` makes one."
         )
+
+
+def check_best_metric(trainer: Any) -> None:
+    """Raises `ValueError` where training is to choose by what no evaluation gives: it would end after the first one."""
+    args, sets = trainer.args, trainer.eval_dataset
+    best = args.metric_for_best_model
+    if best is None or args.eval_strategy == "no" or _others_add_metrics(trainer):
+        return
+    named = [f"eval_{name}" for name in sets] if isinstance(sets, dict) else ["eval"]
+    kinds = ["loss"]
+    if trainer.measure_at_evaluation is not None:
+        kinds.append("drift")
+    if args.teacher != "none" and args.eval_teacher:
+        kinds.append("teacher_loss")
+    known = [f"{name}_{kind}" for name in named for kind in kinds]
+    of_libraries = {f"{name}_{kind}" for name in named for kind in _SPEEDS} | _OF_TRL
+    if best.removeprefix("eval_") not in {name.removeprefix("eval_") for name in (*known, *of_libraries)}:
+        raise ValueError(
+            f"`metric_for_best_model={best!r}` is none of the metrics of an evaluation of this run: {', '.join(known)}. Give one of "
+            "them, or the trainer a `compute_metrics` that makes it."
+        )
+
+
+def _others_add_metrics(trainer: Any) -> bool:
+    """Whether something that is neither ours nor a library's may add metrics to an evaluation: their names are not known."""
+    callbacks = [type(one) for one in trainer.callback_handler.callbacks]
+    measuring = [one for one in callbacks if one.on_evaluate is not TrainerCallback.on_evaluate]
+    adding = [type(trainer), *measuring]
+    if trainer.measure_at_evaluation is not None:
+        adding.append(trainer.measure_at_evaluation)
+    known = ("transformers", "trl", __package__)
+    return trainer.compute_metrics is not None or any(one.__module__.split(".")[0] not in known for one in adding)
 
 
 def check_finite(trainer: Any, loss: torch.Tensor, from_entropy: bool) -> None:

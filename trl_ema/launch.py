@@ -6,17 +6,30 @@ that training would refuse of its launch, known beforehand.
 import argparse
 import os
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import yaml
-from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
+from accelerate.utils import str_to_bool
 
 from . import __version__
 from .config import MeanTeacherConfig
 from .extras import require
 from .files import read_json, shipped
-from .processes import Launch, refuse_fisher, refuse_sharding, refuse_start, refuse_tasks, refuse_to_write
+from .processes import (
+    PARALLEL,
+    Launch,
+    refuse_fisher,
+    refuse_parallelism,
+    refuse_sharding,
+    refuse_start,
+    refuse_tasks,
+    refuse_to_write,
+    refuse_wrapping,
+)
 from .script import TrainingScriptArguments, make_parser
 from .versions import check_versions
 
@@ -87,26 +100,28 @@ def launch_training(config: str, arguments: list[str]) -> None:
 
 
 def launch_of(settings: argparse.Namespace) -> Launch:
-    """What the launcher is asked for, by its settings and by the configuration behind them, see [`launcher_settings`]."""
-    file = _read(settings.config_file)
-    deepspeed, fsdp = file.get("deepspeed_config") or {}, file.get("fsdp_config") or {}
-    kind = "DEEPSPEED" if settings.use_deepspeed else "FSDP" if settings.use_fsdp else file.get("distributed_type")
+    """
+    What the launcher makes of its options and of the configuration behind them, see [`launcher_settings`].
+
+    Raises:
+        ValueError: It would not launch: the options contradict each other, or the configuration has what it does not know.
+    """
+    made, _, _ = _validate_launch_command(copy(settings))
     stage = offload = version = None
-    if kind == "DEEPSPEED":
-        stage, offload = _zero(
-            settings.deepspeed_config_file or deepspeed.get("deepspeed_config_file"),
-            settings.zero_stage or deepspeed.get("zero_stage", 2),
-            settings.offload_param_device or deepspeed.get("offload_param_device"),
-        )
-    elif kind == "FSDP":
-        version = int(fsdp.get("fsdp_version", settings.fsdp_version or 1))
-    compiler = (file.get("dynamo_config") or {}).get("dynamo_backend") or "no"
+    if made.use_deepspeed and not made.cpu:  # which launches one plain process
+        stage = 2 if made.zero_stage is None else made.zero_stage
+        stage, offload = _zero(made.deepspeed_config_file, stage, made.offload_param_device)
+    elif made.use_fsdp and not made.cpu:
+        version = int(made.fsdp_version)
+    sizes = {f"{name}_size": int(getattr(made, f"parallelism_config_{name}_size")) for name in PARALLEL}
     return Launch(
-        ranks=int(settings.num_processes or file.get("num_processes") or 1),
+        ranks=int(made.num_processes),
         zero_stage=stage,
         offload_param=offload,
         fsdp_version=version,
-        compiles=str(compiler).lower() != "no",
+        wraps_layers=version is not None and bool(str_to_bool(str(made.fsdp_activation_checkpointing))),
+        compiles=str(made.dynamo_backend).lower() != "no",
+        **(sizes if made.use_parallelism_config else {}),
     )
 
 
@@ -140,9 +155,10 @@ def checks_of_launch(
     """
     goes_on = args.adapter_name_or_path is not None
     rehearses_own = bool(settings.rehearsal_weight) and settings.rehearsal_dataset is None
-    checks: list[Callable[[], None]] = []
+    launch = replace(launch, compiles=launch.compiles or settings.torch_compile)
+    checks: list[Callable[[], None]] = [partial(refuse_wrapping, launch)]
     if settings.needs_fused_forward:
-        checks.append(partial(refuse_sharding, launch))
+        checks += [partial(refuse_parallelism, launch), partial(refuse_sharding, launch)]
     if args.eval_tasks:
         checks.append(partial(refuse_tasks, launch))
     if settings.ewc_weight and not begun:  # else it is in the checkpoint

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub import get_token
 from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from .adapters.names import TEACHER_NAME, base_of
 from .checkpointing.resuming import check_checkpoint
-from .checks import bytes_to_write, check_drift_is_watched, check_free_space
+from .checks import bytes_to_write, check_best_metric, check_drift_is_watched, check_free_space
 from .config import MeanTeacherConfig
 from .data import as_chat, hub_errors, mixture_counts, tokenize_rows
 from .evaluation.drift import general_rows
@@ -65,7 +66,8 @@ _SHOWN_ROWS = 3
 _SHOWN_CHARACTERS = 400  # of a stretch of one kind
 _NOT_SEEN = (
     "Not looked at, since it takes the weights: whether the logits are hidden states times the head, whether a checkpoint's or "
-    "written texts are this very model's, and whether activations fit in memory."
+    "written texts are this very model's, and whether activations fit in memory. Nor is the Hub asked, for `push_to_hub`, whether a "
+    "login may write there."
 )
 
 
@@ -173,6 +175,8 @@ def _check(
         check_output_dir(str(training_args.output_dir))
         writable = True
     with refusals.collected():
+        check_login(training_args)
+    with refusals.collected():
         if args.eval_tasks:
             tasks_to_ask(args.eval_tasks, tuple(args.eval_tasks_include_path or ()))
     name = tokenizer = None
@@ -220,6 +224,15 @@ def _look_at_launch(
     for check in checks_of_launch(launch, args, training_args, begun=begun, has_texts=has_texts):
         with refusals.collected():
             check()
+
+
+def check_login(args: MeanTeacherConfig) -> None:
+    """Raises `ValueError` where the run is to be pushed to the Hub, which knows nobody."""
+    if args.push_to_hub and not (args.hub_token or get_token()):
+        raise ValueError(
+            "`push_to_hub=True`, and there is no login to the Hub. Log in with `hf auth login`, set HF_TOKEN, or leave it out and "
+            "upload the result later."
+        )
 
 
 @contextmanager
@@ -389,9 +402,8 @@ def trainer_without_weights(
         peft_config = PeftConfig.from_pretrained(args.adapter_name_or_path)
         peft_config.inference_mode = False
     made: dict[str, Any] = {"assistant_only_loss": False} if args.is_mixture else {}
-    best = training_args.metric_for_best_model
-    if best in ("loss", "eval_loss"):
-        made["metric_for_best_model"] = "eval_domain_loss"
+    if training_args.metric_for_best_model in ("loss", "eval_loss"):  # as the recipe
+        training_args.metric_for_best_model = "eval_domain_loss"
     with changed(training_args, push_to_hub=False, model_init_kwargs=None, **made):
         return TrainerWithoutWeights(
             model_without_weights(name, model_args, training_args),
@@ -419,6 +431,7 @@ def _look_further(
         if args.measure:
             Measurement(trainer, questions.select(range(count)), args.generation_tokens)
     check_drift_is_watched(trainer)
+    check_best_metric(trainer)
     if checkpoint:
         check_checkpoint(trainer, checkpoint)
 

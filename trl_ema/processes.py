@@ -6,6 +6,10 @@ from typing import Any
 from accelerate.utils import DynamoBackend
 
 
+# Kinds of parallelism that split a sequence or a matrix, by the beginning of accelerate's names for them.
+PARALLEL = {"sp": "sequence (Ulysses)", "cp": "context", "tp": "tensor"}
+
+
 @dataclass(frozen=True)
 class Launch:
     """
@@ -16,14 +20,20 @@ class Launch:
         zero_stage (`int`, *optional*): Of DeepSpeed, where it is used.
         offload_param (`str`, *optional*): Where DeepSpeed keeps weights, `none` for on the GPUs.
         fsdp_version (`int`, *optional*): Of FSDP, where it is used.
+        wraps_layers (`bool`): Whether FSDP puts a wrapper of its own around each layer (`fsdp_activation_checkpointing`).
         compiles (`bool`): Whether accelerate compiles the model.
+        sp_size, cp_size, tp_size (`int`): Ranks that a sequence (`sp` by Ulysses, `cp` by context) or a matrix is split over.
     """
 
     ranks: int = 1
     zero_stage: int | None = None
     offload_param: str | None = None
     fsdp_version: int | None = None
+    wraps_layers: bool = False
     compiles: bool = False
+    sp_size: int = 1
+    cp_size: int = 1
+    tp_size: int = 1
 
     @classmethod
     def of_state(cls, state: Any) -> "Launch":
@@ -35,7 +45,9 @@ class Launch:
             zero_stage=None if deepspeed is None else deepspeed.zero_stage,
             offload_param=(options.get("zero_optimization", {}).get("offload_param") or {}).get("device"),
             fsdp_version=None if fsdp is None else fsdp.fsdp_version,
+            wraps_layers=bool(getattr(fsdp, "activation_checkpointing", False)),
             compiles=compiler is not None and compiler.backend != DynamoBackend.NO,
+            **parallel_sizes(getattr(state, "parallelism_config", None)),
         )
 
     @property
@@ -57,6 +69,31 @@ class Launch:
     def shards_weights(self) -> bool:
         """Whether a rank keeps but a part of the model."""
         return self.mode in ("zero3", "fsdp2")
+
+
+def parallel_sizes(config: Any) -> dict[str, int]:
+    """`sp_size`, `cp_size` and `tp_size` of accelerate's configuration, none without one."""
+    return {} if config is None else {f"{name}_size": int(getattr(config, f"{name}_size")) for name in PARALLEL}
+
+
+def refuse_parallelism(launch: Launch) -> None:
+    """The divergence needs whole sequences and whole logits on each rank."""
+    for name, what in PARALLEL.items():
+        size = getattr(launch, f"{name}_size")
+        if size > 1:
+            raise ValueError(
+                f"{what.capitalize()} parallelism (`{name}_size={size}`) is not supported with a teacher. Set `{name}_size=1` and "
+                "shard with DDP, FSDP2 or DeepSpeed, or use `teacher='none'`."
+            )
+
+
+def refuse_wrapping(launch: Launch) -> None:
+    """Raises where a wrapper around each layer would hide the adapter from PEFT: every checkpoint would be empty."""
+    if launch.wraps_layers:
+        raise ValueError(
+            "The launch asks for `fsdp_activation_checkpointing`, which wraps the layers of the model: PEFT would find no adapter to "
+            "save. Use `gradient_checkpointing` instead of `fsdp_activation_checkpointing`."
+        )
 
 
 def refuse_sharding(launch: Launch) -> None:

@@ -27,7 +27,6 @@ from .checks import (
     check_fused_forward,
     check_labels,
     check_prompts,
-    refuse_parallelism,
 )
 from .config import MeanTeacherConfig
 from .files import check_output_dir
@@ -35,7 +34,7 @@ from .forward import add_regularized_forward, check_head
 from .model_card import method_of
 from .options import changed
 from .ownership import claim, claim_before, undo_earlier_run
-from .processes import Launch, refuse_sharding
+from .processes import Launch, refuse_parallelism, refuse_sharding, refuse_wrapping
 from .regularizers import make_regularizers
 from .regularizers.divergence import TeacherDivergence
 from .regularizers.micro_batch import RegularizedForward, TokenMean
@@ -132,9 +131,12 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
     def attach_regularizers(self, rehearsal_dataset: Any) -> None:
         """The last of the constructor: whatever holds the student back, on its model."""
         self._name, self._paper = method_of(self.args)  # for TRL's part of the model card
+        launch = Launch.of_state(self.accelerator.state)
+        if is_peft_model(self.model):
+            refuse_wrapping(launch)
         if self.args.needs_fused_forward:
-            refuse_parallelism(self.accelerator.parallelism_config)
-            refuse_sharding(Launch.of_state(self.accelerator.state))
+            refuse_parallelism(launch)
+            refuse_sharding(launch)
             base = base_of(self.model)
             if not any(p.is_meta or hasattr(p, "ds_id") for p in base.parameters()):
                 # As in training: FlashAttention takes no float32, which the weights may be.

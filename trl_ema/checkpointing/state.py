@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..checks import check_drift_is_watched
+from ..checks import check_best_metric, check_drift_is_watched
 from ..regularizers.micro_batch import TokenMean
 from ..sharding import local_shard
 from .resuming import STATE_KEY, states_of
@@ -29,6 +29,7 @@ class RegularizerCallback(TrainerCallback):
         kept: Any = state.stateful_callbacks  # a dict by now
         trainer, saved = self.trainer, kept.get(STATE_KEY, {})
         check_drift_is_watched(trainer)
+        check_best_metric(trainer)
         if trainer.resumed_from is not None:
             # Here in every mode: DeepSpeed and FSDP load a checkpoint after they have wrapped the model.
             trainer.last_good_checkpoint = trainer.resumed_from
