@@ -144,7 +144,8 @@ def test_rows_that_have_changed_since_are_not_taken_for_those_that_were_held_out
     named = ["--dataset_name", "rows.jsonl", "--replay_dataset", "notes.jsonl", "--output_dir", "out"]
     single, settings, model_args = parse([*map(str, QUICK), "--model_name_or_path", model, *named])
     both = replace(single, dataset_name=None, datasets=["notes.jsonl", "rows.jsonl"])
-    for name, args in (("one", single), ("two", both)):
+    stream = replace(single, dataset_streaming=True)  # of its first rows
+    for name, args in (("one", single), ("two", both), ("stream", stream)):
         told = SimpleNamespace(train_dataset=[], args=settings, state=SimpleNamespace(global_step=0))
         tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "model")
         own = [part.held_out for part in load_parts(args, tokenizer) if not part.replayed]
@@ -160,6 +161,7 @@ def test_rows_that_have_changed_since_are_not_taken_for_those_that_were_held_out
         ):
             held_out_rows(name, options_of_run(name))
         assert len(held_out_rows(f"{name}, older", options_of_run(f"{name}, older")))  # which nothing is known of
+    assert len(held_out_rows("stream", options_of_run("stream"))) == 6
 
 
 def test_a_run_is_exported_and_tuned_on_the_rows_that_it_held_out_or_on_such_a_file(run, files, tmp_path):
