@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from unittest import mock
 
 import numpy as np
@@ -16,8 +17,10 @@ from peft import get_peft_model
 
 from trl_ema.cli import EvaluationArguments, _held_out_text, main
 from trl_ema.evaluation import tasks
+from trl_ema.evaluation.answers import check_against
 from trl_ema.evaluation.models import load_base
-from trl_ema.files import read_json, read_jsonl, write_jsonl
+from trl_ema.evaluation.settings import TaskSettings
+from trl_ema.files import read_json, read_jsonl, write_json, write_jsonl
 
 
 def trl_ema(*arguments, check=True, cwd=None):
@@ -130,18 +133,37 @@ def test_evaluate_compares_with_an_earlier_evaluation(adapter, tiny_folder, tmp_
     text = read_json(tmp_path / "after" / "text.json")
     assert f"{text['domain']['kl_base_model']:12.4f}" in after.stdout and text["domain"]["kl_base_model"] > 0
     assert read_json(tmp_path / "after" / "arc_easy.json")["about"]["model"] == str(adapter)
-    other = evaluate(
-        "--model",
-        adapter,
-        "--sample",
-        11,
-        "--output_dir",
-        tmp_path / "other",
-        "--against",
-        tmp_path / "before",
-        check=False,
-    )
-    assert other.returncode == 1 and "are answers to different questions (12 and 11" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "difference"),
+    [
+        (["--sample", 11], "`sample` is 12 there and 11 here. Evaluate both with the same `sample`"),
+        (["--limit", 3], "`limit` is not given there and 3 here"),
+        (["--sample", 12, "--num_fewshot", 2], "`num_fewshot` is not given there and 2 here"),
+        (["--sample", 12, "--metric", "acc"], "`metric` is not given there and acc here"),
+    ],
+)
+def test_answers_that_cannot_be_paired_are_refused_before_a_model_is_loaded(
+    tiny_folder, tmp_path, monkeypatch, arguments, difference
+):
+    monkeypatch.setattr("trl_ema.evaluation.models.load_base", lambda *_, **__: pytest.fail("loaded a model"))
+    write_jsonl(tmp_path / "before" / "arc_easy.jsonl", [])
+    kept = {"settings": asdict(TaskSettings(sample=12)), "backend": "transformers"}
+    write_json(tmp_path / "before" / "arc_easy.json", kept)
+    done = evaluate(
+        "--model", tiny_folder / "model", *arguments, "--against", "before", "--output_dir", "after", check=False, cwd=tmp_path
+    )  # fmt: skip
+    assert done.returncode == 1 and difference in done.stderr
+    assert "before/arc_easy.jsonl and after/arc_easy.jsonl cannot be compared" in done.stderr
+
+
+def test_answers_whose_settings_are_not_known_are_paired_by_themselves(tmp_path):
+    write_jsonl(tmp_path / "t.jsonl", [])
+    for known in (None, {"key": "x"}):
+        if known is not None:
+            write_json(tmp_path / "t.json", known)
+        check_against(str(tmp_path), "after", "t", asdict(TaskSettings()), "vllm")
 
 
 def test_evaluate_measures_an_adapter_with_tokens_of_its_own_on_tool_calls(tiny_folder, tmp_path, monkeypatch):

@@ -1,26 +1,38 @@
 """Files whose columns have names of their own: in every command and option that reads rows, and in what is said of them."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import rows
 from datasets import Dataset
 from test_cli import trl_ema
 from test_going_on import QUICK
+from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from trl_ema import MeanTeacherConfig
 from trl_ema.cli import EvaluationArguments, _held_out_text
 from trl_ema.comparison.run import _Evaluator
-from trl_ema.data import as_chat, held_out_split, load_split, tokenize_rows
-from trl_ema.evaluation.drift import sampled_rows
+from trl_ema.data import as_chat, held_out_split, load_split, rows_digest, tokenize_rows
+from trl_ema.evaluation.drift import sampled_rows, tokenized_batches
 from trl_ema.evaluation.settings import Suite
 from trl_ema.export import ExportArguments
-from trl_ema.files import read_json
+from trl_ema.files import read_json, write_json, write_jsonl
 from trl_ema.regularizers.given_texts import given_texts
-from trl_ema.script import TrainingScriptArguments, load_parts, parse
+from trl_ema.script import (
+    TrainingScriptArguments,
+    as_trained_with,
+    describe_run,
+    held_out_rows,
+    load_held_out,
+    load_parts,
+    options_of_run,
+    parse,
+)
 from trl_ema.tune_scale import ScaleArguments
 
 
@@ -79,11 +91,77 @@ def test_a_run_is_evaluated_on_the_rows_that_it_held_out(run, tmp_path, monkeypa
     trl_ema(
         "evaluate", "--model", run, "--held_out_of", run, "--dtype", "float32", "--generation_tokens", 0, "--output_dir", tmp_path
     )  # fmt: skip
-    found, expected = read_json(tmp_path / "text.json"), read_json(run / "metrics.json")["student"]
+    metrics = read_json(run / "metrics.json")
+    found, expected = read_json(tmp_path / "text.json"), metrics["student"]
+    held_out = held_out_rows(str(run), options_of_run(str(run)))
+    assert metrics["provenance"]["held_out_digest"] == rows_digest([held_out])
     for text in ("domain", "general"):
         assert found[text]["tokens"] == expected[text]["tokens"] > 0
         for figure in ("loss", "kl_base_model"):
             assert found[text][figure] == pytest.approx(expected[text][figure], rel=1e-4)
+
+
+def test_a_model_without_a_tokenizer_of_its_own_has_the_rows_as_the_run_had_them(tiny_folder, tmp_path, monkeypatch):
+    """The base, in the template and with the end of answers that the run was trained with: its own would give other tokens."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "model")
+    end = next(token for token in sorted(tokenizer.get_vocab()) if token != tokenizer.eos_token and token.isalpha())
+    rows_of = [[{"role": r, "content": f"{r} the drug {i}"} for r in ("user", "assistant")] for i in range(12)]
+    write_jsonl("rows.jsonl", [{"messages": one} for one in rows_of])
+    Path("own.jinja").write_text("{% for m in messages %}the fever {{ m['content'] }} the skin {% endfor %}")
+    args, settings, _ = parse(
+        [*map(str, QUICK), "--model_name_or_path", str(tiny_folder / "model"), "--dataset_name", "rows.jsonl", "--output_dir", "run",
+         "--chat_template_path", "own.jinja", "--eos_token", end]
+    )  # fmt: skip
+    told = SimpleNamespace(train_dataset=[], args=settings, state=SimpleNamespace(global_step=0))
+    model_args = ModelConfig(model_name_or_path=str(tiny_folder / "model"))
+    write_json("run/metrics.json", {"provenance": describe_run(told, args, model_args)})
+    asked = EvaluationArguments(held_out_of="run", generation_tokens=0)
+    before = tokenizer.chat_template
+    found = _held_out_text(asked, tokenizer, None)
+    assert (tokenizer.chat_template, found.tokenizer.eos_token) == (before, end) and tokenizer.eos_token != end
+    trained = AutoTokenizer.from_pretrained(tiny_folder / "model")
+    as_trained_with(trained, settings)
+    expected = tokenized_batches(load_parts(args, tokenizer)[0].held_out, trained, 48, settings=settings)
+    own = tokenized_batches(load_parts(args, tokenizer)[0].held_out, tokenizer, 48, settings=settings)
+    for ours, theirs, other in zip(found.batches["domain"], expected, own, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert other["input_ids"].tolist() != theirs["input_ids"].tolist()
+    # The file is gone, and the run has what was in it; a model without that token ends answers in its own way.
+    Path("own.jinja").rename("run/chat_template.jinja")
+    path = Path("run/metrics.json")
+    path.write_text(path.read_text().replace(f'"eos_token": "{end}"', '"eos_token": "<none>"'))
+    again = _held_out_text(asked, tokenizer, None)
+    assert again.tokenizer.chat_template == trained.chat_template and again.tokenizer.eos_token == tokenizer.eos_token
+
+
+def test_rows_that_have_changed_since_are_not_taken_for_those_that_were_held_out(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = [{"prompt": f"the drug {i}", "completion": f"the skin {i}"} for i in range(60)]
+    write_jsonl("rows.jsonl", given)
+    write_jsonl("notes.jsonl", [{"prompt": f"the fever {i}", "completion": f"the lung {i}"} for i in range(9)])
+    model = str(tiny_folder / "model")
+    named = ["--dataset_name", "rows.jsonl", "--replay_dataset", "notes.jsonl", "--output_dir", "out"]
+    single, settings, model_args = parse([*map(str, QUICK), "--model_name_or_path", model, *named])
+    both = replace(single, dataset_name=None, datasets=["notes.jsonl", "rows.jsonl"])
+    stream = replace(single, dataset_streaming=True)  # of its first rows
+    for name, args in (("one", single), ("two", both), ("stream", stream)):
+        told = SimpleNamespace(train_dataset=[], args=settings, state=SimpleNamespace(global_step=0))
+        tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "model")
+        own = [part.held_out for part in load_parts(args, tokenizer) if not part.replayed]
+        for folder, held_out in ((name, own), (f"{name}, older", None)):
+            write_json(f"{folder}/metrics.json", {"provenance": describe_run(told, args, model_args, held_out)})
+        assert held_out_rows(name, options_of_run(name))[:] == load_held_out(args, tokenizer)[:]
+    write_jsonl(
+        "rows.jsonl", [*given, *({"prompt": f"the cough {i}", "completion": f"the skin {i}"} for i in range(40))]
+    )
+    for name in ("one", "two"):
+        with pytest.raises(
+            ValueError, match="cannot be found again: the data has changed since .* Give rows with `--dataset_name`"
+        ):
+            held_out_rows(name, options_of_run(name))
+        assert len(held_out_rows(f"{name}, older", options_of_run(f"{name}, older")))  # which nothing is known of
+    assert len(held_out_rows("stream", options_of_run("stream"))) == 6
 
 
 def test_a_run_is_exported_and_tuned_on_the_rows_that_it_held_out_or_on_such_a_file(run, files, tmp_path):

@@ -236,6 +236,8 @@ def test_generation_ends_at_the_token_that_was_trained_with(base, run, tmp_path)
 CONVERTER = """
 import json, pathlib, sys
 import conversion
+if sys.argv[1:] == ["--help"]:
+    sys.exit()
 model, _, file, *rest = sys.argv[1:]
 pathlib.Path(file).write_text(json.dumps([sorted(p.name for p in pathlib.Path(model).iterdir()), rest]))
 """
@@ -279,12 +281,21 @@ def test_without_a_converter_the_merged_model_stays_with_the_command(run, tmp_pa
 
 
 def test_a_converter_that_fails_is_quoted_and_nothing_is_kept(run, llama_cpp, tmp_path):
-    (llama_cpp / gguf_files.CONVERT_MODEL).write_text("import sys\nsys.exit('No module named sentencepiece')\n")
+    script = "import sys\nsys.exit(sys.argv[1] != '--help' and 'No module named sentencepiece')\n"
+    (llama_cpp / gguf_files.CONVERT_MODEL).write_text(script)
     done = export(
         run, "--to", "gguf", "--max_kl", 100, "--llama_cpp", llama_cpp, "--output_dir", tmp_path / "out", check=False
     )
     assert done.returncode == 1 and "converter failed (exit code 1):\nNo module named sentencepiece\n" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["llama cpp"]
+
+
+def test_a_converter_that_does_not_start_is_told_before_a_model_is_loaded(run, llama_cpp, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_ema.export.load_base", lambda *_, **__: pytest.fail("loaded a model"))
+    (llama_cpp / "conversion.py").write_text("raise ImportError('No module named gguf.vocab')\n")
+    done = export(run, "--to", "gguf", "--llama_cpp", llama_cpp, "--output_dir", tmp_path / "out", check=False)
+    assert done.returncode == 1 and "ImportError: No module named gguf.vocab\nWhat it needs is in" in done.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name != "llama cpp"] == []
 
 
 def test_a_converter_is_found_in_a_folder_or_on_the_path(llama_cpp, tmp_path, monkeypatch):

@@ -775,7 +775,8 @@ class StandIn:
             self.settings = settings
 
     class LLM:
-        def __init__(self, model, revision, tokenizer_revision, dtype, generation_config):
+        def __init__(self, model, revision, tokenizer_revision, dtype, generation_config, **options):
+            self.options = options
             assert (revision, tokenizer_revision, dtype, generation_config) == ("main", "main", "float32", "vllm")
             self.model, _ = load_base(model, dtype=torch.float32)
             StandIn.made.append(self)
@@ -801,7 +802,9 @@ def test_the_command_lets_vllm_write_where_it_is_asked_to(tiny_folder, tmp_path,
     done = trl_ema("rehearse", *options, check=False)
     assert done.returncode == 1 and "This needs `vllm`. Install it with `pip install 'trl_ema[vllm]'`" in done.stderr
     monkeypatch.setitem(sys.modules, "vllm", StandIn)
-    trl_ema("rehearse", *options)
+    trl_ema("rehearse", *options, "--gpu_memory_utilization", 0.5, "--max_model_len", 128)
+    given = {"trust_remote_code": False, "gpu_memory_utilization": 0.5, "max_model_len": 128}
+    assert StandIn.made[0].options == given
     texts = load_texts(tmp_path / "texts.safetensors")
     header, end = texts.about["header"], texts.about["ends"][0]
     assert texts.about["backend"] == "VLLMWriter" and [len(row) for row in texts.ids[::2]] == [40] * 3
@@ -810,6 +813,24 @@ def test_the_command_lets_vllm_write_where_it_is_asked_to(tiny_folder, tmp_path,
     assert "they were there already" in trl_ema("rehearse", *options).stdout and len(StandIn.made) == 1
     model, tokenizer = load_base(str(tiny_folder / "model"), dtype=torch.float32)
     assert model_fingerprint(model, tokenizer) == texts.about["fingerprint"]
+
+
+@pytest.mark.parametrize("asked", [[], ["--trust_remote_code", "true"]])
+def test_the_command_runs_a_models_own_code_where_it_is_told_to(tiny_folder, monkeypatch, asked):
+    seen = {}
+
+    def load_base(name, revision, **options):
+        seen.update(options)
+        raise ValueError("loaded")
+
+    monkeypatch.setattr("trl_ema.evaluation.models.load_base", load_base)
+    done = trl_ema("rehearse", *six_texts(tiny_folder), *asked, check=False)
+    assert "trl-ema rehearse: loaded" in done.stderr and seen["trust_remote_code"] is bool(asked)
+
+
+def test_memory_of_vllm_is_refused_without_it():
+    done = trl_ema("rehearse", "--max_model_len", "64", check=False)
+    assert done.returncode != 0 and "`max_model_len=64` is of vLLM. Give `backend='vllm'`" in done.stderr
 
 
 def test_vllm_is_not_asked_for_4_bits(tiny_folder):

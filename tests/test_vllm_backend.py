@@ -216,6 +216,16 @@ def test_the_command_asks_in_vllm_and_pairs_with_vllm_alone(vllm, base, manager,
     assert "chosen" in done.stdout and "Mean relative drop" in done.stdout and vllm[-1]["enable_lora"] is True
     done = evaluate(adapter, "other", "--against", tmp_path / "before", check=False)
     assert done.returncode == 1 and "`backend` is vllm there and transformers here" in done.stderr
+    made = len(vllm)
+    done = evaluate(
+        adapter, "after", "--backend", "vllm", "--max_model_len", "24", "--against", tmp_path / "before", check=False
+    )
+    assert done.returncode == 1 and "`backend` is vllm there and vllm, max_model_len=24 here" in done.stderr
+    assert len(vllm) == made  # before it was loaded
+    evaluate(adapter, "cut", "--backend", "vllm", "--max_model_len", "24")
+    evaluate(adapter, "other")
+    whole, cut = (read_json(tmp_path / folder / "chosen.json") for folder in ("after", "cut"))
+    assert whole["key"] != cut["key"] and cut["backend"] == "vllm, max_model_len=24"
     kept = [read_json(tmp_path / folder / "followed.json") for folder in ("after", "other")]
     assert kept[0]["key"] != kept[1]["key"] and kept[0]["settings"]["gen_kwargs"] == {"max_gen_toks": 3}
     assert read_json(tmp_path / "after" / "chosen.json")["settings"]["gen_kwargs"] is None

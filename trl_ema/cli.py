@@ -8,7 +8,7 @@ import runpy
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
@@ -62,7 +62,49 @@ class PrecisionArguments:
 
 
 @dataclass
-class EvaluationArguments(PrecisionArguments, RowsArguments):
+class BackendArguments(PrecisionArguments):
+    """What a model is loaded with, and how much room vLLM makes for it."""
+
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the model or its tokenizer."}
+    )
+    gpu_memory_utilization: float | None = field(
+        default=None,
+        metadata={"help": "Share of a GPU's memory that vLLM takes, in (0, 1]; default: vLLM's own."},
+    )
+    max_model_len: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a prompt and its answer that vLLM makes room for: fewer take less memory, and a longer question is cut; default: "
+            "the model's own."
+        },
+    )
+
+    @property
+    def room(self) -> dict[str, Any]:
+        """What of vLLM's options for memory is given."""
+        given = {name: getattr(self, name) for name in ("gpu_memory_utilization", "max_model_len")}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def take_room(self, backend: str) -> None:
+        """Raises `ValueError` or `TypeError` unless `backend` can make such room."""
+        from .options import plain_count, plain_number
+
+        for name, value in self.room.items():
+            if backend != "vllm":
+                raise ValueError(f"`{name}={value}` is of vLLM. Give `backend='vllm'`, or leave it out.")
+        if self.gpu_memory_utilization is not None:
+            self.gpu_memory_utilization = float(plain_number("gpu_memory_utilization", self.gpu_memory_utilization))
+            if not 0 < self.gpu_memory_utilization <= 1:
+                raise ValueError(
+                    f"`gpu_memory_utilization` must be in (0, 1], got {self.gpu_memory_utilization:g}. It is a share; try 0.8."
+                )
+        if self.max_model_len is not None:
+            self.max_model_len = plain_count("max_model_len", self.max_model_len, 2)
+
+
+@dataclass
+class EvaluationArguments(BackendArguments, RowsArguments):
     """
     Measure a base model, an adapter folder, its `teacher/`, or a merged model.
 
@@ -163,25 +205,12 @@ class EvaluationArguments(PrecisionArguments, RowsArguments):
     )
     seed: int = field(default=1234, metadata={"help": "Of the sample and of the few-shot examples."})
     load_in_8bit: bool = field(default=False, metadata={"help": "8-bit (LLM.int8) weights."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with the model or its tokenizer."}
-    )
     backend: str = field(
         default="transformers",
         metadata={
             "help": "What the model runs in; `vllm` (the extra of that name) is faster on a GPU: tasks alone, and never compared with "
             "answers of the other.",
             "choices": ["transformers", "vllm"],
-        },
-    )
-    gpu_memory_utilization: float | None = field(
-        default=None,
-        metadata={"help": "Share of a GPU's memory that vLLM takes, in (0, 1]; default: vLLM's own."},
-    )
-    max_model_len: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of a question and its answer that vLLM makes room for: fewer take less memory; default: the model's own."
         },
     )
 
@@ -204,18 +233,8 @@ class EvaluationArguments(PrecisionArguments, RowsArguments):
                 f"`backend='vllm'` asks tasks alone, of weights that bitsandbytes has not made smaller. Leave out `{given[0]}` or "
                 "`backend`."
             )
-        for name in ("gpu_memory_utilization", "max_model_len"):
-            if getattr(self, name) is not None and self.backend != "vllm":
-                raise ValueError(f"`{name}={getattr(self, name)}` is of vLLM. Give `backend='vllm'`, or leave it out.")
-        if self.gpu_memory_utilization is not None:
-            self.gpu_memory_utilization = float(plain_number("gpu_memory_utilization", self.gpu_memory_utilization))
-            if not 0 < self.gpu_memory_utilization <= 1:
-                raise ValueError(
-                    f"`gpu_memory_utilization` must be in (0, 1], got {self.gpu_memory_utilization:g}. It is a share; try 0.8."
-                )
-        least = dict(
-            dataset_samples=1, generation_tokens=0, num_fewshot=0, sample=1, batch_size=1, seed=0, max_model_len=2
-        )
+        self.take_room(self.backend)
+        least = dict(dataset_samples=1, generation_tokens=0, num_fewshot=0, sample=1, batch_size=1, seed=0)
         for name, count in least.items():
             if getattr(self, name) is not None:
                 setattr(self, name, plain_count(name, getattr(self, name), count))
@@ -227,7 +246,7 @@ def evaluate(arguments: list[str]) -> None:
     """`trl-ema evaluate`: run tasks on one model and print their scores."""
     from trl import TrlParser
 
-    from .evaluation.answers import BACKEND
+    from .evaluation.answers import BACKEND, check_against
     from .evaluation.models import fingerprint, load_tokenizer
     from .evaluation.runner import evaluate_tasks
     from .evaluation.settings import TaskSettings
@@ -250,15 +269,13 @@ def evaluate(arguments: list[str]) -> None:
             check_vllm_reads(adapter)
     manager = task_manager(args.offline, tuple(args.include_path or ()))
     settings = _settings_of_tasks(args, common, manager)
-    for task in settings if args.against is not None else ():
-        if not os.path.isfile(os.path.join(args.against, f"{task}.jsonl")):
-            raise FileNotFoundError(
-                f"`against={args.against!r}` has no answers to {task!r} ({task}.jsonl). Evaluate the model to compare with on it "
-                "first, or leave the task out."
-            )
     tokenizer = load_tokenizer(base, adapter, revision, args.trust_remote_code)
     if args.suite is not None:
         settings = asked_as_chats(settings, tokenizer)
+    # To fewer tokens vLLM cuts questions: the answers are other ones.
+    backend = args.backend if args.max_model_len is None else f"{args.backend}, max_model_len={args.max_model_len}"
+    for task, options in settings.items() if args.against is not None else ():
+        check_against(args.against, folder, task, asdict(options), backend)
     text = _held_out_text(args, tokenizer, adapter) if args.dataset_name or args.held_out_of else None
     about = {
         "model": name, "base": base, "revision": revision, "reference_adapter": args.reference_adapter,
@@ -268,13 +285,13 @@ def evaluate(arguments: list[str]) -> None:
     known_by = {"offline": is_offline(manager), "load_in_4bit": args.load_in_4bit, "dtype": args.dtype}
     # Answers that are there already, of an earlier version, keep their name.
     known_by |= {"load_in_8bit": True} if args.load_in_8bit else {}
-    known_by |= {"backend": args.backend} if args.backend != BACKEND else {}
+    known_by |= {"backend": backend} if backend != BACKEND else {}
     model_id = fingerprint(base, adapter, revision=commit or revision, **known_by)
     results: dict[str, dict] = {}
     for task, options in settings.items():
         results |= evaluate_tasks(
             model, tokenizer, [task], folder, model_id=model_id, manager=manager, settings=options, batch_size=args.batch_size,
-            about=about, backend=args.backend,
+            about=about, backend=backend,
         )  # fmt: skip
     print_scores(results, folder)
     if text is not None:
@@ -320,8 +337,7 @@ def _load_evaluated(
 
     remote = args.trust_remote_code
     if args.backend == "vllm":
-        room = {name: getattr(args, name) for name in ("gpu_memory_utilization", "max_model_len")}
-        model: Any = load_vllm(base, adapter, tokenizer, revision, args.dtype, remote, **room)
+        model: Any = load_vllm(base, adapter, tokenizer, revision, args.dtype, remote, **args.room)
         return model, None, base_commit(base, revision, remote)
     model, _ = load_base(base, revision, trust_remote_code=remote, **_precision(args, args.load_in_8bit))
     commit = getattr(model.config, "_commit_hash", None)
@@ -393,7 +409,7 @@ def _held_out_text(
     from .evaluation.settings import Suite
     from .evaluation.suite import HeldOutText
     from .extras import require
-    from .script import held_out_rows, options_of_run
+    from .script import as_trained_in, held_out_rows, options_of_run
 
     if adapter is not None:
         check_measurable(PeftConfig.from_pretrained(adapter))
@@ -408,6 +424,7 @@ def _held_out_text(
         rows = held_out_rows(args.held_out_of, options)
         rows = rows.select(range(min(args.dataset_samples, len(rows))))
         suite = replace(suite, max_length=settings.max_length or suite.max_length)
+        tokenizer = as_trained_in(args.held_out_of, tokenizer, settings)
     general = data.as_chat(Dataset.from_list(general_rows()), tokenizer)
     return HeldOutText(tokenizer, suite, domain=rows, general=general, settings=settings)
 
@@ -518,7 +535,7 @@ def train(arguments: list[str]) -> None:
 
 
 @dataclass
-class RehearsalArguments(PrecisionArguments):
+class RehearsalArguments(BackendArguments):
     """
     Let a model write texts itself: what a training with rehearsal holds it to, so that it forgets less.
 
@@ -576,6 +593,7 @@ class RehearsalArguments(PrecisionArguments):
         from .options import take_booleans
 
         take_booleans(self)
+        self.take_room(self.backend)
         if self.backend == "vllm" and self.load_in_4bit:
             raise ValueError(
                 "`backend='vllm'` has no 4-bit weights as the training has them. Leave out one of `backend` and `load_in_4bit`."
@@ -600,7 +618,8 @@ def rehearse(arguments: list[str]) -> None:
     path = args.output_file or texts_path(fingerprint, sampling)
     there = os.path.exists(path)
     use_vllm = args.backend == "vllm" and not there
-    writer = VLLMWriter(name, args.model_revision or "main", args.dtype) if use_vllm else None
+    options = {"trust_remote_code": args.trust_remote_code, **args.room}
+    writer = VLLMWriter(name, args.model_revision or "main", args.dtype, **options) if use_vllm else None
     start = time.perf_counter()
     texts = write_texts(
         model, tokenizer, sampling, path, before=nullcontext, fingerprint=fingerprint, batch_size=args.batch_size,
@@ -622,10 +641,11 @@ def _model_before_training(args: RehearsalArguments) -> "tuple[str, Any, PreTrai
     base, revision = adapter_base(name) if adapter else name, args.model_revision or adapter_revision(adapter) or "main"
     # vLLM takes most of a GPU's memory; then the model is loaded here only to be known.
     on_cpu = {"device_map": {"": "cpu"}} if args.backend == "vllm" else {}
-    model, tokenizer = load_base(base, revision, **_precision(args) | on_cpu)
+    remote = args.trust_remote_code
+    model, tokenizer = load_base(base, revision, trust_remote_code=remote, **_precision(args) | on_cpu)
     if adapter is None:
         return name, model, tokenizer
-    tokenizer = load_tokenizer(base, adapter, revision)
+    tokenizer = load_tokenizer(base, adapter, revision, remote)
     return name, with_adapter(model, adapter, tokenizer)[0], tokenizer
 
 

@@ -233,6 +233,8 @@ class _Export:
         if args.to == "gguf":
             require("export", "gguf")
             self.converter = gguf_files.find_converter(gguf_files.CONVERT_MODEL, args.llama_cpp)
+            if self.converter is not None:
+                gguf_files.check_converter(self.converter)
 
     def _check_mergeable(self) -> None:
         if getattr(self.config, "quantization_config", None):

@@ -58,13 +58,22 @@ def adapter_command(converter: list[str], base: str, adapter: str, file: str) ->
     return [*converter, "--base", base, "--outfile", file, adapter]
 
 
+def check_converter(converter: list[str]) -> None:
+    """Raises `ChildProcessError`, with its last words, if a converter does not start, as for want of what it imports."""
+    _call([*converter, "--help"])
+
+
 def convert(command: list[str], file: str) -> None:
     """Run a converter. Raises `ChildProcessError`, with its last words, if it fails or there is no `file` then."""
+    _call(command, file)
+
+
+def _call(command: list[str], file: str | None = None) -> None:
     environment = {
         name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"
     }  # it imports what is beside it
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode or not os.path.isfile(file):
+    if done.returncode or not (file is None or os.path.isfile(file)):
         words = "\n".join((done.stderr or done.stdout).strip().splitlines()[-3:])
         raise ChildProcessError(
             f"llama.cpp's converter failed (exit code {done.returncode}):\n{words}\nWhat it needs is in `requirements/` of its source. "

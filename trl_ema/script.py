@@ -2,9 +2,11 @@
 
 import ast
 import contextlib
+import copy
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +18,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import CHAT_TEMPLATE_FILE
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -422,6 +425,26 @@ def as_trained_with(tokenizer: PreTrainedTokenizerBase, settings: MeanTeacherCon
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
 
 
+def as_trained_in(run: str, tokenizer: PreTrainedTokenizerBase, settings: Any) -> PreTrainedTokenizerBase:
+    """
+    A copy of any model's tokenizer that writes rows as the run in the folder `run` had them, see [`as_trained_with`].
+
+    Args:
+        settings: Those of the run, see [`options_of_run`].
+
+    Raises:
+        ValueError: The chat template of the run is neither in its folder nor where it was.
+    """
+    changed = copy.deepcopy(tokenizer)
+    own, template = os.path.join(run, CHAT_TEMPLATE_FILE), settings.chat_template_path
+    if template is not None and os.path.isfile(own):
+        template = own  # the file that was given may be gone
+    # A model with other tokens ends its answers in its own way.
+    end = settings.eos_token if settings.eos_token in tokenizer.get_vocab() else None
+    as_trained_with(changed, cast(Any, SimpleNamespace(eos_token=end, chat_template_path=template)))
+    return changed
+
+
 def _load_part(
     args: TrainingScriptArguments, part: data.DataPart | None, option: str, limit: int | None, text_field: str
 ) -> tuple[Dataset | IterableDataset, Dataset]:
@@ -649,18 +672,43 @@ def data_of(args: TrainingScriptArguments) -> str:
     return ", ".join(found)
 
 
-def describe_run(trainer: Trainer, args: TrainingScriptArguments, model_args: ModelConfig) -> dict:
-    """What `metrics.json` says of the run beside its figures."""
+def describe_run(
+    trainer: Trainer,
+    args: TrainingScriptArguments,
+    model_args: ModelConfig,
+    held_out: Sequence[Dataset] | None = None,
+) -> dict:
+    """
+    What `metrics.json` says of the run beside its figures.
+
+    Args:
+        held_out (list of `Dataset`, *optional*): The rows of its domain that it held out, see [`load_held_out`], by data set. Of these
+            a digest is kept.
+    """
     rows: Any = trainer.train_dataset
+    settings: Any = trainer.args
+    text_field = settings.dataset_text_field
     return {
         **sources(args, model_args),
         "train_rows": len(rows) if hasattr(rows, "__len__") else None,
         "steps": trainer.state.global_step,
+        **({} if held_out is None else {_HELD_OUT: data.rows_digest(held_out, text_field)}),
         **provenance(),
-        "arguments": trainer.args.to_sanitized_dict(),
+        # transformers takes every name that ends in `_token` for a secret.
+        "arguments": settings.to_sanitized_dict() | {"eos_token": settings.eos_token},
         "data_arguments": asdict(args),
         "model_arguments": asdict(model_args),
     }
+
+
+# Name of the digest of the rows that a run held out.
+_HELD_OUT = "held_out_digest"
+
+
+def _told_by(folder: str) -> dict[str, Any]:
+    """What [`describe_run`] said of the run in `folder`; nothing where there is no `metrics.json`."""
+    metrics = Path(folder, "metrics.json")
+    return read_json(metrics).get("provenance", {}) if metrics.is_file() else {}
 
 
 def options_of_run(folder: str) -> tuple[TrainingScriptArguments, Any, ModelConfig] | None:
@@ -671,13 +719,14 @@ def options_of_run(folder: str) -> tuple[TrainingScriptArguments, Any, ModelConf
     Raises:
         ValueError: One of the files is damaged, or has options that cannot be.
     """
-    metrics, config = Path(folder, "metrics.json"), Path(folder, "config.yaml")
-    told = read_json(metrics).get("provenance", {}) if metrics.is_file() else {}
+    told, config = _told_by(folder), Path(folder, "config.yaml")
     if "data_arguments" in told:
         args = _from_dict(TrainingScriptArguments, told["data_arguments"])
         # By name, without the checks of a training, which this machine may not be made for.
         settings = {f.name: f.default for f in fields(SFTConfig)}
-        settings |= {name: _as_it_was(value) for name, value in told["arguments"].items()}
+        settings |= {
+            name: _as_it_was(value) for name, value in told["arguments"].items() if value != f"<{name.upper()}>"
+        }  # which a secret was written as
         return args, SimpleNamespace(**settings), _from_dict(ModelConfig, told["model_arguments"])
     return parse(["--config", str(config)]) if config.is_file() else None
 
@@ -690,7 +739,7 @@ def held_out_rows(run: str, options: tuple[TrainingScriptArguments, Any, ModelCo
         options: What [`options_of_run`] tells of it.
 
     Raises:
-        ValueError: It does not tell them, or they are not there any more.
+        ValueError: It does not tell them, or they are not there any more; or the data has changed since, so that they are others.
     """
     if options is None:
         raise ValueError(
@@ -700,7 +749,13 @@ def held_out_rows(run: str, options: tuple[TrainingScriptArguments, Any, ModelCo
     args, settings, model_args = options
     try:
         _, untrained = load_tokenizer(model_args, settings.trust_remote_code, args.adapter_name_or_path)
-        return load_held_out(args, untrained, settings.dataset_text_field)
+        rows = load_held_out(args, untrained, settings.dataset_text_field)
+        if _told_by(run).get(_HELD_OUT) not in (None, data.rows_digest([rows], settings.dataset_text_field)):
+            raise ValueError(
+                "the data has changed since the training, and what would be held out now are other rows, some of which it may have been "
+                "trained on."
+            )
+        return rows
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The held-out rows of {run}, of {data_of(args)!r}, cannot be found again: {error} Give rows with `--dataset_name`."

@@ -19,16 +19,22 @@ class VLLMWriter:
         model (`str`): Hub name or path.
         revision (`str`): Branch, tag or commit of one from the hub.
         dtype (`str`): `auto`, `float32`, `bfloat16` or `float16`.
+        options: Further ones of vLLM's `LLM`, such as `gpu_memory_utilization`.
 
     Raises:
         ImportError: vLLM is not installed; it is the extra `vllm`.
     """
 
-    def __init__(self, model: str, revision: str = "main", dtype: str = "auto"):
+    def __init__(self, model: str, revision: str = "main", dtype: str = "auto", **options: Any):
         require("vllm", "vllm")
         self.vllm: Any = import_module("vllm")
         self.engine = self.vllm.LLM(
-            model=model, revision=revision, tokenizer_revision=revision, dtype=dtype, generation_config="vllm"
+            model=model,
+            revision=revision,
+            tokenizer_revision=revision,
+            dtype=dtype,
+            generation_config="vllm",
+            **options,
         )
 
     def __call__(self, prompts: list[list[int]], uniforms: Tensor, ends: Iterable[int]) -> list[list[int]]:

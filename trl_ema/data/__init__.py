@@ -15,7 +15,7 @@ from .formats import (
 from .loading import NoSplitError, hub_errors, load_part, load_rows, load_split
 from .mixture import DataPart, mixed, mixture_counts, names_of_parts
 from .rows import IncompleteRowsError, NoAnswersError, check_dataset, check_rows, complete_rows
-from .split import held_out_of_stream, held_out_split, rows_in_common
+from .split import held_out_of_stream, held_out_split, rows_digest, rows_in_common
 from .tokens import rows_to_mix, tokenize_rows
 
 
@@ -40,6 +40,7 @@ __all__ = [
     "mixed",
     "mixture_counts",
     "names_of_parts",
+    "rows_digest",
     "rows_in_common",
     "rows_to_mix",
     "seen_columns",

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 from datasets import Dataset, IterableDataset
 
@@ -83,6 +84,16 @@ def rows_in_common(held_out: Dataset, train: Dataset, text_field: str = "text") 
     wanted = set(held)
     found = wanted & {pair for row in rows_of(train, columns) if (pair := _question_and_answer(row, columns)) in wanted}
     return sum(pair in found for pair in held)
+
+
+def rows_digest(parts: Iterable[Dataset], text_field: str = "text") -> str:
+    """Tells the rows of one or several data sets, one after the other, from others: by all that a model sees of them."""
+    digest = hashlib.sha256()
+    for rows in parts:
+        columns = seen_columns(set(rows.column_names), text_field)
+        for row in rows_of(rows, columns):
+            digest.update(json.dumps(_question_and_answer(row, columns)).encode())
+    return digest.hexdigest()
 
 
 def _position(text: str, seed: int) -> float:

@@ -1,9 +1,11 @@
 """What an evaluation leaves behind: names of its files, and the answers in them, read and paired. Light: a report reads it too."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from ..files import read_jsonl
+from ..files import read_json, read_jsonl
 
 
 TEXT = "text.json"
@@ -53,13 +55,49 @@ def paired_scores(before: str | Path, after: str | Path) -> tuple[list[float], l
             "with the same prompt), so they cannot be compared. Evaluate both with the same `limit`, `sample`, `seed` and "
             "`num_fewshot`."
         )
-    for what, default, same in (
-        ("metric", None, "Evaluate both with the same `metric`."),
-        ("backend", BACKEND, "Evaluate both in one backend: the other's rounding alone changes answers."),
-    ):
-        kinds = [sorted({str(row.get(what, default)) for row in found.values()}) for found in rows]
-        if kinds[0] != kinds[1]:
-            raise ValueError(
-                f"{before} and {after} cannot be compared: `{what}` is {', '.join(kinds[0])} there and {', '.join(kinds[1])} here. {same}"
-            )
+    kinds = [
+        {
+            what: ", ".join(sorted({str(row.get(what, default)) for row in found.values()}))
+            for what, default in (("metric", None), ("backend", BACKEND))
+        }
+        for found in rows
+    ]
+    _check_alike(before, after, *kinds)
     return [r["score"] for r in ours.values()], [theirs[q]["score"] for q in ours], list(ours.values())
+
+
+def check_against(before: str, after: str, task: str, settings: Mapping[str, Any], backend: str) -> None:
+    """
+    Before a model is loaded: whether its answers to a task can be paired with those of an earlier evaluation.
+
+    Args:
+        before, after (`str`): Folders of the two.
+        settings (`dict`): How the task is to be asked, the fields of [`TaskSettings`].
+        backend (`str`): See [`evaluate_tasks`].
+
+    Raises:
+        FileNotFoundError: There are no earlier ones.
+        ValueError: They were asked otherwise, or in another backend.
+    """
+    answers, kept = Path(before, f"{task}.jsonl"), Path(before, f"{task}.json")
+    if not answers.is_file():
+        raise FileNotFoundError(
+            f"`against={before!r}` has no answers to {task!r} ({answers.name}). Evaluate the model to compare with on it first, or leave "
+            "the task out."
+        )
+    known = read_json(kept) if kept.is_file() else {}
+    if "settings" in known:
+        theirs = {"backend": known.get("backend", BACKEND), **known["settings"]}
+        _check_alike(answers, Path(after, answers.name), theirs, {"backend": backend, **settings})
+
+
+def _check_alike(before: str | Path, after: str | Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for the first of these in which two evaluations differ."""
+    for what, value in ours.items():
+        if theirs.get(what) == value:
+            continue
+        there, here = ("not given" if x is None else x for x in (theirs.get(what), value))
+        mend = f"Evaluate both with the same `{what}`."
+        if what == "backend":
+            mend = "Evaluate both in one backend, of the same length: the other's rounding alone changes answers."
+        raise ValueError(f"{before} and {after} cannot be compared: `{what}` is {there} there and {here} here. {mend}")
