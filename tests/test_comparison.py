@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from conftest import CHAT_TEMPLATE, lora
+from conftest import CHAT_TEMPLATE, lora, qwen2_tokenizer, rows
 from peft import get_peft_model
 from test_tasks import write_tasks
 from transformers import AutoTokenizer
@@ -21,15 +21,18 @@ from transformers import AutoTokenizer
 from trl_ema import MeanTeacherConfig
 from trl_ema.adapters.names import TEACHER_NAME
 from trl_ema.cli import train
+from trl_ema.comparison import rows as comparison_rows
+from trl_ema.comparison import run as running
 from trl_ema.comparison.figures import CURVES, summarize_comparison
 from trl_ema.comparison.pictures import CAPTIONS, COLORS, _curve_grid, _drift, _subject_bars, _task_bars, _tradeoff
 from trl_ema.comparison.plan import DEFAULT_CONFIG, Comparison, kept_comparison, load_comparison
 from trl_ema.comparison.report import _in_short, write_report
+from trl_ema.comparison.rows import RunData
 from trl_ema.comparison.run import _Evaluator, _understood, run_comparison
 from trl_ema.evaluation.models import is_adapter, load_base
 from trl_ema.evaluation.settings import TaskSettings
 from trl_ema.evaluation.tasks import asked_as_chats, check_tasks, is_offline, mmlu_subjects, task_manager
-from trl_ema.script import parse
+from trl_ema.script import load_held_out, load_parts, load_tokenizer, parse
 
 
 pytestmark = pytest.mark.usefixtures("lm_evals_files_read_once")
@@ -886,10 +889,133 @@ def test_rows_without_a_prompt_are_refused_before_the_base_is_evaluated(tiny_fol
 
 
 def test_held_out_rows_of_the_evaluation_are_held_out_of_every_run():
-    plan = load_comparison(DEFAULT_CONFIG)
-    assert {plan.options(arm, seed)["eval_samples"] for arm in plan.trained() for seed in plan.seeds} == {
-        plan.suite.domain_samples
+    plan, read = load_comparison(DEFAULT_CONFIG), RunData()
+    (runs,) = running._parsed(plan)
+    args, settings, model_args = next(iter(runs.values()))
+    held_out = load_held_out(args, load_tokenizer(model_args)[1], settings.dataset_text_field)
+    assert len(held_out) == plan.suite.domain_samples and {arm for arm, _ in runs} == {
+        arm.name for arm in plan.trained()
     }
+    measured = {json.dumps(row, sort_keys=True) for row in held_out}
+    for options in {RunData.key(options): options for options in runs.values()}.values():
+        (part,) = read.parts(options)
+        assert len(part.train) == 4000
+        assert not measured & {json.dumps(row, sort_keys=True) for row in part.train}
+
+
+class Checked(Exception):
+    """Raised where a comparison would begin to measure."""
+
+
+@pytest.fixture
+def checked(tiny_folder, tmp_path, monkeypatch):
+    """Check a plan of these arms, with all that is done before the base is measured; `DATA` in them is the file of the others."""
+
+    def stop(*_):
+        raise Checked
+
+    monkeypatch.setattr(running, "_Evaluator", stop)
+
+    def run(arms, training=None, **asked):
+        data = str(tiny_folder / "data.jsonl")
+        options = PLAN["training"] | {"model_name_or_path": str(tiny_folder / "model"), "dataset_name": data}
+        options |= {"load_in_4bit": False} | (training or {})
+        arms = json.loads(json.dumps(arms).replace("DATA", data))
+        evaluation = {"generation_tokens": 0, "domain_samples": 16}
+        plan = {"training": options, "arms": {"sft": {"teacher": "none"}} | arms, "evaluation": evaluation}
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"seeds": [0, 1]} | plan, sort_keys=False))
+        found = load_comparison(str(tmp_path / "plan.yaml"), str(tmp_path / "out"))
+        with pytest.raises(Checked):
+            run_comparison(found, **asked)
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "default"),
+    [("split_seed", 3, "0"), ("eval_fraction", 0.05, "0.2"), ("dataset_test_split", "dev", "'test'")],
+)
+def test_arms_that_hold_out_other_rows_are_refused(checked, tmp_path, option, value, default):
+    arms = {"b": {"teacher": "none", option: value}}
+    message = f"Arm 'b' has `{option}={value!r}` and arm 'sft' {default}: it would be trained on rows that all arms are"
+    for asked in ({}, {"arms": ["sft"]}, {"evaluate_only": True}):
+        with pytest.raises(ValueError, match=message):
+            checked(arms, **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_an_arm_with_other_data_trains_on_are_counted_and_told(checked, tiny_folder, tmp_path, caplog):
+    lines = (tiny_folder / "data.jsonl").read_text().splitlines()
+    others = [json.dumps(row) for row in rows(40, seed=8)]
+    (tmp_path / "both.jsonl").write_text("\n".join([*others, *lines]) + "\n")
+    (tmp_path / "others.jsonl").write_text("\n".join(others) + "\n")
+    both, other = ({"teacher": "none", "dataset_name": str(tmp_path / f"{name}.jsonl")} for name in ("both", "others"))
+    arms = {"both": both, "both_low": both | {"learning_rate_scale": 0.5}, "replay": {"replay_dataset": "DATA"}}
+    arms |= {"other": other}
+    plan = checked(arms)
+    (runs,) = running._parsed(plan)
+    ((sft,), (mixed,)) = (load_parts(runs[arm, 0][0], qwen2_tokenizer()) for arm in ("sft", "both"))
+    trained = list(mixed.train)
+    expected = sum(row in trained for row in sft.held_out)
+    assert expected  # of the 16, those that are not held out of the larger file too
+    shared = {"held_out": "the domain", "trained": "arms both, both_low", "rows": expected, "of": 16}
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["shared_rows"] == [shared]
+    told = (
+        f"{expected} of the 16 held-out rows of the domain are among the training rows of arms both, both_low: losses"
+    )
+    assert told in caplog.text
+    # What is evaluated alone may have been trained on data that is not here.
+    (tmp_path / "both.jsonl").unlink()
+    checked(arms, evaluate_only=True)
+    assert (
+        "Nobody could count the held-out rows that are trained on, as far as arms both, both_low goes: " in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "message"),
+    [
+        ({"replay_dataset": "nosuch.jsonl"}, {}, "There is no data file 'nosuch.jsonl'"),
+        ({"replay_dataset": "DATA", "replay_fraction": 0.9}, {}, "`replay_fraction=0.9` beside 64 rows takes 576 rows of"),
+        ({"rehearsal_weight": 1.0, "rehearsal_dataset": "nosuch.jsonl"}, {}, "There is no data file 'nosuch.jsonl'"),
+        (
+            {"datasets": [{"path": "DATA", "fraction": 0.5}, {"path": "DATA", "fraction": 0.5}], "max_train_samples": 900},
+            {"dataset_name": None},
+            "`max_train_samples=900` with these fractions takes 450 rows of",
+        ),
+        ({"eval_tasks": ["helaswag:10"], "eval_tasks_steps": 1}, {}, "no task 'helaswag'. Near matches: hellaswag"),
+        ({"teacher": "ema", "teacher_anchor": 0.5, "use_dora": True}, {}, "`teacher_anchor=0.5` scales a LoRA update"),
+    ],
+    ids=["replay", "replay_fraction", "rehearsal", "mixture", "tasks", "anchor"],
+)  # fmt: skip
+def test_what_an_arm_would_refuse_is_refused_before_any_is_trained(checked, tmp_path, options, training, message):
+    arms = {"x": {"teacher": "none"} | options}
+    if training:
+        arms["sft"] = {"datasets": ["DATA"]}
+    with pytest.raises(ValueError, match=f"x, seed 0, cannot be trained: .*{message}"):
+        checked(arms, training)
+    assert not list((tmp_path / "out").rglob("*"))
+    checked(arms, training, arms=["sft"])
+    checked(arms, training, evaluate_only=True)
+
+
+def test_of_an_arm_that_is_not_trained_yet_one_seed_is_checked_and_data_is_read_once(checked, tmp_path, monkeypatch):
+    looked, read = [], []
+    check, load = running.check_training, comparison_rows.load_parts
+    monkeypatch.setattr(running, "check_training", lambda *args: looked.append(args[1].run_name) or check(*args))
+    monkeypatch.setattr(comparison_rows, "load_parts", lambda *args: read.append(args[0]) or load(*args))
+    for arm, seed in (("sft", 0), ("done", 0), ("done", 1)):
+        folder = tmp_path / "out" / arm / f"seed_{seed}"
+        folder.mkdir(parents=True)
+        for name in ("metrics.json", "adapter_config.json"):
+            (folder / name).write_text("{}")
+    arms = {"done": {"teacher": "none", "replay_dataset": "DATA"}, "ema": {"teacher": "ema"}}
+    arms |= {"replay": {"teacher": "none", "replay_dataset": "DATA", "packing": False, "learning_rate": 1e-4}}
+    checked(arms, {"report_to": "tensorboard"})
+    assert looked == ["sft-seed_1", "ema-seed_0", "replay-seed_0"]
+    assert [args.replay_dataset is None for args in read] == [True, False]
+    assert sorted(path.name for path in (tmp_path / "out" / "ema" / "seed_0").iterdir()) == ["config.yaml"]
 
 
 @pytest.mark.parametrize("offline", [True, False])

@@ -18,6 +18,7 @@ from trl_ema.comparison import run as running
 from trl_ema.comparison.figures import summarize_comparison
 from trl_ema.comparison.plan import load_comparison
 from trl_ema.comparison.report import write_report
+from trl_ema.comparison.rows import RunData, shared_rows
 from trl_ema.comparison.run import run_comparison
 from trl_ema.comparison.statistics import backward_transfer, forward_transfer, stage_forgetting
 from trl_ema.comparison.trackers import _figures
@@ -202,8 +203,9 @@ def test_rows_that_another_stage_trains_on_are_counted_and_told(copied, tiny_fol
     assert "shared_rows" not in read_json(Path(copied.output_dir, "plan.json"))
     stages = [{"name": "first"}, {"name": "second", "split_seed": 1}]  # of one file, held out in two ways
     found = load_comparison(write_plan(tiny_folder, tmp_path, stages=stages), str(tmp_path / "other"))
-    parsed = [next(iter(of_stage.values())) for of_stage in running._parsed(found)]
-    shared = running._shared_rows(found, parsed)
+    by_run = running._parsed(found)
+    parsed = [next(iter(of_stage.values())) for of_stage in by_run]
+    shared = shared_rows(found, by_run, RunData())
     expected = []
     for held, trained in ((0, 1), (1, 0)):
         (one,), (other,) = (load_parts(parsed[i][0], qwen2_tokenizer()) for i in (held, trained))

@@ -90,10 +90,14 @@ class Refusals:
         try:
             yield
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-            hollow = isinstance(error, RuntimeError) and "meta" in str(error)
-            kept = self.unseen if hollow else self.found
+            kept = self.unseen if _is_hollow(error) else self.found
             if str(error) not in kept:
                 kept.append(str(error))
+
+
+def _is_hollow(error: Exception) -> bool:
+    """Whether it is of the missing weights, and none of a training."""
+    return isinstance(error, RuntimeError) and "meta" in str(error)
 
 
 @dataclass
@@ -147,14 +151,8 @@ def main(arguments: list[str]) -> None:
     args, training_args, model_args = parse(arguments)
     if settings is not None and sees_one_device(settings) and training_args.n_gpu > 1:
         training_args._n_gpu = 1  # as in the processes of the launch, of which this is none
-    hidden = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        with _left_alone(str(training_args.output_dir)):
-            _check(args, training_args, model_args, launch, refusals)
-    finally:
-        if not hidden:
-            enable_progress_bars()
+    with _without_bars(), _left_alone(str(training_args.output_dir)):
+        _check(args, training_args, model_args, launch, refusals)
     _print_end(refusals)
     if refusals.found:
         sys.exit(1)
@@ -235,6 +233,45 @@ def check_login(args: MeanTeacherConfig) -> None:
         )
 
 
+def check_training(
+    args: TrainingScriptArguments, training_args: MeanTeacherConfig, model_args: ModelConfig, parts: list[LoadedPart]
+) -> None:
+    """
+    Raises the first of what a training would refuse once its data is loaded; of its launch and its checkpoints nothing is asked.
+
+    Args:
+        training_args ([`MeanTeacherConfig`]): Of one process; a trainer changes it.
+        parts (`list`): What [`load_parts`] gives for these options.
+    """
+    if training_args.n_gpu > 1:
+        training_args._n_gpu = 1  # as in that process
+    name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code, args.adapter_name_or_path)
+    samples = sampled(parts)
+    if samples is not parts and all(isinstance(part.train, Dataset) for part in parts):
+        _counts(args, parts, [len(part.train) for part in parts])  # type: ignore[arg-type]
+    with _without_bars(), _left_alone(str(training_args.output_dir)):
+        try:
+            trainer = trainer_without_weights(
+                args, training_args, model_args, name, tokenizer, samples, samples is parts
+            )
+            _look_further(trainer, args, samples, None)
+        except RuntimeError as error:
+            if not _is_hollow(error):
+                raise
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars of `datasets` within this context."""
+    hidden = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            enable_progress_bars()
+
+
 @contextmanager
 def _left_alone(folder: str) -> Iterator[None]:
     """The folders of this path that are made within this context are gone after it."""
@@ -298,14 +335,17 @@ def training_rows(
     here = len(trainer.train_dataset)
     if all(found.size == len(found.rows) for found in figures):
         return here
-    sizes = [found.trained for found in figures]
-    counts = sizes
-    if len(parts) > 1:
-        fractions = [part.fraction for part in parts if not part.replayed]
-        replay = args.replay_fraction if parts[-1].replayed else None
-        names = [part.name for part in parts]
-        counts = mixture_counts(names, sizes, fractions, replay, args.max_train_samples)
+    counts = _counts(args, parts, [found.trained for found in figures])
     return round(here * sum(counts) / sum(len(found.kept) for found in figures))
+
+
+def _counts(args: TrainingScriptArguments, parts: list[LoadedPart], sizes: list[int]) -> list[int]:
+    """How many rows of each data set are trained on, if it has so many; raises `ValueError` if that is too few."""
+    if len(parts) == 1:
+        return sizes
+    fractions = [part.fraction for part in parts if not part.replayed]
+    replay = args.replay_fraction if parts[-1].replayed else None
+    return mixture_counts([part.name for part in parts], sizes, fractions, replay, args.max_train_samples)
 
 
 # The trainer

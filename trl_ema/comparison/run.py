@@ -6,7 +6,8 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
-from itertools import permutations, product
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,22 +34,20 @@ from ..evaluation.models import (
     with_adapter,
 )
 from ..evaluation.models import load_tokenizer as load_adapter_tokenizer
-from ..evaluation.runner import check_settings
+from ..evaluation.runner import check_settings, tasks_to_ask
 from ..evaluation.settings import Suite, TaskSettings
 from ..evaluation.suite import HeldOutText, Kept, Reference, evaluate_model
 from ..evaluation.tasks import DOMAIN_TASKS, asked_as_chats, check_tasks, is_offline, suite_tasks, task_manager
 from ..extras import require
 from ..files import read_json, write_json, write_text
 from ..launch import checks_of_launch
+from ..preflight import check_training
 from ..processes import Launch
 from ..regularizers.own_texts import may_be_at_hand
 from ..script import (
-    LoadedPart,
-    TrainingScriptArguments,
     as_trained_with,
     data_of,
     load_held_out,
-    load_parts,
     load_tokenizer,
     lora,
     parse,
@@ -56,6 +55,7 @@ from ..script import (
     sources,
 )
 from .plan import BASE, PLAN, Arm, Comparison
+from .rows import Options, RunData, check_same_split, shared_rows
 from .stages import check_tasks_of_stages
 from .training import START, check_jobs, is_begun, train, train_together
 
@@ -64,8 +64,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 logger = logging.getLogger(__name__)
-
-_Options = tuple[TrainingScriptArguments, MeanTeacherConfig, ModelConfig]
 
 
 def run_comparison(
@@ -114,14 +112,17 @@ def run_comparison(
         _check_scalable(arm, parsed[-1])
     for arm, seed in product(chosen, seeds):
         _check_run(comparison, arm, seed, now, chosen, evaluate_only)
+    todo = [
+        (stage, arm, seed)
+        for stage, arm, seed in product(now, chosen, seeds)
+        if arm.interpolate is None and not stage.is_trained(arm.name, seed)
+    ]
     if launch is not None:
-        for stage, of_stage in zip(comparison.by_stage(), parsed, strict=True):
-            for arm, seed in product(chosen if stage in now else (), seeds):
-                if arm.interpolate is None and not stage.is_trained(arm.name, seed):
-                    _check_launch(stage, arm.name, seed, launch, of_stage[arm.name, seed])
+        for stage, arm, seed in todo:
+            _check_launch(stage, arm.name, seed, launch, parsed[stage.at][arm.name, seed])
     _check_same_tokenizer({arm: config for (arm, _), (_, config, _) in parsed[0].items()})
-    _write_configs(comparison, evaluate_only)
-    write_json(Path(comparison.output_dir, PLAN), _plan(comparison, first) | _shared_rows(comparison, first))
+    check_same_split(parsed[0])
+    _write(comparison, parsed, [] if evaluate_only else todo, evaluate_only)
     evaluator = _Evaluator(comparison, first, manager)
     evaluator.base()
     if jobs > 1 and not evaluate_only:
@@ -144,7 +145,7 @@ def _evaluate(stage: Comparison, arm: Arm, seed: int, evaluator: "_Evaluator") -
             evaluator.adapter(adapter, folder, scale, curve=stage.is_traced(arm))
 
 
-def _understood(comparison: Comparison, parsed: list[dict[tuple[str, int], _Options]]) -> Comparison:
+def _understood(comparison: Comparison, parsed: list[dict[tuple[str, int], Options]]) -> Comparison:
     """The comparison with what its arms' options mean, in every stage."""
     configs: dict[str, list[MeanTeacherConfig]] = {arm.name: [] for arm in comparison.trained()}
     for of_stage in parsed:
@@ -157,36 +158,30 @@ def _understood(comparison: Comparison, parsed: list[dict[tuple[str, int], _Opti
     )
 
 
-def _runs(stage: Comparison) -> dict[tuple[str, int], dict]:
-    """The options of `trl-ema train` by arm and seed."""
-    return {(arm.name, seed): stage.options(arm, seed) for arm in stage.trained() for seed in stage.seeds}
-
-
-def _parsed(comparison: Comparison) -> list[dict[tuple[str, int], _Options]]:
-    """The same as the script understands them, of each stage; nothing is left behind."""
+def _parsed(comparison: Comparison) -> list[dict[tuple[str, int], Options]]:
+    """The options of `trl-ema train` by arm and seed, as the script understands them, of each stage."""
     _check_options_of_stages(comparison)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch, "config.yaml")
-        parsed: list[dict[tuple[str, int], _Options]] = []
-        for stage in comparison.by_stage():
-            parsed.append({})
-            for (arm, seed), options in _runs(stage).items():
-                write_text(path, yaml.safe_dump(options))
-                parsed[-1][arm, seed] = _understand(stage, arm, seed, path)
-    return parsed
+    return [
+        {(arm.name, seed): _understand(stage, arm, seed) for arm, seed in product(stage.trained(), stage.seeds)}
+        for stage in comparison.by_stage()
+    ]
 
 
-def _understand(stage: Comparison, arm: str, seed: int, path: Path) -> _Options:
-    run = stage.run_name(arm, seed)
+def _understand(stage: Comparison, arm: Arm, seed: int) -> Options:
+    """The options of one run, as the script understands them; nothing is left behind."""
+    run = stage.run_name(arm.name, seed)
     try:
-        found = parse(["--config", str(path)])
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch, "config.yaml")
+            write_text(path, yaml.safe_dump(stage.options(arm, seed)))
+            found = parse(["--config", str(path)])
     except ValueError as error:
         if stage.stage is None:
             raise
         raise ValueError(f"The options of {run}, cannot be: {error}") from error
     if stage.earlier is None and found[0].adapter_name_or_path is not None:
         raise ValueError(
-            f"Arm {arm!r} goes on from an adapter, and a comparison measures every arm from its base. Leave out "
+            f"Arm {arm.name!r} goes on from an adapter, and a comparison measures every arm from its base. Leave out "
             "`adapter_name_or_path`; `trl-ema train` and `trl-ema evaluate --reference_adapter` measure such a run."
         )
     if stage.earlier is not None and found[1].rehearsal_texts is not None:
@@ -213,19 +208,54 @@ def _check_options_of_stages(comparison: Comparison) -> None:
             )
 
 
-def _write_configs(comparison: Comparison, check_only: bool = False) -> None:
-    """A YAML file for `trl-ema train` in the folder of each run, once it is known that none has other options there."""
+def _write(
+    comparison: Comparison,
+    parsed: list[dict[tuple[str, int], Options]],
+    todo: Sequence[tuple[Comparison, Arm, int]],
+    evaluate_only: bool,
+) -> None:
+    """
+    The plan, and a YAML file for `trl-ema train` in the folder of each run, once it is known that none has other options there, and that
+    those which are still to be trained can be.
+    """
     configs = {
-        Path(stage.folder(*run), "config.yaml"): options
+        Path(stage.folder(arm.name, seed), "config.yaml"): stage.options(arm, seed)
         for stage in comparison.by_stage()
-        for run, options in _runs(stage).items()
+        for arm, seed in product(stage.trained(), stage.seeds)
     }
     for path, options in configs.items():
         _check_same_run(path, options)
-    if check_only:
-        return
-    for path, options in configs.items():
-        write_text(path, yaml.safe_dump(options))
+    read = RunData()
+    _check_trainings(todo, read)
+    if not evaluate_only:
+        for path, options in configs.items():
+            write_text(path, yaml.safe_dump(options))
+    first = [next(iter(of_stage.values())) for of_stage in parsed]
+    write_json(Path(comparison.output_dir, PLAN), _plan(comparison, first) | shared_rows(comparison, parsed, read))
+
+
+def _check_trainings(todo: Sequence[tuple[Comparison, Arm, int]], read: RunData) -> None:
+    """
+    Raises `ValueError` if a run would refuse its data, tasks or options, as `trl-ema check` finds it. Seeds change none of that: of an
+    arm one is looked at.
+    """
+    ask = cache(tasks_to_ask)  # reading all of lm-eval's tasks takes many seconds
+    seeds: dict[tuple[int, str], int] = {}
+    for stage, arm, seed in todo:
+        if seeds.setdefault((stage.at, arm.name), seed) != seed:
+            continue
+        run = stage.run_name(arm.name, seed)
+        logger.info("Checking %s", run)
+        # Anew: a trainer changes its settings, which say what the next one made in this process computes in.
+        args, settings, model_args = _understand(stage, arm, seed)
+        # The adapter of the stage before may be still to be trained. A new one is refused for the same reasons.
+        options = replace(args, adapter_name_or_path=None), settings, model_args
+        try:
+            if args.eval_tasks:
+                ask(tuple(args.eval_tasks), tuple(args.eval_tasks_include_path or ()))
+            check_training(*options, read.parts(options))
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            raise ValueError(f"{run}, cannot be trained: {error}") from error
 
 
 def _check_same_tokenizer(settings: dict[str, MeanTeacherConfig]) -> None:
@@ -247,7 +277,7 @@ def _check_same_tokenizer(settings: dict[str, MeanTeacherConfig]) -> None:
         )
 
 
-def _checked_tasks(suite: Suite, options: _Options) -> "tuple[Suite, TaskManager | None]":
+def _checked_tasks(suite: Suite, options: Options) -> "tuple[Suite, TaskManager | None]":
     """
     The suite with the tasks of the one that it names, and lm-eval's task manager, after every task, sample and package is known to
     be there.
@@ -265,7 +295,7 @@ def _checked_tasks(suite: Suite, options: _Options) -> "tuple[Suite, TaskManager
     return suite, manager
 
 
-def _with_suite(suite: Suite, name: str, options: _Options, manager: "TaskManager") -> Suite:
+def _with_suite(suite: Suite, name: str, options: Options, manager: "TaskManager") -> Suite:
     """With the tasks of the named one that are not there by themselves."""
     names, absent = suite_tasks(name, manager)
     if absent:
@@ -279,7 +309,7 @@ def _with_suite(suite: Suite, name: str, options: _Options, manager: "TaskManage
     return replace(suite, retention_tasks=suite.retention_tasks | others, domain_tasks=suite.domain_tasks | of_domain)
 
 
-def _plan(comparison: Comparison, by_stage: list[_Options]) -> dict:
+def _plan(comparison: Comparison, by_stage: list[Options]) -> dict:
     args, _, model_args = by_stage[0]
     found: dict[str, Any] = {
         "training": comparison.training,
@@ -300,33 +330,6 @@ def _plan(comparison: Comparison, by_stage: list[_Options]) -> dict:
     return found
 
 
-def _shared_rows(comparison: Comparison, by_stage: list[_Options]) -> dict:
-    """
-    As an entry of the plan, of which pairs of stages so many rows that the one holds out are trained on in the other: figures on them
-    tell less of what was learned or lost. Streams are not looked at.
-    """
-    loaded: dict[str, list[LoadedPart]] = {}
-    for stage, (args, settings, model_args) in zip(comparison.stages, by_stage, strict=False):
-        _, tokenizer = load_tokenizer(model_args, settings.trust_remote_code)
-        loaded[stage.name] = load_parts(args, tokenizer, settings.dataset_text_field)
-    found, field = [], by_stage[0][1].dataset_text_field
-    for (one, own), (other, others) in permutations(loaded.items(), 2):
-        rows = sum(
-            data.rows_in_common(part.held_out, trained.train, field)
-            for part, trained in product(own, others)
-            if not part.replayed and isinstance(trained.train, Dataset)
-        )
-        if rows:
-            of = sum(len(part.held_out) for part in own if not part.replayed)
-            found.append({"held_out": one, "trained": other, "rows": rows, "of": of})
-            logger.warning(
-                "%d of the %d held-out rows of stage %r are among the training rows of stage %r: losses on them tell less of what was "
-                "learned or forgotten. Take equal rows out of one of the data sets, or give both the same rows and `split_seed`.",
-                rows, of, one, other,
-            )  # fmt: skip
-    return {"shared_rows": found} if found else {}
-
-
 def _check_run(
     comparison: Comparison, arm: Arm, seed: int, now: list[Comparison], chosen: Sequence[Arm], evaluate_only: bool
 ) -> None:
@@ -342,7 +345,7 @@ def _check_run(
             _check_order(stage, stage.earlier, arm.name, seed, [] if evaluate_only else now)
 
 
-def _check_scalable(arm: Arm, runs: dict[tuple[str, int], _Options]) -> None:
+def _check_scalable(arm: Arm, runs: dict[tuple[str, int], Options]) -> None:
     """Raises `ValueError` if `arm` scales adapters that are no factor of their update."""
     if arm.interpolate is None or set(arm.scales) <= {1}:
         return
@@ -385,7 +388,7 @@ def _check_order(stage: Comparison, earlier: Comparison, arm: str, seed: int, no
         )
 
 
-def _check_launch(stage: Comparison, arm: str, seed: int, launch: Launch, options: _Options) -> None:
+def _check_launch(stage: Comparison, arm: str, seed: int, launch: Launch, options: Options) -> None:
     """Raises `ValueError` if a run would refuse its launch, as where it cannot go on from the stage before it."""
     args, settings, _ = options
     begun = is_begun(stage.folder(arm, seed))
@@ -456,7 +459,7 @@ class _Evaluator:
         by_stage (`list`): Options of a run of each stage; where there is one domain, of one run.
     """
 
-    def __init__(self, comparison: Comparison, by_stage: list[_Options], manager: "TaskManager | None"):
+    def __init__(self, comparison: Comparison, by_stage: list[Options], manager: "TaskManager | None"):
         args, training_args, model_args = by_stage[-1]
         self.comparison, self.manager = comparison, manager
         self.name, self.tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
