@@ -9,13 +9,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 
 from . import __version__
 from .config import MeanTeacherConfig
 from .extras import require
-from .files import read_json, shipped
+from .files import read_json, read_yaml, shipped
 from .processes import Launch, refuse_fisher, refuse_sharding, refuse_start, refuse_tasks, refuse_to_write
 from .script import TrainingScriptArguments, make_parser
 from .versions import check_versions
@@ -162,8 +161,7 @@ def _is_deepspeed(file: str) -> bool:
 
 
 def _read(file: str) -> dict:
-    with open(file, encoding="utf-8") as opened:
-        config = yaml.safe_load(opened)
+    config = read_yaml(file)
     return config if isinstance(config, dict) else {}
 
 
