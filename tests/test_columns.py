@@ -197,14 +197,16 @@ def test_named_rows_are_the_same_in_every_command(files, tokenizer):
 def test_a_configuration_of_the_hub_is_asked_for(tokenizer, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "trl_ema.data.loading.load_dataset", lambda *names, **_: asked.append(names) or {"dev": rows(4)}
+        "trl_ema.data.loading.load_dataset",
+        lambda *names, **_: asked.append(names) or {"dev": rows(4), "train": rows(5)},
     )
     args = ScaleArguments(
         dataset_name="some/data", dataset_config="de", dataset_split="dev", drift_dataset="other/data"
     )
-    assert len(sampled_rows(args, tokenizer)) == len(sampled_rows(args, tokenizer, "drift_dataset")) == 4
+    # A further data set has a split of its own.
+    assert len(sampled_rows(args, tokenizer)) == 4 and len(sampled_rows(args, tokenizer, "drift_dataset")) == 5
     args.drift_dataset = "{path: other/data, name: en, split: dev}"
-    sampled_rows(args, tokenizer, "drift_dataset")
+    assert len(sampled_rows(args, tokenizer, "drift_dataset")) == 4
     assert asked == [("some/data", "de"), ("other/data", None), ("other/data", "en")]
 
 
@@ -234,6 +236,51 @@ def test_further_texts_of_a_comparison_are_told_their_columns(files, tiny_folder
     suite = Suite(drift_data={"old": replayed(files)}, generation_tokens=0)
     args = TrainingScriptArguments(str(files / "odd.csv"), dataset_columns=PAIRS)
     assert len(evaluator(suite, args, tiny_folder).rows["others"]["old"]) == 30
+
+
+def test_a_column_of_ours_is_told_once(files):
+    for command in (EvaluationArguments, TrainingScriptArguments):
+        with pytest.raises(
+            ValueError, match="`dataset_columns` names two columns as 'prompt': .*Give each of ours once"
+        ):
+            command(dataset_name=str(files / "odd.csv"), dataset_columns=["prompt=Frage", "prompt=Antwort"])
+
+
+# Options of rows that are not read beside others
+
+
+ROWS = {"dataset_split": "test", "dataset_config": "en", "drop_incomplete_rows": True}
+SAID = "`dataset_config='en'`, `dataset_split='test'`"
+NOT_READ = [
+    (EvaluationArguments, ROWS | {"held_out_of": "R"}, f"`held_out_of='R'`: {SAID}, `drop_incomplete_rows=True`."),
+    (EvaluationArguments, ROWS, f"`dataset_name=None`: {SAID}, `drop_incomplete_rows=True`."),
+    (EvaluationArguments, {"backend": "vllm", "batch_size": 4}, "`backend='vllm'`: `batch_size=4`."),
+    (ScaleArguments, ROWS | {"seed": 2}, f"`dataset_name=None`: {SAID}, `drop_incomplete_rows=True`, `seed=2`."),
+    (ScaleArguments, ROWS | {"drift_dataset": "x"}, f"`dataset_name=None`: {SAID}."),
+    (
+        TrainingScriptArguments,
+        {"datasets": ["a", "b"], "dataset_config": "en", "dataset_train_split": "foo"},
+        "`datasets` of 2: `dataset_config='en'`, `dataset_train_split='foo'`.",
+    ),
+    (TrainingScriptArguments, {"dataset_config": "en"}, "`dataset_name=None`: `dataset_config='en'`."),
+    (TrainingScriptArguments, {"eval_tasks_include_path": "x"}, "`eval_tasks=None`: `eval_tasks_include_path=['x']`."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "options", "message"), NOT_READ)
+def test_options_of_rows_that_are_not_read_are_named(command, options, message):
+    with pytest.warns(UserWarning) as warned:
+        command(**options)
+    assert [str(one.message) for one in warned] == [f"Ignored with {message}"] and warned[0].filename == __file__
+
+
+def test_options_of_rows_that_are_read_are_not_said_to_be_ignored():
+    for command in (EvaluationArguments, ScaleArguments):
+        command(dataset_name="x", seed=2, dataset_samples=3, **ROWS)
+    ScaleArguments(drift_dataset="x", seed=2, dataset_samples=3, drop_incomplete_rows=True)
+    EvaluationArguments(batch_size=4, seed=2)
+    TrainingScriptArguments("x", dataset_config="en", dataset_train_split="foo")
+    TrainingScriptArguments(eval_tasks=["a"], eval_tasks_steps=1, eval_tasks_include_path=["x"])
 
 
 # What is said of columns names the option that the user gave

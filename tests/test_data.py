@@ -18,6 +18,7 @@ from trl_ema.data import (
     loading,
     to_prompt_completion,
 )
+from trl_ema.data.faults import FILE_FORMATS
 from trl_ema.script import TrainingScriptArguments, load_data
 
 
@@ -550,6 +551,102 @@ def test_a_file_without_rows_is_named_as_such(tmp_path, streaming):
 def test_missing_file_is_not_looked_for_on_the_hub(name):
     with pytest.raises(FileNotFoundError, match=f"no data file '{name}'. Give the path"):
         load_rows(name)
+
+
+LATIN = "prompt,completion\nq1,a1\nWas ist Übelkeit?,ein Gefühl\n"
+QUOTES = "A cell with a comma, a quotation mark or a line break in it has to stand between quotation marks."
+DAMAGED = {
+    # Name: content, and what is said of it.
+    "latin.csv": (LATIN.encode("latin-1"), "line 3 is not UTF-8 (byte 0xdc). Save it as UTF-8, in Excel as `CSV UTF-8`, or convert it: "
+                  "`iconv -f windows-1252 -t utf-8 {path} > utf8.csv`."),
+    "utf16.csv": (LATIN.encode("utf-16"), "line 1 is not UTF-8 (byte 0xff). Save it as UTF-8, in Excel as `CSV UTF-8`, or convert it: "
+                  "`iconv -f utf-16 -t utf-8 {path} > utf8.csv`."),
+    "latin.jsonl": ('{"text": "a"}\n{"text": "ü"}\n'.encode("latin-1"), "line 2 is not UTF-8 (byte 0xfc). "),
+    "ragged.csv": (b"prompt,completion\nq1,a1\nq2,a2,a3,a4\nq3,a3\n", "Expected 2 fields in line 3, saw 4. " + QUOTES),
+    "broken.jsonl": (b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion":\n', "line 2 is no JSON (Expecting value, "),
+    "broken.json": (b'[{"prompt": "a", "completion": "b"},\n\n{"prompt": "a" "completion": "b"}]\n', "line 3 is no JSON (Expecting "),
+    "list.jsonl": (b'{"prompt": "a", "completion": "b"}\n["a", "b"]\n', "line 2 is no JSON object. Write one a line, or all in a list."),
+    "broken.parquet": (b"PAR1 and no more", "Parquet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_named_with_the_line_and_what_mends_it(tmp_path, name, streaming):
+    content, message = DAMAGED[name]
+    good, path = tmp_path / f"good{(tmp_path / name).suffix}", tmp_path / name
+    write(rows(4), good)
+    path.write_bytes(content)
+    asked = [{"name": str(path)}]
+    if not streaming:  # of which the first rows are looked at
+        asked.append({"name": FILE_FORMATS[path.suffix], "data_files": [str(good), str(path)]})
+    for options in asked:
+        with pytest.raises(ValueError) as error:
+            load_rows(streaming=streaming, **options)
+        assert f"{path} cannot be read: " in str(error.value)
+        assert message.format(path=path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "prompt;completion\nq;a\n",
+            "has one column, 'prompt;completion': its cells are parted by semicolons. Save it anew",
+        ),
+        ("prompt\tcompletion\nq\ta\n", "its cells are parted by tabs. Save it anew with commas between them"),
+        (
+            "prompt,completion\nq1,a1,x\nq2,a2,y\n",
+            "has more cells in its first row than columns in its header. A cell with a comma",
+        ),
+    ],
+)
+def test_a_table_with_other_separators_or_more_of_them_is_refused(tmp_path, content, message):
+    (tmp_path / "data.csv").write_text(content)
+    for name in (tmp_path / "data.csv", tmp_path):
+        with pytest.raises(ValueError, match=f"data.csv {message}"):
+            load_rows(str(name))
+
+
+def test_an_error_about_no_line_names_the_files(tmp_path):
+    rows(2).to_csv(tmp_path / "train.csv")
+    (tmp_path / "test.csv").write_text("prompt,answer\nq,a\n")
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read .*answer"):
+        load_rows(str(tmp_path))
+
+
+@pytest.mark.parametrize("option", ["as one", "in a list", "by split", "by a pattern", "below a folder", "in a folder"])
+def test_cells_of_csv_files_by_data_files_are_the_text_that_they_are(tmp_path, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "x.csv").write_text("prompt,completion\n1,007\n2,010\n3,None\n")
+    name, options = {
+        "as one": ("csv", {"data_files": str(tmp_path / "own" / "x.csv")}),
+        "in a list": ("csv", {"data_files": ["own/x.csv"]}),
+        "by split": ("csv", {"data_files": {"train": "own/x.csv"}}),
+        "by a pattern": ("csv", {"data_files": "own/*.csv"}),
+        "below a folder": ("csv", {"data_files": "x.csv", "data_dir": "own"}),
+        "in a folder": ("own", {"data_files": "x.csv"}),
+    }[option]
+    for streaming in (False, True):
+        assert [row["completion"] for row in load_rows(name, streaming=streaming, **options)] == ["007", "010", "None"]
+
+
+def test_data_files_that_are_not_there_are_no_matter_of_the_hub(tmp_path):
+    for name in ("json", str(tmp_path)):
+        with pytest.raises(
+            FileNotFoundError, match=f"no data file 'no.jsonl' in .*, which `data_files` of '{name}' names"
+        ):
+            load_rows(name, data_files={"train": ["no.jsonl"]})
+
+
+def test_files_have_no_configuration_and_one_has_no_others(tmp_path):
+    path = jsonl_file(tmp_path, [{"text": "a"}])
+    for name, options in ((path, {}), ("json", {"data_files": path})):
+        with pytest.raises(ValueError, match="is read from files, which have no configuration; got 'en'. Leave it out"):
+            load_rows(name, "en", **options)
+    with pytest.raises(ValueError, match="is one file: leave out `data_dir` and `data_files`"):
+        load_rows(path, data_files="other.jsonl")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

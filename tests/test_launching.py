@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import trl
 import yaml
+from test_cli import trl_ema
 
 from trl_ema import files, launch, versions
+from trl_ema.comparison.plan import load_comparison
 from trl_ema.files import read_json, shipped
 from trl_ema.launch import accelerate_config_file, launch_training, take_accelerate_config
 from trl_ema.script import make_parser, parse
@@ -83,6 +85,28 @@ def test_an_unknown_configuration_is_refused_with_those_that_there_are(name):
         launch_training(name, [])
     assert f"`accelerate_config={name!r}` is neither a file nor a packaged configuration" in str(error.value)
     assert "one of cpu, fsdp2, multi_gpu, single_gpu, zero1, zero2, zero3, zero3_offload." in str(error.value)
+
+
+def test_yaml_that_is_none_is_refused_with_its_file_and_line(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("model_name_or_path: model\ndatasets: [path: x\n")
+    reads = {
+        "accelerate's": lambda: launch_training(str(path), []),
+        "train's": lambda: parse(["--config", str(path)]),
+        "a comparison's": lambda: load_comparison(str(path)),
+    }
+    for read in reads.values():
+        with pytest.raises(ValueError) as error:
+            read()
+        assert str(error.value).startswith(
+            f"{path}, line 3: no valid YAML (expected ',' or ']', but got '<stream end>')."
+        )
+    for command in ("evaluate", "rehearse"):
+        done = trl_ema(command, "--config", path, check=False)
+        assert done.returncode == 1 and f'in "{path}", line 3' in done.stderr and "Traceback" not in done.stderr
+    path.write_bytes("output_dir: Gefühl\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="bad.yaml: no valid YAML .*; the file is to be UTF-8"):
+        parse(["--config", str(path)])
 
 
 # The command line, parted

@@ -29,6 +29,11 @@ def test_the_notebook_is_valid_and_has_no_outputs(notebook):
     assert len(code) > 5 and not any(cell.outputs or cell.execution_count for cell in code)
 
 
+def test_a_table_of_ones_own_is_loaded_as_it_is_written(notebook):
+    text = "\n".join(cell.source for cell in notebook.cells)
+    assert "`trl_ema.data.load_split(" in text and 'load_dataset("csv"' not in text
+
+
 def test_what_the_notebook_imports_is_there(notebook):
     sources = (cell.source for cell in notebook.cells if cell.cell_type == "code")
     code = "\n".join(re.sub(r"^!(.*\\\n)*.*$", "pass", source, flags=re.MULTILINE) for source in sources)

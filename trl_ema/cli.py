@@ -11,6 +11,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from yaml import YAMLError
+
 from . import __version__
 from .noise import hide_noise
 from .options import RowsArguments
@@ -215,7 +217,7 @@ class EvaluationArguments(BackendArguments, RowsArguments):
     )
 
     def __post_init__(self) -> None:
-        from .options import plain_count, plain_number, take_booleans, take_columns
+        from .options import plain_count, plain_number, take_booleans, take_columns, warn_about_ignored
 
         take_booleans(self)
         if self.held_out_of is not None and self.dataset_name is not None:
@@ -240,6 +242,12 @@ class EvaluationArguments(BackendArguments, RowsArguments):
                 setattr(self, name, plain_count(name, getattr(self, name), count))
         if self.limit is not None:
             self.limit = float(plain_number("limit", self.limit))
+        if self.dataset_name is None:
+            given = "dataset_name" if self.held_out_of is None else "held_out_of"
+            unread = ("dataset_config", "dataset_split", "drop_incomplete_rows")
+            warn_about_ignored(self, unread, f"`{given}={getattr(self, given)!r}`")
+        if self.backend == "vllm":  # which finds it itself
+            warn_about_ignored(self, ("batch_size",), "`backend='vllm'`")
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -706,7 +714,7 @@ def main() -> None:
     hide_noise()
     try:
         COMMANDS[args.command](sys.argv[2:])
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, YAMLError) as error:  # the last names its file
         if os.environ.get("TRL_EMA_TRACEBACK"):
             raise
         sys.exit(f"trl-ema {args.command}: {error}\n(TRL_EMA_TRACEBACK=1 shows where.)")

@@ -6,8 +6,7 @@ import re
 import shlex
 import shutil
 import tempfile
-import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +31,7 @@ from .evaluation.scaling import LARGEST_SCALE, adapter_at, check_run, read_adapt
 from .evaluation.vllm_backend import check_vllm_reads
 from .extras import require
 from .files import OutputError, check_output_dir, new_folder, write_json, write_text
-from .options import RowsArguments, plain_count, plain_number, take_booleans, take_columns
+from .options import RowsArguments, plain_count, plain_number, take_booleans, take_columns, warn_about_ignored
 from .provenance import provenance
 from .script import held_out_rows, options_of_run
 from .tune_scale import check_began_as_base, settings_unknown
@@ -131,18 +130,15 @@ class ExportArguments(RowsArguments):
                 f"`max_kl` must be above 0, got {self.max_kl:g}. It is in nats per token; rounding to 16 bits alone takes some 0.001."
             )
         self.mixture = _share_of_teacher(self.adapter)
-        self._warn_about_ignored()
+        warn_about_ignored(self, *self._unread())
 
-    def _warn_about_ignored(self) -> None:
+    def _unread(self) -> tuple[tuple[str, ...], str]:
+        """Options that are not read, and what is given that does not read them."""
         unread: tuple[str, ...] = _OF_MERGING if self.to == "adapter" else ()
         if self.to == "adapter" or self.dataset_name is None:
             unread += _OF_NAMED_ROWS
         unread += () if self.to == "gguf" else _OF_GGUF
-        default = {f.name: f.default for f in fields(self)}
-        ignored = [f"`{name}={getattr(self, name)!r}`" for name in unread if getattr(self, name) != default[name]]
-        if ignored:
-            given = f"`to={self.to!r}`" + ("" if self.to == "adapter" else f", `dataset_name={self.dataset_name!r}`")
-            warnings.warn(f"Ignored with {given}: {', '.join(ignored)}.", stacklevel=4)
+        return unread, f"`to={self.to!r}`" + ("" if self.to == "adapter" else f", `dataset_name={self.dataset_name!r}`")
 
     @property
     def name(self) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 def shipped(name: str) -> Path:
     """
@@ -171,3 +173,17 @@ def read_json(path: str | Path) -> Any:
 def read_jsonl(path: str | Path) -> list[dict]:
     """The objects of a JSONL file."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The value in a YAML file. Raises `ValueError`, naming it and where known the line, if it is none."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f", line {mark.line + 1}"
+        told = getattr(error, "problem", None) or error
+        raise ValueError(
+            f"{path}{line}: no valid YAML ({told}). Look there and before it for a bracket or quotation mark that is not closed, a tab, or "
+            "a value with `: ` that stands without quotation marks; the file is to be UTF-8."
+        ) from error

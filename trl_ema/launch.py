@@ -11,14 +11,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
 from accelerate.utils import str_to_bool
 
 from . import __version__
 from .config import MeanTeacherConfig
 from .extras import require
-from .files import read_json, shipped
+from .files import read_json, read_yaml, shipped
 from .processes import (
     PARALLEL,
     Launch,
@@ -178,8 +177,7 @@ def _is_deepspeed(file: str) -> bool:
 
 
 def _read(file: str) -> dict:
-    with open(file, encoding="utf-8") as opened:
-        config = yaml.safe_load(opened)
+    config = read_yaml(file)
     return config if isinstance(config, dict) else {}
 
 

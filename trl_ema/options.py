@@ -1,7 +1,8 @@
 """Options that several commands have, as plain values, whatever they were written as. It knows no other library."""
 
 import numbers
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
@@ -81,6 +82,20 @@ def changed(config: Any, **values: Any) -> Iterator[None]:
             setattr(config, name, value)
 
 
+def warn_about_ignored(args: Any, unread: Iterable[str], given: str) -> None:
+    """
+    Warns of options that have another value than their default and are not read. To be called in `__post_init__`.
+
+    Args:
+        unread (`Iterable[str]`): Names of options of the dataclass `args` that are not read beside what is given.
+        given (`str`): That, as the warning says it.
+    """
+    default = {f.name: f.default for f in fields(args)}
+    ignored = [f"`{name}={getattr(args, name)!r}`" for name in unread if getattr(args, name) != default[name]]
+    if ignored:
+        warnings.warn(f"Ignored with {given}: {', '.join(ignored)}.", stacklevel=4)
+
+
 @dataclass
 class RowsArguments:
     """Rows of a data set to measure on, named and read as those of a training."""
@@ -107,7 +122,7 @@ def take_columns(args: Any) -> None:
     `dataset_columns` of a command line, `prompt=Question completion=Reply`, becomes a mapping, as YAML has it.
 
     Raises:
-        ValueError: It is no such pairs, or there is no `dataset_name` that it is of.
+        ValueError: It is no such pairs, one of ours is given twice, or there is no `dataset_name` that it is of.
     """
     columns = args.dataset_columns
     if columns is None:
@@ -124,4 +139,8 @@ def take_columns(args: Any) -> None:
         raise ValueError(
             f"`dataset_columns` is {columns}; expected pairs such as `prompt=Question completion=Reply`, our name first."
         )
+    named = [ours for ours, _, _ in pairs]
+    twice = [ours for ours in named if named.count(ours) > 1]
+    if twice:
+        raise ValueError(f"`dataset_columns` names two columns as {twice[0]!r}: {columns}. Give each of ours once.")
     args.dataset_columns = {ours: theirs for ours, _, theirs in pairs}

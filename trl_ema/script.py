@@ -34,8 +34,8 @@ from . import __version__, data, offline
 from .checkpointing.folders import last_checkpoint
 from .config import MeanTeacherConfig
 from .evaluation import models
-from .files import read_json, shipped
-from .options import plain_count, plain_number, take_booleans, take_columns
+from .files import read_json, read_yaml, shipped
+from .options import plain_count, plain_number, take_booleans, take_columns, warn_about_ignored
 from .provenance import provenance
 from .versions import check_versions
 
@@ -172,6 +172,11 @@ class TrainingScriptArguments(DatasetMixtureConfig, ScriptArguments):
         take_columns(self)
         _take_mixture(self)
         _check_mixture(self)
+        if self.dataset_name is None:
+            given = f"`datasets` of {len(self.datasets)}" if self.datasets else "`dataset_name=None`"
+            warn_about_ignored(self, ("dataset_config", "dataset_train_split"), given)
+        if not self.eval_tasks:
+            warn_about_ignored(self, ("eval_tasks_include_path",), "`eval_tasks=None`")
 
     @property
     def is_mixture(self) -> bool:
@@ -275,7 +280,10 @@ def _with_config_file(arguments: list[str]) -> list[str]:
     """The arguments with a path for `--config`, which may also name one of the packaged `recipes/configs`."""
     place = arguments.index("--config") + 1 if "--config" in arguments else len(arguments)
     given = arguments[place : place + 1]  # without a value TRL's parser says so
-    if not given or os.path.isfile(given[0]):
+    if not given:
+        return arguments
+    if os.path.isfile(given[0]):
+        read_yaml(given[0])  # TRL's parser reads it again, but has no word for what is no YAML
         return arguments
     known = {path.stem: str(path) for path in shipped("recipes").glob("configs/*.yaml")}
     if given[0] not in known:

@@ -18,7 +18,7 @@ from .evaluation.models import adapter_base, adapter_revision, fingerprint, is_a
 from .evaluation.scaling import FIGURES, SCALES, Dial, check_run, check_scales, curve_of, teacher_of
 from .extras import require
 from .files import check_output_dir
-from .options import RowsArguments, plain_count, plain_number, take_booleans, take_columns
+from .options import RowsArguments, plain_count, plain_number, take_booleans, take_columns, warn_about_ignored
 from .script import TrainingScriptArguments, held_out_rows, options_of_run, quantization
 
 
@@ -66,9 +66,7 @@ class ScaleArguments(RowsArguments):
     dataset_name: str | None = field(
         default=None, metadata={"help": "Rows (hub name or file) for the loss; default: those that the run held out."}
     )
-    dataset_split: str = field(
-        default="train", metadata={"help": "Split of `dataset_name` and `drift_dataset`; a single file is `train`."}
-    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of `dataset_name`; a single file is `train`."})
     dataset_samples: int = field(
         default=128, metadata={"help": "Rows of `dataset_name` and of `drift_dataset` at most, seeded."}
     )
@@ -79,7 +77,8 @@ class ScaleArguments(RowsArguments):
         default=None,
         metadata={
             "help": "Further rows that drift is measured on, beside 48 general ones; the larger of both counts: hub name or file, or an "
-            "entry as of `datasets`, such as `{path: other.csv, columns: {prompt: Question, completion: Reply}}`."
+            "entry as of `datasets`, such as `{path: other.csv, columns: {prompt: Question, completion: Reply}}`. Its split is `train` "
+            "where the entry names none."
         },
     )
     batch_size: int = field(default=16, metadata={"help": "Rows at once."})
@@ -106,6 +105,10 @@ class ScaleArguments(RowsArguments):
                     f"`max_drift` must be above 0, got {self.max_drift:g}. It is in nats per token; try 0.05. Only the base itself "
                     "does not drift."
                 )
+        if self.dataset_name is None:
+            unread: tuple[str, ...] = ("dataset_config", "dataset_split")
+            unread += () if self.drift_dataset else ("drop_incomplete_rows", "dataset_samples", "seed")
+            warn_about_ignored(self, unread, "`dataset_name=None`")
 
 
 def main(arguments: list[str]) -> None:

@@ -9,10 +9,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..evaluation.settings import Suite
-from ..files import read_json
+from ..files import read_json, read_yaml
 from .stages import Stage, check_options_once, check_tasks_of_stages, read_stages
 
 
@@ -297,10 +295,9 @@ def load_comparison(path: str, output_dir: str | None = None) -> Comparison:
         output_dir (`str`, *optional*): Instead of the file's own.
 
     Raises:
-        ValueError: Unknown keys, an option that `trl-ema train` does not have, an arm that interpolates no trained one.
+        ValueError: No YAML, unknown keys, an option that `trl-ema train` does not have, an arm that interpolates no trained one.
     """
-    with open(path, encoding="utf-8") as file:
-        comparison = _comparison(yaml.safe_load(file) or {}, path, output_dir)
+    comparison = _comparison(read_yaml(path) or {}, path, output_dir)
     _check_map(comparison, path)
     return comparison
 

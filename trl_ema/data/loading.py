@@ -3,7 +3,8 @@
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,12 @@ from pyarrow import parquet
 from .. import __version__
 from ..files import OutputError
 from ..versions import check_versions
+from .faults import FILE_FORMATS, csv_columns, file_errors
 from .formats import to_prompt_completion, with_columns
 from .mixture import DataPart
 
 
 logger = logging.getLogger(__name__)
-
-_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
 
 # Of those that the hub does not give without one: the one in English, the one that experts labelled.
 _CONFIGS = {"FreedomIntelligence/medical-o1-reasoning-SFT": "en", "qiaojin/PubMedQA": "pqa_labeled"}
@@ -44,38 +43,86 @@ def load_rows(
         `Dataset` (or `IterableDataset` when streaming), columns as they are; see [`to_prompt_completion`].
 
     Raises:
-        FileNotFoundError: `name` looks like a path and nothing is there, or it is a folder without data files.
+        FileNotFoundError: `name` or `data_files` looks like a path and nothing is there, or it is a folder without data files.
         ConnectionError: The hub cannot be reached; says what works without it.
         NoSplitError: There is no such split.
-        ValueError: The file has no known suffix, or no row.
+        ValueError: A file has no known suffix, no row, a configuration, or cannot be read; names it and the line.
     """
-    suffix = os.path.splitext(name)[1].lower()
+    files = _local_files(name, options.get("data_dir"), options.get("data_files"))
+    reader, own = name, options
     if os.path.isfile(name):
-        if suffix not in _FILE_FORMATS:
-            raise ValueError(f"{name} has the suffix {suffix!r}; expected one of {', '.join(_FILE_FORMATS)}.")
-        if split != "train":
-            raise NoSplitError(
-                f"{name} is one file and has no split {split!r}, only 'train'. Give a folder for several."
-            )
-        if _is_empty(name, suffix):  # which `datasets` says in six ways, none of them so
-            raise ValueError(f"{name} has no row. Give a file with some.")
-        options |= _as_written([name]) if suffix == ".csv" else {}
-        return load_dataset(_FILE_FORMATS[suffix], data_files=name, split="train", streaming=streaming, **options)
-    if not os.path.isdir(name) and (suffix in _FILE_FORMATS or name.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"There is no data file {name!r}. Give the path of a JSONL, CSV or Parquet file.")
+        suffix = os.path.splitext(name)[1].lower()
+        _check_file(name, suffix, split, options)
+        reader, own = FILE_FORMATS[suffix], options | {"data_files": name}
+    if config is not None and reader in _READERS:
+        raise ValueError(
+            f"{name!r} is read from files, which have no configuration; got {config!r}. Leave it out (`dataset_config`, or `name` in an "
+            "entry of `datasets`)."
+        )
     if config is None and name in _CONFIGS:
         config = _CONFIGS[name]
         logger.info("%s: its configuration %r, as none was named.", name, config)
-    files = [path for path in Path(name).rglob("*") if path.suffix in _FILE_FORMATS] if os.path.isdir(name) else []
-    if {path.suffix for path in files} == {".csv"}:
-        options |= _as_written(files)
-    with nullcontext() if os.path.isdir(name) else hub_errors("data set", name):
-        dataset = load_dataset(name, config, streaming=streaming, **options)
-    if not isinstance(dataset, (DatasetDict, dict)):
-        return dataset
-    if split not in dataset:
-        raise NoSplitError(f"{name} has no split {split!r}, only {sorted(dataset)}. Name one of these.")
-    return dataset[split]
+    if files and (reader == "csv" or {Path(file).suffix.lower() for file in files} == {".csv"}):
+        own = own | _as_written(files)
+    is_local = bool(files) or os.path.isdir(name)
+    with file_errors(name, files) if is_local else hub_errors("data set", name):
+        dataset = load_dataset(reader, config, streaming=streaming, **own)
+    if isinstance(dataset, (DatasetDict, dict)):
+        if split not in dataset:
+            raise NoSplitError(f"{name} has no split {split!r}, only {sorted(dataset)}. Name one of these.")
+        dataset = dataset[split]
+    if streaming and is_local:
+        with file_errors(name, files):
+            next(iter(dataset), None)  # reads the first of them, of a short file all
+    return dataset
+
+
+_READERS = {*FILE_FORMATS.values()}
+
+
+def _local_files(name: str, data_dir: str | None = None, data_files: Any = None) -> list[str]:
+    """
+    The files on this machine that a data set is read from; of one on the hub, or by address, none.
+
+    Raises:
+        FileNotFoundError: `name`, or one of `data_files`, is the path of a file, and there is none.
+    """
+    if os.path.isfile(name):
+        return [name]
+    is_folder = os.path.isdir(name) and name not in _READERS
+    if not is_folder and (os.path.splitext(name)[1].lower() in FILE_FORMATS or name.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"There is no data file {name!r}. Give the path of a JSONL, CSV or Parquet file.")
+    if not is_folder and (name not in _READERS or data_dir is data_files is None):
+        return []
+    folder = os.path.expanduser(os.path.join(name if is_folder else "", data_dir or ""))
+    if data_files is None:
+        return [str(path) for path in Path(folder).rglob("*") if path.suffix in FILE_FORMATS]
+    by_split = data_files.values() if isinstance(data_files, dict) else [data_files]
+    given = [path for paths in by_split for path in ([paths] if isinstance(paths, str) else paths)]
+    if any("://" in path for path in given):
+        return []
+    found = []
+    for path in given:
+        there = [file for file in glob(os.path.join(folder, path), recursive=True) if os.path.isfile(file)]
+        if not there:
+            raise FileNotFoundError(
+                f"There is no data file {path!r} in {folder or os.getcwd()!r}, which `data_files` of {name!r} names. Correct its path."
+            )
+        found += there
+    return found
+
+
+def _check_file(name: str, suffix: str, split: str, options: dict) -> None:
+    if suffix not in FILE_FORMATS:
+        raise ValueError(f"{name} has the suffix {suffix!r}; expected one of {', '.join(FILE_FORMATS)}.")
+    if split != "train":
+        raise NoSplitError(f"{name} is one file and has no split {split!r}, only 'train'. Give a folder for several.")
+    if {"data_dir", "data_files"} & options.keys():
+        raise ValueError(f"{name} is one file: leave out `data_dir` and `data_files`, or give its folder in its place.")
+    with file_errors(name, [name]):
+        is_empty = _is_empty(name, suffix)  # which `datasets` says in six ways, none of them so
+    if is_empty:
+        raise ValueError(f"{name} has no row. Give a file with some.")
 
 
 def load_split(
@@ -142,12 +189,12 @@ def _is_empty(path: str, suffix: str) -> bool:
     return start in (b"", b"[]") or (suffix == ".csv" and pd.read_csv(path, nrows=1).empty)
 
 
-def _as_written(paths: Iterable[str | Path]) -> dict:
+def _as_written(paths: Iterable[str]) -> dict:
     """
     Options that read every cell of CSV files as the text that it is: 007 and 3.10 keep their zeros, and of `None`, `NA` or
     `null`, which may well be answers, none is taken for an empty cell.
     """
-    columns = {column: None for path in paths for column in pd.read_csv(path, nrows=0).columns}
+    columns = {column: None for path in paths for column in csv_columns(path)}
     features = Features({column: Value("string") for column in columns})
     return {"features": features, "keep_default_na": False, "na_values": [""]}
 

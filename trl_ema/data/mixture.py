@@ -39,13 +39,12 @@ class DataPart(DatasetConfig):
     fraction: float | None = None
 
     @classmethod
-    def from_config(cls, given: Any, option: str = "datasets", split: str = "train") -> "DataPart":
+    def from_config(cls, given: Any, option: str = "datasets") -> "DataPart":
         """
         A data set as a user wrote it: its hub name or file, or a mapping, as YAML has it or as text on a command line.
 
         Args:
             option (`str`): The option in which he did, for messages.
-            split (`str`): Where none is named.
 
         Raises:
             ValueError: It is none.
@@ -64,7 +63,7 @@ class DataPart(DatasetConfig):
         if unknown:
             what = f"The entry {entry['path']!r} of `{option}`"
             raise ValueError(f"{what} has unknown keys {unknown}; known are {known}.")
-        part = cls(**cast(dict, {"split": split} | entry))
+        part = cls(**cast(dict, entry))
         _check_columns(part, option)
         if part.fraction is not None:
             part.fraction = float(plain_number("fraction", part.fraction))

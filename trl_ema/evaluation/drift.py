@@ -60,13 +60,14 @@ def sampled_rows(args: RowsArguments, tokenizer: PreTrainedTokenizerBase, option
     At most `dataset_samples` rows to measure on, drawn with `seed`; plain prompts become chats.
 
     Args:
-        option (`str`): The one that names them; another than `dataset_name` may hold an entry as of `datasets`.
+        option (`str`): The one that names them; another than `dataset_name` may hold an entry as of `datasets`,
+            with a split of its own.
     """
     if option == "dataset_name":
         name, columns = str(args.dataset_name), args.dataset_columns
         part = DataPart(name, args.dataset_config, split=args.dataset_split, columns=columns)
     else:
-        part = DataPart.from_config(getattr(args, option), option, args.dataset_split)
+        part = DataPart.from_config(getattr(args, option), option)
     rows = cast(Dataset, load_part(part, option, drop_incomplete=args.drop_incomplete_rows))
     rows = rows.shuffle(seed=args.seed).select(range(min(args.dataset_samples, len(rows))))
     return as_chat(rows, tokenizer)
