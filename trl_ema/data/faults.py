@@ -64,7 +64,7 @@ def _fault(path: str) -> str | None:
         if kind == "parquet":
             parquet.read_metadata(path)
         elif kind is not None:
-            _check_utf8(path)
+            check_utf8(path)
         if kind == "json":
             _check_json(path)
         if kind == "csv":
@@ -77,7 +77,8 @@ def _fault(path: str) -> str | None:
     return None
 
 
-def _check_utf8(path: str) -> None:
+def check_utf8(path: str) -> None:
+    """Raises `ValueError`, naming the line, unless a file is UTF-8."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:

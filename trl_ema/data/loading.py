@@ -15,7 +15,7 @@ from pyarrow import parquet
 from .. import __version__
 from ..files import OutputError
 from ..versions import check_versions
-from .faults import FILE_FORMATS, csv_columns, file_errors
+from .faults import FILE_FORMATS, check_utf8, csv_columns, file_errors
 from .formats import to_prompt_completion, with_columns
 from .mixture import DataPart
 
@@ -66,6 +66,11 @@ def load_rows(
         own = own | _as_written(files)
     is_local = bool(files) or os.path.isdir(name)
     with file_errors(name, files) if is_local else hub_errors("data set", name):
+        for file in files if not streaming else ():
+            if (
+                FILE_FORMATS.get(Path(file).suffix.lower()) == "json"
+            ):  # whose texts pyarrow keeps as they are, until they are read
+                check_utf8(file)
         dataset = load_dataset(reader, config, streaming=streaming, **own)
     if isinstance(dataset, (DatasetDict, dict)):
         if split not in dataset:
