@@ -916,11 +916,11 @@ def checked(tiny_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(running, "_Evaluator", stop)
 
-    def run(arms, training=None, **asked):
+    def run(given, training=None, /, **asked):
         data = str(tiny_folder / "data.jsonl")
         options = PLAN["training"] | {"model_name_or_path": str(tiny_folder / "model"), "dataset_name": data}
         options |= {"load_in_4bit": False} | (training or {})
-        arms = json.loads(json.dumps(arms).replace("DATA", data))
+        arms = json.loads(json.dumps(given).replace("DATA", data))
         evaluation = {"generation_tokens": 0, "domain_samples": 16}
         plan = {"training": options, "arms": {"sft": {"teacher": "none"}} | arms, "evaluation": evaluation}
         (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"seeds": [0, 1]} | plan, sort_keys=False))
