@@ -243,9 +243,9 @@ class EvaluationArguments(BackendArguments, RowsArguments):
         if self.limit is not None:
             self.limit = float(plain_number("limit", self.limit))
         if self.dataset_name is None:
-            given = "dataset_name" if self.held_out_of is None else "held_out_of"
+            source = "dataset_name" if self.held_out_of is None else "held_out_of"
             unread = ("dataset_config", "dataset_split", "drop_incomplete_rows")
-            warn_about_ignored(self, unread, f"`{given}={getattr(self, given)!r}`")
+            warn_about_ignored(self, unread, f"`{source}={getattr(self, source)!r}`")
         if self.backend == "vllm":  # which finds it itself
             warn_about_ignored(self, ("batch_size",), "`backend='vllm'`")
 
