@@ -431,7 +431,7 @@ SPLIT["parallelism_config"] = {"parallelism_config_cp_size": 2, "parallelism_con
         ("split.yaml", [], dict(fsdp_version=2, cp_size=2), "Context parallelism (`cp_size=2`) is not supported"),
         ("split.yaml", ["--parallelism_config_tp_size", "2"], dict(fsdp_version=2, cp_size=2, tp_size=2), "Context parallelism"),
         ("split.yaml", ["--parallelism_config_cp_size", "1"], dict(fsdp_version=2), None),
-        ("zero2", ["--zero_stage", "0"], dict(zero_stage=0, offload_param="none"), "DeepSpeed with `zero_stage: 0`"),
+        ("zero2", ["--zero_stage", "0"], dict(zero_stage=0), "DeepSpeed with `zero_stage: 0`"),
         ("zero3", ["--offload_param_device", "nvme"], dict(zero_stage=3, offload_param="nvme"), "`offload_param` is set to `nvme`"),
         ("zero3", ["--zero_stage", "2"], dict(zero_stage=2, offload_param="none"), None),
         ("multi_gpu", FSDP, {}, None),
@@ -453,15 +453,13 @@ def test_what_a_launch_wraps_or_splits_is_told_of_a_running_process():
     assert Launch.of_state(state) == Launch(1, fsdp_version=2, wraps_layers=True, cp_size=2, tp_size=3)
 
 
-def test_compiling_in_the_options_of_the_training_counts_as_the_launchers(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # which transformers sets, and is put back
+def test_compiling_in_the_options_of_the_training_counts_as_the_launchers():
     assert refused(Launch(2, fsdp_version=2), torch_compile=True) == []  # nothing is fused
     assert refused(Launch(2, fsdp_version=2), teacher="ema", torch_compile=True) == ["`torch_compile` under FSDP2 is"]
     assert refused(Launch(2), teacher="ema", torch_compile=True) == []
 
 
-def test_an_option_of_the_launcher_that_training_refuses_is_told(workplace, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+def test_an_option_of_the_launcher_that_training_refuses_is_told(workplace):
     arguments = [
         "--dataset_name",
         "data.jsonl",

@@ -71,7 +71,7 @@ class Launch:
         return self.mode in ("zero3", "fsdp2")
 
 
-def parallel_sizes(config: Any) -> dict[str, int]:
+def parallel_sizes(config: Any) -> dict[str, Any]:
     """`sp_size`, `cp_size` and `tp_size` of accelerate's configuration, none without one."""
     return {} if config is None else {f"{name}_size": int(getattr(config, f"{name}_size")) for name in PARALLEL}
 
