@@ -4,7 +4,7 @@ import itertools
 import logging
 import math
 import shutil
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def check_before_loading(
     refuse_leftovers(model)
     if args.needs_fused_forward:
         _refuse_what_cannot_work(args, compute_loss_func, train_dataset)
-        refuse_parallelism(replace(Launch(), **parallel_sizes(args.parallelism_config)))
+        refuse_parallelism(Launch(**parallel_sizes(args.parallelism_config)))
         if args.teacher == "none" and adapter is not None and adapter.is_prompt_learning:  # with a teacher see below
             raise ValueError(
                 f"{getattr(adapter.peft_type, 'value', adapter.peft_type)} is prompt learning: rehearsal and entropy weighting count the "
