@@ -25,6 +25,7 @@ from datasets import Dataset
 
 from trl_ema import EMARegularizedSFTTrainer
 from trl_ema.checks import check_free_space
+from trl_ema.comparison.changes import changes_table
 from trl_ema.data import as_chat, hub_errors
 from trl_ema.evaluation.drift import general_rows
 from trl_ema.evaluation.runner import tasks_to_ask
@@ -150,8 +151,8 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
         write_json(path, metrics)
         if args.measure:
             say(samples_and_table(metrics))
-        if asked is not None:
-            say(f"\n{asked.table()}")
+        if asked is not None and (folders := asked.first_and_last()) is not None:
+            say(f"\n{changes_table(*folders, asked.tasks)}")
         say(f"\nSaved the student to {training_args.output_dir}, all figures to {path}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=args.dataset_name)

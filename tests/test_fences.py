@@ -179,6 +179,7 @@ NAMED = {
         "_metrics _name _paper _tag_names _tokenizer _total_train_tokens aux_loss chat_template completion_only_loss entropy "
         "fused_lm_head is_top1 label_mask log_probs"
     ),
+    "yaml.error.MarkedYAMLError": "problem problem_mark",
 }
 
 # Names of files that are looked for or read.

@@ -24,6 +24,12 @@ from trl_ema.files import read_json, read_jsonl, write_jsonl
 from trl_ema.measurement import TasksCallback
 
 
+def table_of(callback):
+    """As the recipe prints it."""
+    folders = callback.first_and_last()
+    return changes_table(*folders, callback.tasks) if folders else ""
+
+
 # As IFEval's: one number of each question, a list of each, and one that is between 0 and 1.
 SCORING = """
 def process_results(doc, results):
@@ -393,7 +399,7 @@ def test_a_training_is_the_same_whether_tasks_are_asked_or_not(make_trainer, man
     assert [folder.name for folder in folders] == ["step-000000", "step-000002", "step-000004", "step-000005"]
     kept = read_json(folders[-1] / "chosen.json")
     assert kept["score"] == logged(asked, "task_chosen")[-1] and kept["n"] == 8 and kept["about"] == {"step": 5}
-    table = callback.table()
+    table = table_of(callback)
     assert (
         "chosen" in table and "followed" in table and table == changes_table(str(folders[0]), str(folders[-1]), tasks)
     )
@@ -415,11 +421,11 @@ def test_a_run_that_goes_on_is_not_asked_again_before_its_first_step(make_traine
     callback = TasksCallback(make_trainer(), {"chosen": TaskSettings(limit=2)}, 2, manager)
     callback.folder = tmp_path / "tasks"
     callback.on_train_begin(None, SimpleNamespace(global_step=3), None)
-    assert callback.asked == [] and callback.table() == ""
+    assert callback.asked == [] and table_of(callback) == ""
     for step in (2, 4):  # the first of them by the process that was cut off
         callback.ask(step)
     callback.asked = [4]
-    assert str(tmp_path / "tasks" / "step-000002") in callback.table()
+    assert str(tmp_path / "tasks" / "step-000002") in table_of(callback)
 
 
 def test_what_an_early_stop_ends_with_is_asked_and_logged_before_trackers_close(make_trainer, manager, tmp_path):
@@ -444,7 +450,7 @@ def test_what_an_early_stop_ends_with_is_asked_and_logged_before_trackers_close(
     trainer.train()
     assert callback.asked == [0, 2, 3] and trainer.state.log_history[-1]["task_chosen"] is not None
     assert Tracker.logs[-1] == "closed" and "task_chosen" in Tracker.logs[-2]
-    assert str(tmp_path / "run" / "tasks" / "step-000000") in callback.table()
+    assert str(tmp_path / "run" / "tasks" / "step-000000") in table_of(callback)
 
 
 def test_the_weights_that_a_training_ends_with_are_asked_once(make_trainer, monkeypatch, tmp_path):
@@ -466,10 +472,10 @@ def test_the_weights_that_a_training_ends_with_are_asked_once(make_trainer, monk
     for step in (0, 2, 4):
         answers(callback._at(step), [0.0, step / 10])
     assert end(4) == end(5, stopped_by=15) == end(5, best=2) == []
-    assert str(tmp_path / "step-000000") in callback.table() and "0.1000" in callback.table()
+    assert str(tmp_path / "step-000000") in table_of(callback) and "0.1000" in table_of(callback)
     assert end(5) == [5] and end(5, best=3) == [3]
     callback.asked = [0, 2, 3, 4, 5]
-    assert "0.1500" in callback.table() and "0.2500" not in callback.table()  # of step 3, not 5
+    assert "0.1500" in table_of(callback) and "0.2500" not in table_of(callback)  # of step 3, not 5
     assert end(5, begun=5) == []  # gone on from where it had ended: asked then
     callback.trainer.stopped_by = 15  # nor at a step at which a signal ends it
     callback.on_step_end(None, SimpleNamespace(global_step=2, max_steps=5), None)

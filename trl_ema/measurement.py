@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from .adapters.starting_point import StartingPoint
-from .comparison.changes import changes_table
 from .data import DataPart
 from .evaluation.drift import adapter_configs, check_measurable, measure_drift
 from .evaluation.generation import generate_answers, prompts_and_references
@@ -391,10 +390,10 @@ class TasksCallback(TrainerCallback):
         trainer.control.should_log = due
         return scores
 
-    def table(self) -> str:
+    def first_and_last(self) -> tuple[str, str] | None:
         """
-        The change of each task from before the first step (or the first round that is kept) to the weights that the training ended
-        with, or the last round, see [`changes_table`].
+        Folders of the answers from before the first step (or of the first round that is kept), and of the weights that the training
+        ended with, or of the last round; `None` where there are not two.
         """
         steps = self.asked
         if 0 not in steps:  # a run that went on
@@ -403,8 +402,8 @@ class TasksCallback(TrainerCallback):
         whole = [step for step in sorted({*steps}) if self._is_whole(step)]
         last = self.kept if self.kept in whole else max(whole, default=0)
         if last <= min(whole, default=0):
-            return ""
-        return changes_table(str(self._at(whole[0])), str(self._at(last)), self.tasks)
+            return None
+        return str(self._at(whole[0])), str(self._at(last))
 
     def _is_whole(self, step: int) -> bool:
         """Whether all answers of that step are there."""
