@@ -246,6 +246,19 @@ def make_trainer(tmp_path, tokenizer):
     return make
 
 
+@pytest.fixture
+def asked_of_base(monkeypatch):
+    """The options with which a command loads its base, which ends there with the error "loaded"."""
+    seen = {}
+
+    def load_base(name, revision, **options):
+        seen.update(options)
+        raise ValueError("loaded")
+
+    monkeypatch.setattr("trl_ema.evaluation.models.load_base", load_base)
+    return seen
+
+
 def logged(trainer, key):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 

@@ -317,21 +317,14 @@ def test_evaluate_loads_weights_in_8_bits(tiny_folder, tmp_path):
     assert kept[0]["about"]["load_in_8bit"] is True and kept[0]["n"] == 2 and kept[0]["key"] != kept[1]["key"]
 
 
-def test_a_suite_says_what_it_lacks_and_the_model_is_loaded_as_asked(tiny_folder, tmp_path, monkeypatch):
-    seen = {}
-
-    def load_base(name, revision, **options):
-        seen.update(options)
-        raise ValueError("loaded")
-
-    monkeypatch.setattr("trl_ema.evaluation.models.load_base", load_base)
+def test_a_suite_says_what_it_lacks_and_the_model_is_loaded_as_asked(tiny_folder, tmp_path, asked_of_base):
     done = evaluate(
         "--model", tiny_folder / "model", "--suite", "medical", "--limit", 1, "--trust_remote_code", "true", "--load_in_8bit",
         "true", "--output_dir", tmp_path, check=False,
     )  # fmt: skip
     assert "Not asked of the suite `medical`, for want of a hub: pubmedqa, medqa_4options, ifeval." in done.stdout
-    assert "trl-ema evaluate: loaded" in done.stderr and seen["trust_remote_code"] is True
-    assert seen["quantization_config"].load_in_8bit and not seen["quantization_config"].load_in_4bit
+    assert "trl-ema evaluate: loaded" in done.stderr and asked_of_base["trust_remote_code"] is True
+    assert asked_of_base["quantization_config"].load_in_8bit and not asked_of_base["quantization_config"].load_in_4bit
 
 
 def test_evaluate_refuses_an_unknown_task(tmp_path):

@@ -816,16 +816,9 @@ def test_the_command_lets_vllm_write_where_it_is_asked_to(tiny_folder, tmp_path,
 
 
 @pytest.mark.parametrize("asked", [[], ["--trust_remote_code", "true"]])
-def test_the_command_runs_a_models_own_code_where_it_is_told_to(tiny_folder, monkeypatch, asked):
-    seen = {}
-
-    def load_base(name, revision, **options):
-        seen.update(options)
-        raise ValueError("loaded")
-
-    monkeypatch.setattr("trl_ema.evaluation.models.load_base", load_base)
+def test_the_command_runs_a_models_own_code_where_it_is_told_to(tiny_folder, asked_of_base, asked):
     done = trl_ema("rehearse", *six_texts(tiny_folder), *asked, check=False)
-    assert "trl-ema rehearse: loaded" in done.stderr and seen["trust_remote_code"] is bool(asked)
+    assert "trl-ema rehearse: loaded" in done.stderr and asked_of_base["trust_remote_code"] is bool(asked)
 
 
 def test_memory_of_vllm_is_refused_without_it():

@@ -132,6 +132,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         """The last of the constructor: whatever holds the student back, on its model."""
         self._name, self._paper = method_of(self.args)  # for TRL's part of the model card
         launch = Launch.of_state(self.accelerator.state)
+        self.shards_weights = launch.shards_weights  # which all ranks then gather together for each pass over them
         if is_peft_model(self.model):
             refuse_wrapping(launch)
         if self.args.needs_fused_forward:
@@ -174,11 +175,6 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         """What DDP, DeepSpeed or FSDP put around the model; `None` where nothing did."""
         wrapped = self.model_wrapped
         return wrapped if wrapped is not self.model or self.is_fsdp_enabled else None
-
-    @property
-    def shards_weights(self) -> bool:
-        """Whether all ranks gather the weights together for each pass over them."""
-        return Launch.of_state(self.accelerator.state).shards_weights
 
     # The loss
 

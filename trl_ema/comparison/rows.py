@@ -1,8 +1,10 @@
 """The rows of a comparison: held out alike in every arm, and what is trained on of them all the same."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from datasets import Dataset
 from trl import ModelConfig
@@ -29,15 +31,25 @@ def check_same_split(runs: dict[tuple[str, int], Options]) -> None:
     Args:
         runs (`dict`): Options by arm and seed.
     """
-    first, (expected, *_) = next(iter(runs.items()))
-    for (arm, _), (args, *_) in runs.items():
-        for name in _OF_THE_SPLIT:
-            ours, theirs = getattr(args, name), getattr(expected, name)
-            if ours != theirs:
-                raise ValueError(
-                    f"Arm {arm!r} has `{name}={ours!r}` and arm {first[0]!r} {theirs!r}: it would be trained on rows that all arms are "
-                    "measured on. Give all arms the same, under `training`."
-                )
+    by_arm = {arm: args for (arm, _), (args, *_) in runs.items()}
+    check_same(by_arm, _OF_THE_SPLIT, "it would be trained on rows that all arms are measured on")
+
+
+def check_same(settings: dict[str, Any], names: Iterable[str], otherwise: str) -> None:
+    """
+    Raises `ValueError` unless these options are the same in all arms.
+
+    Args:
+        settings (`dict`): Some of the options of each arm, as attributes.
+        otherwise (`str`): What would come of it.
+    """
+    first, expected = next(iter(settings.items()))
+    for (arm, options), name in product(settings.items(), names):
+        ours, theirs = getattr(options, name), getattr(expected, name)
+        if ours != theirs:
+            raise ValueError(
+                f"Arm {arm!r} has `{name}={ours!r}` and arm {first!r} {theirs!r}: {otherwise}. Give all arms the same, under `training`."
+            )
 
 
 class RunData:

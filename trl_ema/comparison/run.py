@@ -55,7 +55,7 @@ from ..script import (
     sources,
 )
 from .plan import BASE, PLAN, Arm, Comparison
-from .rows import Options, RunData, check_same_split, shared_rows
+from .rows import Options, RunData, check_same, check_same_split, shared_rows
 from .stages import check_tasks_of_stages
 from .training import START, check_jobs, is_begun, train, train_together
 
@@ -260,16 +260,8 @@ def _check_trainings(todo: Sequence[tuple[Comparison, Arm, int]], read: RunData)
 
 def _check_same_tokenizer(settings: dict[str, MeanTeacherConfig]) -> None:
     """Raises `ValueError` unless base and arms can be measured on the same tokens: `settings` are the arms' training options."""
-    first = next(iter(settings))
-    for arm, options in settings.items():
-        for name in ("eos_token", "chat_template_path"):
-            ours, theirs = getattr(options, name), getattr(settings[first], name)
-            if ours != theirs:
-                raise ValueError(
-                    f"Arm {arm!r} has `{name}={ours!r}` and arm {first!r} {theirs!r}: their losses would be of different tokens. Give "
-                    "all arms the same, under `training`."
-                )
-    template = settings[first].chat_template_path
+    check_same(settings, ("eos_token", "chat_template_path"), "their losses would be of different tokens")
+    template = next(iter(settings.values())).chat_template_path
     if template is not None and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
         raise ValueError(
             f"`chat_template_path={template!r}` is no .jinja file. Those of another model may bring tokens that the base does not "

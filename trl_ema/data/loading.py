@@ -66,11 +66,9 @@ def load_rows(
         own = own | _as_written(files)
     is_local = bool(files) or os.path.isdir(name)
     with file_errors(name, files) if is_local else hub_errors("data set", name):
-        for file in files if not streaming else ():
-            if (
-                FILE_FORMATS.get(Path(file).suffix.lower()) == "json"
-            ):  # whose texts pyarrow keeps as they are, until they are read
-                check_utf8(file)
+        # Texts of JSON pyarrow keeps as they are, until they are read.
+        for file in (one for one in files if FILE_FORMATS.get(Path(one).suffix.lower()) == "json" and not streaming):
+            check_utf8(file)
         dataset = load_dataset(reader, config, streaming=streaming, **own)
     if isinstance(dataset, (DatasetDict, dict)):
         if split not in dataset:

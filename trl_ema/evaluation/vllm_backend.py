@@ -53,8 +53,7 @@ def load_vllm(
     revision: str = "main",
     dtype: str = "auto",
     trust_remote_code: bool = False,
-    gpu_memory_utilization: float | None = None,
-    max_model_len: int | None = None,
+    **room: float,
 ) -> "LM":
     """
     A base model, or one with a LoRA, in vLLM, to be given to [`evaluate_tasks`] for a model.
@@ -66,8 +65,8 @@ def load_vllm(
         adapter (`str`, *optional*): Folder.
         tokenizer (`PreTrainedTokenizerBase`): See [`load_tokenizer`]: the prompts are the same as with transformers.
         dtype (`str`): `auto`, `float32`, `bfloat16` or `float16`.
-        gpu_memory_utilization (`float`, *optional*): Share of a GPU's memory that vLLM takes.
-        max_model_len (`int`, *optional*): Tokens of a question and its answer; the model's own by default.
+        room: vLLM's `gpu_memory_utilization`, a share of a GPU's memory, and `max_model_len`, tokens of a question and its answer;
+            its own by default.
 
     Raises:
         ImportError: vLLM is not installed; it is the extra `vllm`.
@@ -78,9 +77,7 @@ def load_vllm(
     from lm_eval.api.registry import get_model
 
     lora = {} if rank is None else {"lora_local_path": adapter, "max_lora_rank": rank}
-    options: dict[str, Any] = {"revision": revision, "tokenizer_revision": revision, "dtype": dtype} | lora
-    room = {"gpu_memory_utilization": gpu_memory_utilization, "max_model_len": max_model_len}
-    options |= {name: value for name, value in room.items() if value is not None}
+    options: dict[str, Any] = {"revision": revision, "tokenizer_revision": revision, "dtype": dtype} | lora | room
     lm: Any = get_model(BACKEND)(pretrained=base, trust_remote_code=trust_remote_code, batch_size="auto", **options)
     lm.modify_gen_kwargs = partial(_greedy_unless_asked, lm.modify_gen_kwargs)
     # An adapter's own, with its chat template: lm-eval would take them from one folder, which may lack one of the two.

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..adapters.names import base_of
@@ -51,15 +52,10 @@ def states_before(
     evaluating: list[Switch] = [(module, "training", False) for module in trainer.model.modules()]
     with torch.no_grad(), trainer.precision(), switched(evaluating), start.activate():
         for first in tqdm(range(0, len(ids), _BATCH_SIZE), desc="Reading texts", unit="batch", disable=not shows):
-            texts = ids[first : first + _BATCH_SIZE]
-            longest = max(map(len, texts))
-            rows = torch.tensor([text + [pad] * (longest - len(text)) for text in texts])
-            mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
-            inputs = {
-                "input_ids": rows.to(embeddings.weight.device),
-                "attention_mask": mask.to(embeddings.weight.device),
-            }
-            hidden = base.base_model(**inputs, use_cache=False).last_hidden_state.cpu()
+            texts = [torch.tensor(text, device=embeddings.weight.device) for text in ids[first : first + _BATCH_SIZE]]
+            rows = pad_sequence(texts, batch_first=True, padding_value=pad)
+            mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+            hidden = base.base_model(input_ids=rows, attention_mask=mask, use_cache=False).last_hidden_state.cpu()
             states += [row[: len(text) - 1].clone() for row, text in zip(hidden, texts, strict=True)]
     return states
 

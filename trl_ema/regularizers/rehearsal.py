@@ -179,11 +179,13 @@ class Rehearsal(Regularizer):
         self.taken += sum(self._counts) * self.args.world_size
         # Predictions that the mean is over: those of all whose labelled tokens TRL counts together.
         ranks = [self.args.process_index] if gather is None else range(self.args.world_size)
-        self._predicted = sum(_num_predicted(self._texts(i, rank)) for i in range(len(batches)) for rank in ranks)
+        self._predicted = sum(
+            _num_predicted(self._texts(self._chosen(i, rank))) for i in range(len(batches)) for rank in ranks
+        )
 
-    def _texts(self, micro_batch: int, rank: int) -> list[list[int]]:
+    def _texts(self, numbers: list[int]) -> list[list[int]]:
         assert self.texts is not None
-        return [self.texts.ids[number] for number in self._chosen(micro_batch, rank)]
+        return [self.texts.ids[number] for number in numbers]
 
     def _chosen(self, micro_batch: int, rank: int) -> list[int]:
         """Numbers of the texts of one rank in one micro-batch of this step."""
@@ -194,8 +196,8 @@ class Rehearsal(Regularizer):
     # The loss
 
     def add_rows(self, inputs: Inputs, step: int, num_items: torch.Tensor | None) -> tuple[Inputs, list[Divergence]]:
-        texts = self._texts(self._micro_batch, self.args.process_index)
-        known = self._known and [self._known[i] for i in self._chosen(self._micro_batch, self.args.process_index)]
+        taken = self._chosen(self._micro_batch, self.args.process_index)
+        texts = self._texts(taken)
         weight = self._last_weight = self.weight.value(step)
         self._micro_batch += 1
         if not texts:  # nor on any other rank
@@ -215,7 +217,9 @@ class Rehearsal(Regularizer):
         chosen = list(range(own, own + len(texts)))
         multiple = int(self.args.pad_to_multiple_of or 1)
         length = None if packed else -(-max(map(len, texts)) // multiple) * multiple
-        hidden = None if known is None else to_device(torch.cat(known), inputs["input_ids"].device)
+        hidden = None
+        if self._known is not None:
+            hidden = to_device(torch.cat([self._known[number] for number in taken]), inputs["input_ids"].device)
         term = Divergence(teacher, weight / predicted, "all", chosen, length=length, times=times, hidden=hidden)
         return batch, [term]
 
