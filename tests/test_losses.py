@@ -307,7 +307,9 @@ def test_the_logits_of_a_chunk_take_a_bounded_part_of_memory():
         assert default_chunk_size(device, 151936) * 151936 * 4 <= mib * 2**20
     assert default_chunk_size("cpu", 10**9) == 1
     # With the kernel: a power of two; few tokens take less, but not so little that the products suffer.
-    rows = {tokens: default_chunk_size("cuda", 151936, torch.bfloat16, tokens) for tokens in (10, 1024, 3000, 8192, 10**6)}
+    rows = {
+        tokens: default_chunk_size("cuda", 151936, torch.bfloat16, tokens) for tokens in (10, 1024, 3000, 8192, 10**6)
+    }
     assert rows == {10: 128, 1024: 128, 3000: 256, 8192: 512, 10**6: 512}
 
 

@@ -97,7 +97,17 @@ def _add_block(
 
 @triton.jit
 def _add_jsd_block(
-    d_part, t_part, z, t, per_temperature, d_highest, d_log_total, t_highest, t_log_total, mixture, TEMPERED: tl.constexpr
+    d_part,
+    t_part,
+    z,
+    t,
+    per_temperature,
+    d_highest,
+    d_log_total,
+    t_highest,
+    t_log_total,
+    mixture,
+    TEMPERED: tl.constexpr,
 ):
     """One more block to Σ p·(log₂ p − log₂ m) of student and teacher."""
     if TEMPERED:
@@ -181,7 +191,20 @@ def _loss_and_gradient(
             False, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
         )  # fmt: skip
         s_top, s_sum, s_mean, d_top, d_sum, t_top, t_sum, gap_mean = _add_block(
-            s_top, s_sum, s_mean, d_top, d_sum, t_top, t_sum, gap_mean, z, t, per_temperature, DIRECTION, TEMPERED, TAUGHT
+            s_top,
+            s_sum,
+            s_mean,
+            d_top,
+            d_sum,
+            t_top,
+            t_sum,
+            gap_mean,
+            z,
+            t,
+            per_temperature,
+            DIRECTION,
+            TEMPERED,
+            TAUGHT,
         )
     if REST:
         z, t = _logits(
@@ -189,7 +212,20 @@ def _loss_and_gradient(
             True, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
         )  # fmt: skip
         s_top, s_sum, s_mean, d_top, d_sum, t_top, t_sum, gap_mean = _add_block(
-            s_top, s_sum, s_mean, d_top, d_sum, t_top, t_sum, gap_mean, z, t, per_temperature, DIRECTION, TEMPERED, TAUGHT
+            s_top,
+            s_sum,
+            s_mean,
+            d_top,
+            d_sum,
+            t_top,
+            t_sum,
+            gap_mean,
+            z,
+            t,
+            per_temperature,
+            DIRECTION,
+            TEMPERED,
+            TAUGHT,
         )
 
     top = tl.max(s_top, axis=0)
@@ -237,7 +273,17 @@ def _loss_and_gradient(
                     False, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
                 )  # fmt: skip
                 d_part, t_part = _add_jsd_block(
-                    d_part, t_part, z, t, per_temperature, d_highest, d_log_total, t_highest, t_log_total, mixture, TEMPERED
+                    d_part,
+                    t_part,
+                    z,
+                    t,
+                    per_temperature,
+                    d_highest,
+                    d_log_total,
+                    t_highest,
+                    t_log_total,
+                    mixture,
+                    TEMPERED,
                 )
             if REST:
                 z, t = _logits(
@@ -245,7 +291,17 @@ def _loss_and_gradient(
                     True, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
                 )  # fmt: skip
                 d_part, t_part = _add_jsd_block(
-                    d_part, t_part, z, t, per_temperature, d_highest, d_log_total, t_highest, t_log_total, mixture, TEMPERED
+                    d_part,
+                    t_part,
+                    z,
+                    t,
+                    per_temperature,
+                    d_highest,
+                    d_log_total,
+                    t_highest,
+                    t_log_total,
+                    mixture,
+                    TEMPERED,
                 )
             student_part = tl.sum(d_part, axis=0) * _LN2
             kl = mixture * tl.sum(t_part, axis=0) * _LN2 + (1.0 - mixture) * student_part
