@@ -7,10 +7,11 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import DynamoBackend, FullyShardedDataParallelPlugin, ParallelismConfig
-from conftest import lora, rows, tiny_config
+from conftest import config, lora, rows, tiny_config, tiny_model
 from datasets import Dataset
 from peft import get_peft_model
 from test_cli import trl_ema
@@ -28,6 +29,7 @@ from trl_ema.preflight import (
     bytes_of,
     checkpoints_kept,
     memory_of,
+    memory_of_machine,
     shown_row,
     sizes_of,
     total_steps,
@@ -83,6 +85,7 @@ def test_an_adapter_that_is_gone_on_from_is_the_one_that_counts(workplace):
     arguments = ["--dataset_name", "data.jsonl", "--max_steps", "2", "--adapter_name_or_path"]
     done = trl_ema("check", *QUICK, *arguments, "first", cwd=workplace)
     assert "adapter: first" in said(done) and said(done).endswith("`trl-ema train` would start.")
+    assert "the adapter that it goes on from, at most" in said(done)
     done = trl_ema(
         "check",
         *QUICK,
@@ -251,13 +254,14 @@ def test_options_and_models_that_cannot_be_are_refused_in_a_line(workplace):
     [
         ["--teacher", "frozen"],
         ["--teacher", "none", "--rehearsal_weight", "2", "--rehearsal_num_tokens", "32"],
+        ["--rehearsal_weight", "2", "--rehearsal_num_tokens", "32", "--max_drift", "0.1", "--drift_steps", "0"],
         ["--ewc_weight", "1", "--l2_weight", "1"],
     ],
 )
 def test_no_method_needs_weights_to_be_looked_at(workplace, method):
     done = check(
-        workplace, "--dataset_name", "data.jsonl", "--output_dir", "out", *method, "--max_steps", "2", "--drift_steps", "1",
-        "--load_in_4bit", "true", "--packing", "true",
+        workplace, "--dataset_name", "data.jsonl", "--output_dir", "out", "--max_steps", "2", "--drift_steps", "1",
+        "--load_in_4bit", "true", "--packing", "true", *method,
     )  # fmt: skip
     assert "would start" in done.stdout and "sequences an epoch" in done.stdout
 
@@ -296,16 +300,57 @@ def test_penalties_save_as_much_as_in_a_training(make_trainer, tmp_path):
     assert sum(r.bytes_to_save() for r in real.regularizers) == sum(r.bytes_to_save() for r in hollow.regularizers) > 0
 
 
-def without_weights(folder, tokenizer, **changes):
-    import torch
-    from conftest import config
+@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize("teacher", ["frozen", "ema", "none"])
+def test_copies_of_an_adapter_are_counted_as_a_training_makes_them(make_trainer, tmp_path, goes_on, teacher):
+    options = dict(teacher=teacher, l1_weight=1e-5, l2_weight=1e-2, ewc_weight=1.0, rehearsal_num_tokens=32)
+    model = get_peft_model(tiny_model(), lora(init_lora_weights=False)) if goes_on else None
+    if goes_on:
+        model.save_pretrained(tmp_path / "before")
+    real = make_trainer(model=model, peft_config=None if goes_on else "lora", **options)
+    adapter = str(tmp_path / "before") if goes_on else None
+    hollow = without_weights(tmp_path, real.processing_class, adapter, **options)
+    one = 4 * sum(p.numel() for p in real.model.parameters() if p.requires_grad)
+    for mode in memory.MODES:
+        launch = Launch(4, **OF_MODE[mode])
+        found = memory_of(real, ModelConfig(), launch)
+        assert memory_of(hollow, ModelConfig(), launch) == found and found["penalties"] == 4 * one
+        assert bool(found["teacher"]) == (teacher == "ema" or (teacher == "frozen" and goes_on))
+        kept = {"the adapter that it goes on from": one} if goes_on else {}
+        assert memory_of_machine(real, launch, 4) == memory_of_machine(hollow, launch, 4) == kept
+    for checkpoint in (False, True):
+        expected = preflight.bytes_to_write(real, checkpoint=checkpoint)
+        assert preflight.bytes_to_write(hollow, checkpoint=checkpoint) == expected
 
+
+def test_kept_states_of_rehearsed_texts_are_counted_as_a_training_keeps_them(make_trainer, tmp_path):
+    rows(6, kind="text").to_json(tmp_path / "texts.jsonl")
+    options = dict(rehearsal_weight=1.0, rehearsal_dataset=str(tmp_path / "texts.jsonl"), max_steps=9)
+    real = make_trainer(**options)
+    real.train()
+    (rehearsal,) = (one for one in real.regularizers if one.name == "rehearsal")
+    hidden = rehearsal._known[0].shape[-1]
+    # Of each text the last token predicts nothing.
+    expected = 4 * (sum(states.numel() for states in rehearsal._known) + 6 * hidden)
+    hollow = without_weights(tmp_path, real.processing_class, **options)
+    assert memory_of_machine(hollow, Launch(2), 9) == {"states of rehearsed texts": expected}
+    assert memory_of_machine(hollow, Launch(2), 2) == {}  # each text is taken once at most
+    assert memory_of_machine(hollow, Launch(2, fsdp_version=2), 9) == {}
+    options.pop("rehearsal_dataset")  # to be written: so many, of so many tokens
+    written = without_weights(
+        tmp_path, real.processing_class, **options, rehearsal_num_texts=5, rehearsal_num_tokens=24
+    )
+    assert memory_of_machine(written, Launch(), 9) == {"states of rehearsed texts": 5 * 24 * hidden * 4}
+
+
+def without_weights(folder, tokenizer, adapter=None, **changes):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config())
-    args = config(folder / "hollow", **changes)
-    return TrainerWithoutWeights(
-        model, args=args, train_dataset=rows(20), eval_dataset=rows(4), processing_class=tokenizer, peft_config=lora()
-    )
+    if adapter is not None:
+        model = preflight._with_trained_adapter(model, adapter)
+    args, data = config(folder / "hollow", **changes), dict(train_dataset=rows(20), eval_dataset=rows(4))
+    peft_config = lora() if adapter is None else None
+    return TrainerWithoutWeights(model, args=args, processing_class=tokenizer, peft_config=peft_config, **data)
 
 
 @pytest.mark.parametrize(("ranks", "steps"), [(1, 4), (2, 2), (3, 2), (7, 1)])
@@ -355,8 +400,6 @@ def test_memory_is_by_the_formulas_of_the_page(make_trainer):
 
 @pytest.mark.parametrize("mode", memory.MODES)
 def test_bytes_of_a_bfloat16_run_are_those_of_the_page(mode):
-    import torch
-
     base = torch.nn.Linear(2, 2, dtype=torch.bfloat16).requires_grad_(False)
     adapter = torch.nn.Linear(2, 2)
     model = torch.nn.ModuleDict({"base": base, "adapter": adapter})

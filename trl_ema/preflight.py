@@ -18,10 +18,11 @@ import torch
 from datasets import Dataset, IterableDataset
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub import get_token
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from .adapters.fitness import base_changed_by
 from .adapters.names import TEACHER_NAME, base_of
 from .checkpointing.resuming import check_checkpoint
 from .checks import bytes_to_write, check_best_metric, check_drift_is_watched, check_free_space
@@ -36,9 +37,8 @@ from .measurement import DriftCallback, Measurement, TrainedDrift
 from .memory import NF4, Bytes, Sizes, memory
 from .options import changed
 from .processes import Launch
-from .regularizers.base import Regularizer
 from .regularizers.own_texts import may_be_at_hand, sampling_of
-from .regularizers.penalties import EWC, L2SP, L1Penalty
+from .regularizers.penalties import EWC
 from .regularizers.rehearsal import Rehearsal
 from .schedules import half_life_to_decay
 from .script import (
@@ -203,10 +203,12 @@ def _check(
             trainer = trainer_without_weights(args, training_args, model_args, name, tokenizer, used, samples is parts)
             _look_further(trainer, args, used, checkpoint)
         if trainer is not None and figures:
+            steps = None
             with refusals.collected():
                 rows = training_rows(trainer, args, parts, figures)
-                _print_run(trainer, rows, launch)
-            _print_memory(trainer, model_args, launch)
+                steps = total_steps(trainer, rows, launch.ranks)
+                _print_run(trainer, rows, steps, launch)
+            _print_memory(trainer, model_args, launch, steps)
 
 
 def _look_at_launch(
@@ -351,17 +353,6 @@ def _counts(args: TrainingScriptArguments, parts: list[LoadedPart], sizes: list[
 # The trainer
 
 
-class _Penalties(Regularizer):
-    """In the place of penalties: what they save, `copies` in float32 of all that is trained."""
-
-    def __init__(self, model: Any, copies: int):
-        self.name = "penalties"
-        self.bytes = 4 * copies * sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-    def bytes_to_save(self) -> int:
-        return self.bytes
-
-
 class TrainerWithoutWeights(EMARegularizedSFTTrainer):
     """The trainer over a base that has shapes alone (torch's `meta` device): it checks all that it checks, and cannot train."""
 
@@ -373,24 +364,21 @@ class TrainerWithoutWeights(EMARegularizedSFTTrainer):
         args = self.args
         rehearses, fisher = args.rehearsal_weight, args.ewc_weight
         # The device of what they add: PEFT leaves it on the CPU.
-        without = dict.fromkeys(("rehearsal_weight", "l1_weight", "l2_weight", "ewc_weight"), 0.0)
-        penalties = [
-            kind for kind, weight in ((L1Penalty, args.l1_weight), (L2SP, args.l2_weight), (EWC, fisher)) if weight
-        ]
-        with changed(args, **without), torch.device("meta"):
+        with changed(args, rehearsal_weight=0.0, ewc_weight=0.0), torch.device("meta"):
             super().attach_regularizers(None)
-        if penalties:
-            self.regularizers.append(_Penalties(self.model, sum(len(kind.kept) for kind in penalties)))
-        if not rehearses and not fisher:
-            return
-        own = None
-        if fisher or args.rehearsal_dataset is None:
-            texts = None if args.rehearsal_texts is None else load_texts(args.rehearsal_texts)
-            if texts is None:
-                check_sampling(self.model, self.processing_class, sampling_of(args))  # type: ignore[arg-type]
-            own: Any = SimpleNamespace(at_hand=texts)  # type: ignore[no-redef]
+        own = self._own_texts() if fisher or (rehearses and args.rehearsal_dataset is None) else None
         if rehearses:
-            Rehearsal(args, self.processing_class, self.starting_point, own)
+            self.regularizers.append(Rehearsal(args, self.processing_class, self.starting_point, own))
+        if fisher:
+            self.regularizers.append(EWC(self.model, fisher, own, args.ewc_num_texts))  # type: ignore[arg-type]
+
+    def _own_texts(self) -> Any:
+        """In the place of [`OwnTexts`], which know the model by its weights: texts that are given, or how they would be drawn."""
+        args, sampling = self.args, sampling_of(self.args)
+        texts = None if args.rehearsal_texts is None else load_texts(args.rehearsal_texts)
+        if texts is None:
+            check_sampling(self.model, self.processing_class, sampling)  # type: ignore[arg-type]
+        return SimpleNamespace(at_hand=texts, sampling=sampling)
 
 
 def model_without_weights(name: str, model_args: ModelConfig, training_args: MeanTeacherConfig) -> Any:
@@ -419,6 +407,15 @@ def model_without_weights(name: str, model_args: ModelConfig, training_args: Mea
     return model
 
 
+def _with_trained_adapter(model: Any, folder: str) -> Any:
+    """A model without weights, with an adapter of the shapes of the one in `folder`, as it is gone on from."""
+    config: Any = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    if isinstance(config, LoraConfig) and base_changed_by(config) is None:
+        config.init_lora_weights = False  # what was trained is no factor of zeros
+    return get_peft_model(model, config)
+
+
 def trainer_without_weights(
     args: TrainingScriptArguments,
     training_args: MeanTeacherConfig,
@@ -436,17 +433,16 @@ def trainer_without_weights(
         with changed(args, max_train_samples=limit):
             train, evals = training_sets(samples, general, args, tokenizer, training_args)  # type: ignore[assignment]
     quantization(model_args, training_args)
-    peft_config = lora(model_args)
+    model, peft_config = model_without_weights(name, model_args, training_args), lora(model_args)
     if args.adapter_name_or_path is not None:  # that of the adapter counts
         warn_of_other_lora(args.adapter_name_or_path, model_args)
-        peft_config = PeftConfig.from_pretrained(args.adapter_name_or_path)
-        peft_config.inference_mode = False
+        model, peft_config = _with_trained_adapter(model, args.adapter_name_or_path), None
     made: dict[str, Any] = {"assistant_only_loss": False} if args.is_mixture else {}
     if training_args.metric_for_best_model in ("loss", "eval_loss"):  # as the recipe
         training_args.metric_for_best_model = "eval_domain_loss"
     with changed(training_args, push_to_hub=False, model_init_kwargs=None, **made):
         return TrainerWithoutWeights(
-            model_without_weights(name, model_args, training_args),
+            model,
             args=training_args,
             train_dataset=train,
             eval_dataset=evals,
@@ -551,13 +547,25 @@ def bytes_of(trainer: Any, model_args: ModelConfig, launch: Launch) -> Bytes:
 
 
 def memory_of(trainer: Any, model_args: ModelConfig, launch: Launch) -> dict[str, float]:
-    """Bytes on each GPU that stay between steps, see [`memory`]; 4-bit weights stay whole under FSDP2."""
+    """
+    Bytes on each GPU that stay between steps, see [`memory`], and those of the regularizers; 4-bit weights stay whole under FSDP2.
+    """
     sizes = sizes_of(trainer.model, launch.ranks, launch.mode == "fsdp2")
-    case = trainer.args.teacher, sizes, bytes_of(trainer, model_args, launch), launch.ranks
+    # An adapter of its own also has a frozen teacher that is not the base: that of a run which goes on from an adapter.
+    teacher = "none" if trainer.teacher is None or trainer.teacher.is_base else "ema"
+    case = teacher, sizes, bytes_of(trainer, model_args, launch), launch.ranks
     found = memory(launch.mode, *case)
     if launch.mode == "fsdp2" and (model_args.load_in_4bit or model_args.load_in_8bit):
         found["base"] = memory("ddp", *case)["base"]
-    return found
+    penalties = sum(regularizer.bytes_on_device() for regularizer in trainer.regularizers)
+    return found | {"penalties": float(penalties)} if penalties else found
+
+
+def memory_of_machine(trainer: Any, launch: Launch, steps: int) -> dict[str, int]:
+    """Bytes, at most, that each process keeps in the memory of the machine, by what they are of."""
+    texts = sum(regularizer.bytes_on_cpu(steps, launch.shards_weights) for regularizer in trainer.regularizers)
+    found = {"the adapter that it goes on from": trainer.starting_point.bytes_kept, "states of rehearsed texts": texts}
+    return {what: number for what, number in found.items() if number}
 
 
 # What is printed
@@ -606,10 +614,9 @@ def _print_data(parts: list[LoadedPart], figures: list[RowFigures], tokenizer: P
         print(f"\n--- row {number}, {len(ids)} tokens\n{shown_row(ids, labels, tokenizer, colours)}")
 
 
-def _print_run(trainer: Any, rows: int | None, launch: Launch) -> None:
+def _print_run(trainer: Any, rows: int | None, steps: int, launch: Launch) -> None:
     """Steps, what is told as a fraction of them, and files."""
     args = trainer.args
-    steps = total_steps(trainer, rows, launch.ranks)
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * launch.ranks
     epoch = "a stream" if rows is None else f"{rows:,} {'sequences' if args.packing else 'rows'} an epoch"
     print(f"\nSteps\n  {steps:,} optimizer steps of {per_step} rows on {launch.ranks} process(es); {epoch}")
@@ -646,7 +653,7 @@ def _half_life(args: MeanTeacherConfig, steps: int) -> str:
     return f"decay {decay:g}, half of it is replaced in {length:.4g} steps"
 
 
-def _print_memory(trainer: Any, model_args: ModelConfig, launch: Launch) -> None:
+def _print_memory(trainer: Any, model_args: ModelConfig, launch: Launch, steps: int | None) -> None:
     found = memory_of(trainer, model_args, launch)
     sizes = sizes_of(trainer.model, 1, False)
     total = sizes.layers + sizes.embedding + sizes.head
@@ -658,6 +665,8 @@ def _print_memory(trainer: Any, model_args: ModelConfig, launch: Launch) -> None
     print(
         f"  {'together':12}{_size(sum(found.values())):>12}  held between steps; gradients and activations come on top"
     )
+    for what, size in memory_of_machine(trainer, launch, steps or 0).items():
+        print(f"  {'not on a GPU':12}{_size(size):>12}  {what}, at most")
 
 
 def _size(number: float) -> str:
