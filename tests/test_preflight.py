@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -24,7 +25,6 @@ from trl_ema.fingerprint import tokenizer_fingerprint
 from trl_ema.launch import checks_of_launch, launch_of, launcher_settings, sees_one_device
 from trl_ema.memory import BFLOAT16, FLOAT32, NF4
 from trl_ema.preflight import (
-    Refusals,
     TrainerWithoutWeights,
     bytes_of,
     checkpoints_kept,
@@ -35,6 +35,7 @@ from trl_ema.preflight import (
     total_steps,
 )
 from trl_ema.processes import Launch, refuse_sharding
+from trl_ema.refusals import Given, Refusals, as_far_as_it_goes
 from trl_ema.script import TrainingScriptArguments
 from trl_ema.texts import Sampling, texts_path
 
@@ -240,9 +241,82 @@ def test_all_reasons_are_told_at_once(workplace):
         assert message in done.stdout
 
 
-def test_options_and_models_that_cannot_be_are_refused_in_a_line(workplace):
-    done = check(workplace, "--kl_weight", "-1", check=False)
-    assert done.returncode == 1 and "trl-ema check: `kl_weight` must be at least 0" in done.stderr
+def told_reasons(done):
+    """The first words of each."""
+    return [" ".join(line.split()[1:4]) for line in done.stdout.splitlines() if line.startswith("  - ")]
+
+
+def test_what_options_and_launcher_refuse_is_told_beside_all_else(workplace):
+    """Each of the command line; an option is refused by argparse, by its class, or known to nobody."""
+    options = ["--dataset_name", "gone.jsonl", "--lora_target_modules", "no_proj", "--output_dir", "out"]
+    wrong = ["--max_steps", "many", "--kl_weight", "-1", "--ema_decay", "2", "--no_such", "3", "--generations", "-1"]
+    done = check(workplace, *options, *wrong, check=False)
+    refused = [
+        "argument --max_steps/--max-steps: invalid", "`kl_weight` must be", "`ema_decay` must be", "Some specified arguments",
+        "`generations` must be", "There is no", "Target modules no_proj",
+    ]  # fmt: skip
+    told = told_reasons(done)
+    assert done.returncode == 1 and len(told) == len(refused)
+    assert all(any(one.startswith(" ".join(words.split()[:3])) for one in told) for words in refused), told
+    assert all(f"`{option[2:]}`" in done.stdout.splitlines()[-1] for option in wrong[::2])
+    launcher = ["--accelerate_config", "fsdp2", "--num_processes", "some", "--nor_this", "1", "--torch_compile", "true"]
+    done = check(workplace, "--dataset_name", "data.jsonl", "--output_dir", "out", *launcher, check=False)
+    assert told_reasons(done) == [
+        "argument --num_processes/--num-processes: invalid",
+        "Of --nor_this 1",
+        "`torch_compile` under FSDP2",
+    ]
+    assert "8 process(es), fsdp2" in done.stdout
+    done = check(workplace, *options, "--kl_weight", "-1", "--accelerate_config", "zero9", check=False)
+    assert told_reasons(done)[:2] == ["`accelerate_config='zero9'` is neither", "`kl_weight` must be"]
+    assert len(told_reasons(done)) == 4 and "Steps, disk and memory are those of a launch" in done.stdout
+
+
+def test_what_a_configuration_has_wrong_is_told_and_the_rest_of_it_looked_at(workplace):
+    wrong = {"dataset_name": "data.jsonl", "kl_weight": -1, "no_such": 3, "max_steps": 5, "output_dir": "out"}
+    (workplace / "wrong.yaml").write_text(yaml.safe_dump(wrong))
+    done = check(workplace, "--config", "wrong.yaml", check=False)
+    assert told_reasons(done) == ["`kl_weight` must be", "Unknown arguments from"]
+    assert "5 optimizer steps of 8 rows" in done.stdout and (workplace / "wrong.yaml").read_text() == yaml.safe_dump(
+        wrong
+    )
+    for name, message in (("nowhere", "`config='nowhere'` is neither"), ("list.yaml", "Config file list.yaml")):
+        (workplace / "list.yaml").write_text("[1]")
+        done = check(workplace, "--config", name, "--accelerate_config", "zero9", check=False)
+        assert told_reasons(done) == ["`accelerate_config='zero9'` is neither", message]
+    # Of which rows or which model a misspelt option speaks nobody knows.
+    done = check(workplace, "--dataset_nname", "data.jsonl", "--output_dir", "out", check=False)
+    assert told_reasons(done) == ["Some specified arguments"] and "⟦" not in done.stdout
+    done = trl_ema("check", "--model_nname", "model", "--output_dir", "out", cwd=workplace, check=False)
+    assert told_reasons(done) == ["Some specified arguments"] and "SmolLM2" not in done.stdout
+
+
+def test_refusals_that_come_of_an_option_left_out_are_none(workplace):
+    def make(given):
+        options = {words[0][2:]: words[1:] for words in given.words}
+        if options.get("steps") == ("-1",):
+            raise ValueError("`steps` must be at least 0.")
+        if "tasks" in options and "steps" not in options:
+            raise ValueError("`tasks` and `steps=0` belong together.")
+        if "other" in options:
+            raise ValueError("No option is named, and nothing goes with that.")
+        return sorted(options)
+
+    given, refusals = Given.on(["--tasks", "a", "b", "--steps", "-1", "--kept=1", "--other"]), Refusals()
+    assert given.names == ["tasks", "steps", "kept", "other"]
+    assert as_far_as_it_goes(make, given, refusals) == ["kept=1"]
+    assert refusals.found == ["`steps` must be at least 0.", "No option is named, and nothing goes with that."]
+    assert refusals.left_out == ["steps", "tasks", "other"]
+
+    def never(given):
+        raise TypeError("no")
+
+    assert as_far_as_it_goes(never, given, refusals) is None and refusals.found[-1] == "no"
+    with pytest.raises(SystemExit):  # that of `--help`
+        as_far_as_it_goes(lambda given: sys.exit(0), given, refusals)
+
+
+def test_models_that_cannot_be_are_refused(workplace):
     done = check(
         workplace, "--dataset_name", "data.jsonl", "--model_name_or_path", "no/such", "--output_dir", "out", check=False
     )

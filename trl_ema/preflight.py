@@ -9,7 +9,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,13 +31,14 @@ from .config import MeanTeacherConfig
 from .data import as_chat, hub_errors, mixture_counts, tokenize_rows
 from .evaluation.drift import general_rows
 from .evaluation.runner import tasks_to_ask
-from .files import check_output_dir
+from .files import check_output_dir, read_yaml
 from .launch import checks_of_launch, launch_of, launcher_settings, sees_one_device, take_accelerate_config
 from .losses import IGNORE_INDEX
 from .measurement import DriftCallback, Measurement, TrainedDrift
 from .memory import NF4, Bytes, Sizes, memory
 from .options import changed
 from .processes import Launch
+from .refusals import Given, Refusals, as_far_as_it_goes, is_hollow
 from .regularizers.own_texts import may_be_at_hand, sampling_of
 from .regularizers.penalties import EWC
 from .regularizers.rehearsal import Rehearsal
@@ -54,6 +56,7 @@ from .script import (
     sources,
     training_sets,
     warn_of_other_lora,
+    with_config_file,
 )
 from .texts import check_sampling, load_texts
 from .trainer import EMARegularizedSFTTrainer
@@ -63,41 +66,17 @@ from .trainer import EMARegularizedSFTTrainer
 _ROWS = 5_000
 _STREAM_ROWS = 1_000
 _SHOWN_ROWS = 3
+# Options by which the rows are other ones; of some that are not, rows show nothing.
+_OF_DATA = {f.name for f in fields(TrainingScriptArguments)} - {
+    "adapter_name_or_path", "drift_steps", "eval_tasks", "eval_tasks_include_path", "eval_tasks_steps", "generations",
+    "generation_tokens", "measure",
+} | {"dataset_text_field"}  # fmt: skip
 _SHOWN_CHARACTERS = 400  # of a stretch of one kind
 _NOT_SEEN = (
     "Not looked at, since it takes the weights: whether the logits are hidden states times the head, whether a checkpoint's or "
     "written texts are this very model's, and whether activations fit in memory. Nor is the Hub asked, for `push_to_hub`, whether a "
     "login may write there."
 )
-
-
-@dataclass
-class Refusals:
-    """
-    What a training would refuse, in the order in which it is found, each once.
-
-    Args:
-        found: The refusals.
-        unseen: What could not be looked at, since an operation takes values that a model without weights does not have.
-    """
-
-    found: list[str] = field(default_factory=list)
-    unseen: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def collected(self) -> Iterator[None]:
-        """What is raised within this context is kept, and the context left."""
-        try:
-            yield
-        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-            kept = self.unseen if _is_hollow(error) else self.found
-            if str(error) not in kept:
-                kept.append(str(error))
-
-
-def _is_hollow(error: Exception) -> bool:
-    """Whether it is of the missing weights, and none of a training."""
-    return isinstance(error, RuntimeError) and "meta" in str(error)
 
 
 @dataclass
@@ -143,31 +122,65 @@ class RowFigures:
 def main(arguments: list[str]) -> None:
     """Print what a training with these arguments would do. Exits with 1 where it would refuse."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    refusals, launch, settings = Refusals(), Launch(), None
-    config, arguments = take_accelerate_config(arguments)
-    if config is not None:
-        settings = launcher_settings(config, arguments)
-        launch, arguments = launch_of(settings), settings.training_script_args[1:]
-    args, training_args, model_args = parse(arguments)
-    if settings is not None and sees_one_device(settings) and training_args.n_gpu > 1:
-        training_args._n_gpu = 1  # as in the processes of the launch, of which this is none
-    with _without_bars(), _left_alone(str(training_args.output_dir)):
-        _check(args, training_args, model_args, launch, refusals)
+    refusals = Refusals()
+    launch, alone, arguments = _launched(arguments, refusals)
+    parsed = _parsed(arguments, refusals)
+    if parsed is not None:
+        args, training_args, model_args = parsed
+        if alone and training_args.n_gpu > 1:
+            training_args._n_gpu = 1  # as in the processes of the launch, of which this is none
+        with _without_bars(), _left_alone(str(training_args.output_dir)):
+            _check(args, training_args, model_args, launch, refusals)
     _print_end(refusals)
     if refusals.found:
         sys.exit(1)
+
+
+def _launched(arguments: list[str], refusals: Refusals) -> tuple[Launch | None, bool, list[str]]:
+    """
+    The launch that a command line asks for, `None` where it is refused; whether each of its processes sees one device; and the options
+    of the training itself.
+    """
+    found = as_far_as_it_goes(lambda given: take_accelerate_config(given.arguments("")), Given.on(arguments), refusals)
+    config, arguments = found or (None, arguments)
+    if config is None:
+        return (None if refusals.found else Launch()), False, arguments
+
+    def made(config: str, given: Given) -> tuple[Launch, bool, list[str]]:
+        settings = launcher_settings(config, given.arguments(""))
+        return launch_of(settings), sees_one_device(settings), settings.training_script_args[1:]
+
+    whole = as_far_as_it_goes(partial(made, config), Given.on(arguments), refusals)
+    if whole is not None:
+        return whole
+    # Which options are whose can be told without it.
+    whole = as_far_as_it_goes(partial(made, "multi_gpu"), Given.on(arguments), refusals)
+    return None, True, [] if whole is None else whole[2]
+
+
+def _parsed(arguments: list[str], refusals: Refusals) -> tuple[Any, ...] | None:
+    """What [`parse`] makes of a command line; `None` where it is refused as a whole."""
+    with refusals.collected(), tempfile.TemporaryDirectory() as scratch:
+        file, place = None, arguments.index("--config") + 1 if "--config" in arguments else len(arguments)
+        if place < len(arguments):
+            path = with_config_file(arguments)[place]
+            file = path if isinstance(read_yaml(path), dict) else None  # else TRL's parser says so
+        return as_far_as_it_goes(lambda given: parse(given.arguments(scratch)), Given.on(arguments, file), refusals)
+    return None
 
 
 def _check(
     args: TrainingScriptArguments,
     training_args: MeanTeacherConfig,
     model_args: ModelConfig,
-    launch: Launch,
+    launch: Launch | None,
     refusals: Refusals,
 ) -> None:
+    known, has_data = _is_known(args, model_args, refusals)
     with refusals.collected():
-        found = sources(args, model_args)
-        print("Model and data\n  " + "\n  ".join(f"{name}: {what}" for name, what in found.items()))
+        if known and has_data:
+            found = sources(args, model_args)
+            print("Model and data\n  " + "\n  ".join(f"{name}: {what}" for name, what in found.items()))
     writable = False
     with refusals.collected():
         check_output_dir(str(training_args.output_dir))
@@ -180,8 +193,10 @@ def _check(
     name = tokenizer = None
     parts: list[LoadedPart] = []
     with refusals.collected():
-        name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code, args.adapter_name_or_path)
-        parts = load_parts(args, tokenizer, training_args.dataset_text_field)
+        if known:
+            name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code, args.adapter_name_or_path)
+        if tokenizer is not None and has_data:
+            parts = load_parts(args, tokenizer, training_args.dataset_text_field)
     checkpoint = None
     with refusals.collected():
         checkpoint = resume_from(training_args) if writable else None
@@ -202,7 +217,9 @@ def _check(
             used = samples if figures else []
             trainer = trainer_without_weights(args, training_args, model_args, name, tokenizer, used, samples is parts)
             _look_further(trainer, args, used, checkpoint)
-        if trainer is not None and figures:
+        if launch is None:
+            print("\nSteps, disk and memory are those of a launch, and this one is refused.")
+        elif trainer is not None and figures:
             steps = None
             with refusals.collected():
                 rows = training_rows(trainer, args, parts, figures)
@@ -211,8 +228,18 @@ def _check(
             _print_memory(trainer, model_args, launch, steps)
 
 
+def _is_known(args: TrainingScriptArguments, model_args: ModelConfig, refusals: Refusals) -> tuple[bool, bool]:
+    """Whether model and data are those that are asked for: without an option that is left out they may be the demo's, or others."""
+    options = {f.name for kind in (TrainingScriptArguments, MeanTeacherConfig, ModelConfig) for f in fields(kind)}
+    misspelt = [name for name in refusals.left_out if name not in options]
+    has_model = model_args.model_name_or_path is not None or args.adapter_name_or_path is not None
+    has_data = args.dataset_name is not None or bool(args.datasets)
+    of_data = _OF_DATA & {*refusals.left_out}
+    return has_model or not misspelt, not of_data and (has_data or not misspelt)
+
+
 def _look_at_launch(
-    launch: Launch,
+    launch: Launch | None,
     args: TrainingScriptArguments,
     training_args: MeanTeacherConfig,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -220,6 +247,8 @@ def _look_at_launch(
     refusals: Refusals,
 ) -> None:
     """What a training refuses of its launch, some of it when its processes run: this is none of them."""
+    if launch is None:
+        return
     has_texts = launch.shards_weights and may_be_at_hand(training_args, tokenizer)  # else nobody asks
     for check in checks_of_launch(launch, args, training_args, begun=begun, has_texts=has_texts):
         with refusals.collected():
@@ -258,7 +287,7 @@ def check_training(
             )
             _look_further(trainer, args, samples, None)
         except RuntimeError as error:
-            if not _is_hollow(error):
+            if not is_hollow(error):
                 raise
 
 
@@ -683,3 +712,5 @@ def _print_end(refusals: Refusals) -> None:
     print(f"\n`trl-ema train` would refuse, for {len(refusals.found)} reason(s):")
     for reason in refusals.found:
         print(f"  - {reason}")
+    if refusals.left_out:
+        print(f"Everything else was looked at without {', '.join(f'`{name}`' for name in refusals.left_out)}.")

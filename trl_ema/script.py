@@ -262,7 +262,7 @@ def parse(arguments: list[str], *others: type) -> tuple[Any, ...]:
     named = {a.split("=")[0] for a in arguments}
     if not named & {"--config", "--model_name_or_path", "--adapter_name_or_path"}:
         arguments = ["--config", DEMO_CONFIG, *arguments]
-    parsed = make_parser(*others).parse_args_and_config(_with_config_file(arguments))
+    parsed = make_parser(*others).parse_args_and_config(with_config_file(arguments))
     args, training_args, *_ = parsed
     rehearses = training_args.rehearsal_weight and training_args.rehearsal_loss == "kl"
     if training_args.max_drift is not None and not args.drift_steps and not rehearses:
@@ -276,7 +276,7 @@ def parse(arguments: list[str], *others: type) -> tuple[Any, ...]:
     return parsed
 
 
-def _with_config_file(arguments: list[str]) -> list[str]:
+def with_config_file(arguments: list[str]) -> list[str]:
     """The arguments with a path for `--config`, which may also name one of the packaged `recipes/configs`."""
     place = arguments.index("--config") + 1 if "--config" in arguments else len(arguments)
     given = arguments[place : place + 1]  # without a value TRL's parser says so
