@@ -11,18 +11,19 @@ import pytest
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import DynamoBackend, FullyShardedDataParallelPlugin, ParallelismConfig
+from accelerate.utils import DeepSpeedPlugin, DynamoBackend, FullyShardedDataParallelPlugin, ParallelismConfig
 from conftest import config, lora, rows, tiny_config, tiny_model
 from datasets import Dataset
 from peft import get_peft_model
 from test_cli import trl_ema
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig
 
 from trl_ema import MeanTeacherConfig, memory, preflight
 from trl_ema.data import tokenize_rows
 from trl_ema.fingerprint import tokenizer_fingerprint
-from trl_ema.launch import checks_of_launch, launch_of, launcher_settings, sees_one_device
+from trl_ema.launch import checks_of_launch, launch_of, launcher_settings, sees_one_device, with_options_of_training
 from trl_ema.memory import BFLOAT16, FLOAT32, NF4
 from trl_ema.preflight import (
     TrainerWithoutWeights,
@@ -590,6 +591,67 @@ def test_an_option_of_the_launcher_that_training_refuses_is_told(workplace):
     done = check(workplace, *arguments, "--torch_compile", "true", *FSDP, check=False)
     assert done.returncode == 1 and "would refuse, for 2 reason(s)" in done.stdout
     assert "`torch_compile` under FSDP2" in done.stdout and "`fsdp_activation_checkpointing`" in done.stdout
+
+
+ZERO3 = {
+    "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}},
+    "train_micro_batch_size_per_gpu": "auto",
+}
+
+
+@pytest.mark.parametrize(
+    ("launch", "options", "expected"),
+    [
+        (Launch(4), dict(fsdp="full_shard"), Launch(4, fsdp_version=2)),
+        (Launch(4), dict(fsdp="full_shard", fsdp_config={"version": 1}), Launch(4, fsdp_version=1)),
+        (Launch(4, wraps_layers=True), dict(fsdp="auto_wrap"), Launch(4, fsdp_version=2, wraps_layers=True)),
+        (
+            Launch(4),
+            dict(fsdp="full_shard", fsdp_config={"activation_checkpointing": True}),
+            Launch(4, fsdp_version=2, wraps_layers=True),
+        ),
+        (Launch(4, fsdp_version=1), dict(torch_compile=True), Launch(4, fsdp_version=1, compiles=True)),
+    ],
+)
+def test_options_of_the_training_count_before_those_of_its_launch(launch, options, expected):
+    settings = MeanTeacherConfig("out", use_cpu=True, bf16=False, gradient_checkpointing=False, **options)
+    assert with_options_of_training(launch, settings) == expected
+
+
+def test_deepspeed_of_the_training_is_read_as_accelerate_reads_it(tmp_path):
+    settings = MeanTeacherConfig("out", use_cpu=True, bf16=False)
+    (tmp_path / "zero.json").write_text(json.dumps(ZERO3))
+    for given in (ZERO3, str(tmp_path / "zero.json"), json.dumps(ZERO3)):
+        found = with_options_of_training(Launch(2, zero_stage=2, offload_param="cpu"), settings, given)
+        assert found == Launch(2, zero_stage=3, offload_param="nvme")
+    for given, message in (("gone.json", "path to an existing deepspeed config"), ({"a": 1}, "specify the ZeRO")):
+        with pytest.raises(ValueError, match=message):
+            with_options_of_training(Launch(), settings, given)
+    assert (
+        Launch.of_state(SimpleNamespace(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ZERO3))).offload_param == "nvme"
+    )
+    assert not is_deepspeed_zero3_enabled()
+
+
+def test_sharding_by_options_of_the_training_is_looked_at(workplace):
+    """On the command line and in a file; each process of the launch has the same."""
+    rows = ["--dataset_name", "data.jsonl", "--output_dir", "out", "--max_steps", "2"]
+    several = [*rows, "--accelerate_config", "multi_gpu", "--num_processes", "2"]
+    (workplace / "zero.json").write_text(json.dumps(ZERO3))
+    (workplace / "zero.yaml").write_text(yaml.safe_dump({"deepspeed": ZERO3}))
+    for option in (["--deepspeed", "zero.json"], ["--config", "zero.yaml"]):
+        done = check(workplace, *several, *option, "--ewc_weight", "1", check=False)
+        assert told_reasons(done) == ["DeepSpeed's `offload_param` is", "`ewc_weight`: a sharded"]
+        assert "2 process(es), zero3" in done.stdout
+    done = check(workplace, *several, "--deepspeed", "gone.json", check=False)
+    assert told_reasons(done) == ["Expected a string"] and "Steps, disk and memory are those" in done.stdout
+    fsdp = ["--fsdp", "full_shard", "--fsdp_config"]
+    done = check(workplace, *several, *fsdp, '{"version": 1}', check=False)
+    assert told_reasons(done) == ["The launch asks"] and "2 process(es), fsdp2" in done.stdout
+    done = check(workplace, *several, *fsdp, '{"activation_checkpointing": true}', check=False)
+    assert told_reasons(done) == ["The launch asks"] and "`fsdp_activation_checkpointing`" in done.stdout
+    assert told_reasons(check(workplace, *rows, "--fsdp", "full_shard", check=False)) == ["The option `fsdp`"]
+    assert "ACCELERATE_USE_FSDP" not in os.environ and "ACCELERATE_USE_DEEPSPEED" not in os.environ
 
 
 def test_a_best_metric_and_a_push_that_cannot_be_are_refused(workplace, monkeypatch):

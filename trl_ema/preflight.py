@@ -32,7 +32,14 @@ from .data import as_chat, hub_errors, mixture_counts, tokenize_rows
 from .evaluation.drift import general_rows
 from .evaluation.runner import tasks_to_ask
 from .files import check_output_dir, read_yaml
-from .launch import checks_of_launch, launch_of, launcher_settings, sees_one_device, take_accelerate_config
+from .launch import (
+    checks_of_launch,
+    launch_of,
+    launcher_settings,
+    sees_one_device,
+    take_accelerate_config,
+    with_options_of_training,
+)
 from .losses import IGNORE_INDEX
 from .measurement import DriftCallback, Measurement, TrainedDrift
 from .memory import NF4, Bytes, Sizes, memory
@@ -124,9 +131,12 @@ def main(arguments: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     refusals = Refusals()
     launch, alone, arguments = _launched(arguments, refusals)
-    parsed = _parsed(arguments, refusals)
+    parsed, deepspeed = _parsed(arguments, refusals)
     if parsed is not None:
         args, training_args, model_args = parsed
+        asked, launch = launch, None
+        with refusals.collected():
+            launch = asked and with_options_of_training(asked, training_args, deepspeed)
         if alone and training_args.n_gpu > 1:
             training_args._n_gpu = 1  # as in the processes of the launch, of which this is none
         with _without_bars(), _left_alone(str(training_args.output_dir)):
@@ -158,15 +168,21 @@ def _launched(arguments: list[str], refusals: Refusals) -> tuple[Launch | None, 
     return None, True, [] if whole is None else whole[2]
 
 
-def _parsed(arguments: list[str], refusals: Refusals) -> tuple[Any, ...] | None:
-    """What [`parse`] makes of a command line; `None` where it is refused as a whole."""
+def _parsed(arguments: list[str], refusals: Refusals) -> tuple[tuple[Any, ...] | None, Any]:
+    """
+    What [`parse`] makes of a command line but for its `deepspeed`, which would be started then, and that; `None` where it is refused as
+    a whole.
+    """
     with refusals.collected(), tempfile.TemporaryDirectory() as scratch:
         file, place = None, arguments.index("--config") + 1 if "--config" in arguments else len(arguments)
         if place < len(arguments):
             path = with_config_file(arguments)[place]
             file = path if isinstance(read_yaml(path), dict) else None  # else TRL's parser says so
-        return as_far_as_it_goes(lambda given: parse(given.arguments(scratch)), Given.on(arguments, file), refusals)
-    return None
+        given = Given.on(arguments, file)
+        deepspeed = given.value("deepspeed")
+        given = given if deepspeed is None else given.without("deepspeed")
+        return as_far_as_it_goes(lambda some: parse(some.arguments(scratch)), given, refusals), deepspeed
+    return None, None
 
 
 def _check(
@@ -469,6 +485,7 @@ def trainer_without_weights(
     made: dict[str, Any] = {"assistant_only_loss": False} if args.is_mixture else {}
     if training_args.metric_for_best_model in ("loss", "eval_loss"):  # as the recipe
         training_args.metric_for_best_model = "eval_domain_loss"
+    made |= {"fsdp": None, "fsdp_plugin_args": None}  # nothing is sharded here, see [`checks_of_launch`]
     with changed(training_args, push_to_hub=False, model_init_kwargs=None, **made):
         return TrainerWithoutWeights(
             model,

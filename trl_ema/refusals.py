@@ -88,6 +88,14 @@ class Given:
         of_file = [] if self.file is None else [str(name) for name in read_yaml(self.file) if name not in self.unread]
         return [name for name in dict.fromkeys([*map(_name, self.words), *of_file]) if name not in _KEPT]
 
+    def value(self, name: str) -> Any:
+        """What an option is given as, on the command line as text; `None` where it is not given."""
+        on_line = [one for one in self.words if _name(one) == name]
+        if on_line:
+            first, *values = on_line[-1]
+            return first.partition("=")[2] or next(iter(values), None)
+        return None if self.file is None or name in self.unread else read_yaml(self.file).get(name)
+
     def without(self, name: str) -> "Given":
         words = tuple(one for one in self.words if _name(one) != name)
         return replace(self, words=words, unread=self.unread | {name})
