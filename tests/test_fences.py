@@ -200,7 +200,6 @@ VALUES = {
 
 # What stands in the source of others and nowhere else: parts of file names, a keyword that is looked up, the lines that are hidden.
 WRITTEN = {
-    "transformers.TrainingArguments._process_fsdp_args": ['{"fsdp_version": ', '["activation_checkpointing"] = '],
     "accelerate.utils.fsdp_utils": ['f"{FSDP_MODEL_NAME}.bin"', 'f"{FSDP_MODEL_NAME}_{model_index}"'],
     "bitsandbytes.backends.cpu.ops": ["getLogger(__name__)", "Failed to load CPU gemm_4bit_forward"],
     "deepspeed.runtime.engine": [
@@ -211,6 +210,7 @@ WRITTEN = {
     ],
     "peft.PeftModel.save_pretrained": ['kwargs.get("state_dict"'],
     "transformers.Trainer._save_rng_state": ['"rng_state.pth"', 'f"rng_state_{self.args.process_index}.pth"'],
+    "transformers.TrainingArguments._process_fsdp_args": ['{"fsdp_version": ', '["activation_checkpointing"] = '],
 }
 
 # Fields of what accelerate's launcher takes.

@@ -577,15 +577,11 @@ def load_tokenizer(
 
 def check_adapter_folder(adapter: str) -> None:
     """Raises `ValueError` unless `adapter_name_or_path` is a folder of an adapter and its weights."""
-    if not models.is_adapter(adapter):
+    missing = models.missing_of_adapter(adapter)
+    if missing is not None:
         raise ValueError(
-            f"`adapter_name_or_path={adapter!r}` holds no adapter (adapter_config.json is missing). Give a folder that a training wrote, "
-            "or its `teacher/`; one on the hub is downloaded by `hf download`."
-        )
-    if not any(Path(adapter).glob("adapter_model.*")):
-        raise ValueError(
-            f"`adapter_name_or_path={adapter!r}` holds no weights of its adapter (adapter_model.safetensors is missing). Put them back, "
-            "or give another folder that a training wrote."
+            f"`adapter_name_or_path={adapter!r}` {missing}. Put that back, or give another folder that a training wrote, or its `teacher/`; "
+            "one on the hub is downloaded by `hf download`."
         )
 
 
