@@ -481,7 +481,7 @@ def checked(tiny_folder, tmp_path, monkeypatch):
         for run in done:
             folder = tmp_path / "out" / "other" / "seed_0" / run
             folder.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.json", "adapter_config.json"):
+            for name in ("metrics.json", "adapter_config.json", "adapter_model.safetensors"):
                 (folder / name).write_text("{}")
         with pytest.raises(Checked):
             run_comparison(found, **asked)

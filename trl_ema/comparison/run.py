@@ -121,6 +121,7 @@ def run_comparison(
         for stage, arm, seed in todo:
             _check_launch(stage, arm.name, seed, launch, parsed[stage.at][arm.name, seed])
     _check_same_tokenizer({arm: config for (arm, _), (_, config, _) in parsed[0].items()})
+    _check_same_model({arm: model_args for (arm, _), (_, _, model_args) in parsed[0].items()})
     check_same_split(parsed[0])
     _write(comparison, parsed, [] if evaluate_only else todo, evaluate_only)
     evaluator = _Evaluator(comparison, first, manager)
@@ -256,6 +257,12 @@ def _check_trainings(todo: Sequence[tuple[Comparison, Arm, int]], read: RunData)
             check_training(*options, read.parts(options))
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
             raise ValueError(f"{run}, cannot be trained: {error}") from error
+
+
+def _check_same_model(settings: dict[str, ModelConfig]) -> None:
+    """Raises `ValueError` unless all arms begin with one base, which is measured once and carries each adapter."""
+    names = ("model_name_or_path", "model_revision")
+    check_same(settings, names, "its adapter would be measured on a base that it was not trained on")
 
 
 def _check_same_tokenizer(settings: dict[str, MeanTeacherConfig]) -> None:
