@@ -21,12 +21,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig
 
 from trl_ema import MeanTeacherConfig, memory, preflight
+from trl_ema.checks import bytes_to_write
 from trl_ema.data import tokenize_rows
 from trl_ema.fingerprint import tokenizer_fingerprint
 from trl_ema.launch import checks_of_launch, launch_of, launcher_settings, sees_one_device, with_options_of_training
 from trl_ema.memory import BFLOAT16, FLOAT32, NF4
-from trl_ema.preflight import (
-    TrainerWithoutWeights,
+from trl_ema.outlook import (
     bytes_of,
     checkpoints_kept,
     memory_of,
@@ -35,6 +35,7 @@ from trl_ema.preflight import (
     sizes_of,
     total_steps,
 )
+from trl_ema.preflight import TrainerWithoutWeights, with_trained_adapter
 from trl_ema.processes import Launch, refuse_sharding
 from trl_ema.refusals import Given, Refusals, as_far_as_it_goes
 from trl_ema.script import TrainingScriptArguments
@@ -101,7 +102,9 @@ def test_an_adapter_that_is_gone_on_from_is_the_one_that_counts(workplace):
         check=False,
     )
     assert done.returncode == 1
-    assert "`adapter_name_or_path='model'` holds no adapter" in said(done) and "no_such_task" in said(done)
+    assert "`adapter_name_or_path='model'` holds a whole model and no adapter" in said(done) and "no_such_task" in said(
+        done
+    )
 
 
 def test_rows_are_shown_as_they_are_trained_on(tokenizer):
@@ -364,9 +367,7 @@ def test_steps_and_bytes_are_those_of_the_trainer_that_trains(make_trainer, tmp_
     hollow = without_weights(tmp_path, real.processing_class, **options)
     assert total_steps(hollow, 20, 1) == real.state.global_step and len(hollow.train_dataset) == len(real.train_dataset)
     for checkpoint in (False, True):
-        assert preflight.bytes_to_write(hollow, checkpoint=checkpoint) == preflight.bytes_to_write(
-            real, checkpoint=checkpoint
-        )
+        assert bytes_to_write(hollow, checkpoint=checkpoint) == bytes_to_write(real, checkpoint=checkpoint)
 
 
 def test_penalties_save_as_much_as_in_a_training(make_trainer, tmp_path):
@@ -394,8 +395,8 @@ def test_copies_of_an_adapter_are_counted_as_a_training_makes_them(make_trainer,
         kept = {"the adapter that it goes on from": one} if goes_on else {}
         assert memory_of_machine(real, launch, 4) == memory_of_machine(hollow, launch, 4) == kept
     for checkpoint in (False, True):
-        expected = preflight.bytes_to_write(real, checkpoint=checkpoint)
-        assert preflight.bytes_to_write(hollow, checkpoint=checkpoint) == expected
+        expected = bytes_to_write(real, checkpoint=checkpoint)
+        assert bytes_to_write(hollow, checkpoint=checkpoint) == expected
 
 
 def test_kept_states_of_rehearsed_texts_are_counted_as_a_training_keeps_them(make_trainer, tmp_path):
@@ -422,7 +423,7 @@ def without_weights(folder, tokenizer, adapter=None, **changes):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config())
     if adapter is not None:
-        model = preflight._with_trained_adapter(model, adapter)
+        model = with_trained_adapter(model, adapter)
     args, data = config(folder / "hollow", **changes), dict(train_dataset=rows(20), eval_dataset=rows(4))
     peft_config = lora() if adapter is None else None
     return TrainerWithoutWeights(model, args=args, processing_class=tokenizer, peft_config=peft_config, **data)
