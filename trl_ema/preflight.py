@@ -431,7 +431,8 @@ def trainer_without_weights(
         with changed(args, max_train_samples=limit):
             train, evals = training_sets(samples, general, args, tokenizer, training_args)  # type: ignore[assignment]
     quantization(model_args, training_args)
-    model, peft_config = model_without_weights(name, model_args, training_args), lora(model_args)
+    model = model_without_weights(name, model_args, training_args)
+    peft_config: PeftConfig | None = lora(model_args)
     if args.adapter_name_or_path is not None:  # that of the adapter counts
         warn_of_other_lora(args.adapter_name_or_path, model_args)
         model, peft_config = with_trained_adapter(model, args.adapter_name_or_path), None
