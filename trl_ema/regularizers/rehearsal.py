@@ -21,7 +21,7 @@ from ..texts import Texts
 from .base import Gather, Inputs, Regularizer
 from .given_texts import given_texts
 from .joined_texts import may_join
-from .known_states import states_before, to_device
+from .known_states import bytes_of_states, states_before, to_device
 from .micro_batch import TokenMean
 from .own_texts import FILE, OwnTexts
 
@@ -93,7 +93,7 @@ class Rehearsal(Regularizer):
         if self.own.at_hand is not None:
             self.use(self.own.at_hand)
         else:
-            self._check(args.rehearsal_num_texts, float(args.rehearsal_num_tokens))
+            self.per_micro_batch = self._check(args.rehearsal_num_texts, float(args.rehearsal_num_tokens))
 
     def _start_anew(self) -> None:
         self.weight, self.taken = make_weight(self.args), 0
@@ -146,9 +146,20 @@ class Rehearsal(Regularizer):
         self._known = None
         if self.args.rehearsal_loss == "kl":
             assert self.start is not None and self.texts is not None
-            of_step = sum(_spread(self.per_micro_batch, self.args.gradient_accumulation_steps))
-            taken = of_step * trainer.state.max_steps
+            taken = self._taken_in(trainer.state.max_steps)
             self._known = states_before(trainer, self.start, self.texts.ids, self.pad, taken)
+
+    def _taken_in(self, steps: int) -> int:
+        """Texts that each rank takes in so many optimizer steps."""
+        return steps * sum(_spread(self.per_micro_batch, self.args.gradient_accumulation_steps))
+
+    def bytes_on_cpu(self, steps: int, sharded: bool) -> int:
+        if self.args.rehearsal_loss != "kl" or self.start is None:
+            return 0
+        number, tokens = self.args.rehearsal_num_texts, self.args.rehearsal_num_texts * self.args.rehearsal_num_tokens
+        if self.texts is not None:
+            number, tokens = len(self.texts.ids), sum(map(len, self.texts.ids))
+        return bytes_of_states(self.start.model, number, tokens, self._taken_in(steps), sharded)
 
     def _go_on(self, state: dict) -> None:
         self.taken = state["taken"]
