@@ -217,18 +217,18 @@ def _kernel_variants(run, ours, tokens) -> None:
     """Other shapes of the kernel's blocks and chunks, for whoever has another card."""
     from trl_ema import kernels
 
-    names = ("_WARPS", "_WORDS_OF_THREAD", "_BLOCK", "_STAGES")
+    names = ("_WARPS", "_WORDS_OF_THREAD", "_BLOCK")
     saved = {name: getattr(kernels, name) for name in names}
-    variants = [(8, 8, 1), (8, 8, 3), (4, 8, 1), (16, 8, 1), (8, 16, 1), (4, 16, 1), (8, 8, 4)]
+    variants = [(8, 8), (4, 8), (16, 8), (8, 16), (4, 16)]
     best = None
-    for warps, words, stages in variants[:2] if run.smoke else variants:
-        vars(kernels).update(_WARPS=warps, _WORDS_OF_THREAD=words, _BLOCK=32 * warps * words, _STAGES=stages)
+    for warps, words in variants[:2] if run.smoke else variants:
+        vars(kernels).update(_WARPS=warps, _WORDS_OF_THREAD=words, _BLOCK=32 * warps * words)
         time_ms = medians({"": ours}, 1 if run.smoke else 10, 1)[""]
-        run.note(f"loss/{warps} warps, {words} words each, {stages} stages, ms", time_ms)
-        best = min(best or (time_ms, None), (time_ms, (warps, words, stages)), key=lambda pair: pair[0])
+        run.note(f"loss/{warps} warps, {words} words each, ms", time_ms)
+        best = min(best or (time_ms, None), (time_ms, (warps, words)), key=lambda pair: pair[0])
     if best[1]:
-        warps, words, stages = best[1]
-        vars(kernels).update(_WARPS=warps, _WORDS_OF_THREAD=words, _BLOCK=32 * warps * words, _STAGES=stages)
+        warps, words = best[1]
+        vars(kernels).update(_WARPS=warps, _WORDS_OF_THREAD=words, _BLOCK=32 * warps * words)
     chunks = {
         f"{rows} rows": functools.partial(ours, chunk_size=rows)
         for rows in (256, 512, 768, 1024, 2048)

@@ -16,9 +16,6 @@ from torch import Tensor
 _WORDS_OF_THREAD = 8
 _WARPS = 8
 _BLOCK = 32 * _WARPS * _WORDS_OF_THREAD
-# Blocks that are on their way at a time. Float32 logits would wait in shared memory, where four have no room on smaller cards.
-_STAGES = 4
-_STAGES_OF_FLOAT32 = 1
 # What stands for a logit beyond the vocabulary: its probability is 0, and 0 times it is not NaN.
 _NONE = tl.constexpr(-1e30)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -158,16 +155,16 @@ def _loss_and_gradient(
     student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, labels_ptr, ce_weights_ptr, sums_ptr, stride, kl_weight, mixture, per_temperature, scale, softcap, factor, vocabulary: tl.constexpr,
     DIRECTION: tl.constexpr, TEMPERED: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, DFT: tl.constexpr, WEIGHTED: tl.constexpr, TAUGHT: tl.constexpr,
     GAP: tl.constexpr, BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, NEED_GRAD: tl.constexpr,
-    THREADS: tl.constexpr, WORDS: tl.constexpr, STAGES: tl.constexpr,
+    THREADS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * stride
     other_ptr += row * stride
     label = tl.load(labels_ptr + row)
     BLOCK: tl.constexpr = THREADS * WORDS
-    # Only the words behind the last whole block are masked.
+    # Whole blocks, and whether there is a rest at the end, of which alone words are masked.
     WHOLE: tl.constexpr = vocabulary // BLOCK
-    REST: tl.constexpr = vocabulary % BLOCK
+    REST: tl.constexpr = 1 if vocabulary % BLOCK else 0
     within = tl.arange(0, THREADS)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     # The label's word is looked at by itself, not sought in every block.
     z_label, t_label = _logits(
@@ -185,48 +182,16 @@ def _loss_and_gradient(
     t_sum = s_sum
     s_mean = s_sum  # Σ exp(z − highest)·z
     gap_mean = s_sum  # Σ exp·(difference of logits), by the teacher (forward) or the student (reverse)
-    for i in tl.range(0, WHOLE, num_stages=STAGES):
-        z, t = _logits(
-            student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, i * BLOCK + within, vocabulary, scale, softcap,
-            False, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
-        )  # fmt: skip
-        s_top, s_sum, s_mean, d_top, d_sum, t_top, t_sum, gap_mean = _add_block(
-            s_top,
-            s_sum,
-            s_mean,
-            d_top,
-            d_sum,
-            t_top,
-            t_sum,
-            gap_mean,
-            z,
-            t,
-            per_temperature,
-            DIRECTION,
-            TEMPERED,
-            TAUGHT,
-        )
-    if REST:
-        z, t = _logits(
-            student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, WHOLE * BLOCK + within, vocabulary, scale, softcap,
-            True, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
-        )  # fmt: skip
-        s_top, s_sum, s_mean, d_top, d_sum, t_top, t_sum, gap_mean = _add_block(
-            s_top,
-            s_sum,
-            s_mean,
-            d_top,
-            d_sum,
-            t_top,
-            t_sum,
-            gap_mean,
-            z,
-            t,
-            per_temperature,
-            DIRECTION,
-            TEMPERED,
-            TAUGHT,
-        )
+    for AT_END in tl.static_range(2):
+        for i in tl.range(WHOLE * AT_END, WHOLE + AT_END * REST):
+            z, t = _logits(
+                student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, i * BLOCK + within, vocabulary, scale, softcap,
+                AT_END, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
+            )  # fmt: skip
+            s_top, s_sum, s_mean, d_top, d_sum, t_top, t_sum, gap_mean = _add_block(
+                s_top, s_sum, s_mean, d_top, d_sum, t_top, t_sum, gap_mean, z, t, per_temperature,
+                DIRECTION, TEMPERED, TAUGHT,
+            )  # fmt: skip
 
     top = tl.max(s_top, axis=0)
     shrunk = tl.exp2(s_top - top)
@@ -267,42 +232,16 @@ def _loss_and_gradient(
             t_log_total = tl.log2(t_total)
             d_part = tl.zeros((THREADS,), tl.float32)
             t_part = d_part
-            for i in tl.range(0, WHOLE, num_stages=STAGES):
-                z, t = _logits(
-                    student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, i * BLOCK + within, vocabulary, scale, softcap,
-                    False, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
-                )  # fmt: skip
-                d_part, t_part = _add_jsd_block(
-                    d_part,
-                    t_part,
-                    z,
-                    t,
-                    per_temperature,
-                    d_highest,
-                    d_log_total,
-                    t_highest,
-                    t_log_total,
-                    mixture,
-                    TEMPERED,
-                )
-            if REST:
-                z, t = _logits(
-                    student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, WHOLE * BLOCK + within, vocabulary, scale, softcap,
-                    True, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
-                )  # fmt: skip
-                d_part, t_part = _add_jsd_block(
-                    d_part,
-                    t_part,
-                    z,
-                    t,
-                    per_temperature,
-                    d_highest,
-                    d_log_total,
-                    t_highest,
-                    t_log_total,
-                    mixture,
-                    TEMPERED,
-                )
+            for AT_END in tl.static_range(2):
+                for i in tl.range(WHOLE * AT_END, WHOLE + AT_END * REST):
+                    z, t = _logits(
+                        student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, i * BLOCK + within, vocabulary, scale, softcap,
+                        AT_END, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
+                    )  # fmt: skip
+                    d_part, t_part = _add_jsd_block(
+                        d_part, t_part, z, t, per_temperature, d_highest, d_log_total, t_highest, t_log_total, mixture,
+                        TEMPERED,
+                    )  # fmt: skip
             student_part = tl.sum(d_part, axis=0) * _LN2
             kl = mixture * tl.sum(t_part, axis=0) * _LN2 + (1.0 - mixture) * student_part
 
@@ -316,28 +255,20 @@ def _loss_and_gradient(
     if NEED_GRAD:
         ce_factor = ce_weight * (scale * factor)
         kl_factor = kl_weight * per_temperature * (scale * factor)
-        if REST:
-            words = WHOLE * BLOCK + within
-            z, t = _logits(
-                student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, words, vocabulary, scale, softcap,
-                True, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
-            )  # fmt: skip
-            grad = _gradient(
-                z, t, ce_factor, kl_factor, per_temperature, top, total, d_highest, d_total, t_highest, t_total, shift, kl,
-                student_part, mixture, softcap, DIRECTION, TEMPERED, SOFTCAP, TAUGHT,
-            )  # fmt: skip
-            tl.store(student_ptr + words, grad.to(student_ptr.dtype.element_ty), mask=words < vocabulary)
-        for i in tl.range(0, WHOLE, num_stages=STAGES):
-            words = (WHOLE - 1 - i) * BLOCK + within  # backwards: what was read last may still be in the cache
-            z, t = _logits(
-                student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, words, vocabulary, scale, softcap,
-                False, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
-            )  # fmt: skip
-            grad = _gradient(
-                z, t, ce_factor, kl_factor, per_temperature, top, total, d_highest, d_total, t_highest, t_total, shift, kl,
-                student_part, mixture, softcap, DIRECTION, TEMPERED, SOFTCAP, TAUGHT,
-            )  # fmt: skip
-            tl.store(student_ptr + words, grad.to(student_ptr.dtype.element_ty))
+        # Backwards: what was read last may still be in the cache.
+        for BEFORE_END in tl.static_range(2):
+            for i in tl.range(0, WHOLE if BEFORE_END else REST):
+                words = (WHOLE - BEFORE_END - i) * BLOCK + within
+                z, t = _logits(
+                    student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, words, vocabulary, scale, softcap,
+                    1 - BEFORE_END, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
+                )  # fmt: skip
+                grad = _gradient(
+                    z, t, ce_factor, kl_factor, per_temperature, top, total, d_highest, d_total, t_highest, t_total, shift, kl,
+                    student_part, mixture, softcap, DIRECTION, TEMPERED, SOFTCAP, TAUGHT,
+                )  # fmt: skip
+                inside = None if BEFORE_END else words < vocabulary
+                tl.store(student_ptr + words, grad.to(student_ptr.dtype.element_ty), mask=inside)
         grad = _gradient(
             z_label, t_label, ce_factor, kl_factor, per_temperature, top, total, d_highest, d_total, t_highest, t_total, shift,
             kl, student_part, mixture, softcap, DIRECTION, TEMPERED, SOFTCAP, TAUGHT,
@@ -381,5 +312,5 @@ def loss_and_gradient_(
             TAUGHT=taught, GAP=gap,
             BIAS=bias is not None, TEACHER_BIAS=taught and not gap and teacher_bias is not None, NEED_GRAD=need_grad,
             THREADS=block // _WORDS_OF_THREAD, WORDS=_WORDS_OF_THREAD,
-            STAGES=_STAGES if student.element_size() == 2 else _STAGES_OF_FLOAT32, num_warps=_WARPS,
+            num_warps=_WARPS,
         )  # fmt: skip
