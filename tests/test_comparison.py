@@ -70,11 +70,12 @@ def write_plan(folder, **changes):
 
 
 @pytest.fixture(scope="module")
-def comparison(tiny_folder, tmp_path_factory):
+def comparison(tiny_folder, in_this_process, tmp_path_factory):
     """The folder of a comparison that was run to its end."""
     folder = tmp_path_factory.mktemp("comparison")
     plan = load_comparison(write_plan(tiny_folder), str(folder / "out"))
-    run_comparison(plan, seeds=[0])
+    with in_this_process():
+        run_comparison(plan, seeds=[0])
     run_comparison(plan, jobs=2)
     write_report(plan.output_dir)
     return plan

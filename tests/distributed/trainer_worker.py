@@ -2,7 +2,8 @@
 One rank of `torchrun`: `EMARegularizedSFTTrainer` against a plain dense trainer under DDP, step by step.
 
     torchrun --nproc_per_node 2 trainer_worker.py FOLDER ddp
-    torchrun --nproc_per_node 2 trainer_worker.py FOLDER zero3      after it: its dense runs are kept in FOLDER
+    torchrun --nproc_per_node 2 trainer_worker.py FOLDER zero2 zero3    after it: its dense runs are kept in FOLDER, and so are DeepSpeed's
+                                                                        options for each mode
 """
 
 import math
@@ -328,6 +329,7 @@ def texts_are_written(folder, mode):
 def main(folder: str, mode: str) -> None:
     saved = Path(folder, "expected.pt")  # by the run under DDP, for the others
     made = {} if mode == "ddp" else torch.load(saved)
+    unset_hf_deepspeed_config()  # of the mode before
     texts_are_written(folder, mode)
     for name in CASES if mode == "ddp" else ZERO_CASES:
         case = CASES[name]
@@ -338,7 +340,7 @@ def main(folder: str, mode: str) -> None:
             made[name] = dense_run(folder, case)
         check(name, ours, made[name])
         check_update(ours)
-        print(f"<{name}> done", flush=True)
+        print(f"<{mode}, {name}> done", flush=True)
     unset_hf_deepspeed_config()
     check_fisher(folder, mode)
     unset_hf_deepspeed_config()
@@ -348,7 +350,6 @@ def main(folder: str, mode: str) -> None:
     if mode == "ddp" and torch.distributed.get_rank() == 0:
         torch.save(made, saved)
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def _named(name):
@@ -356,4 +357,8 @@ def _named(name):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for mode in sys.argv[2:]:
+        if mode.startswith("zero"):
+            os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(Path(sys.argv[1], f"{mode}.json"))
+        main(sys.argv[1], mode)
+    torch.distributed.destroy_process_group()
