@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ from torch.utils import collect_env
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
+from trl_ema.offline import demo_rows
 
 
 atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
@@ -113,6 +115,10 @@ def pytest_collection_modifyitems(items):
     )
 
 
+def pytest_collection_finish():
+    gc.freeze()  # each training begins with a whole collection, which need not look through what is imported for good
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _caches(tmp_path_factory):
     """Keep the caches of `datasets` out of the user's home, and find out once what all tests of a process share."""
@@ -170,6 +176,12 @@ def in_this_process():
             yield
 
     return context
+
+
+@pytest.fixture(scope="session")
+def definitions():
+    """The rows of the demo set; reading them takes seconds."""
+    return demo_rows()
 
 
 @pytest.fixture(scope="session")

@@ -170,7 +170,7 @@ def test_own_text_field_works_in_the_main_job(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("word", [True, "true", "True"])
 def test_resume_true_is_the_newest_checkpoint_if_there_is_one(tmp_path, word):
-    args = MeanTeacherConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, resume_from_checkpoint=word)
+    args = MeanTeacherConfig(str(tmp_path / "out"), bf16=False, resume_from_checkpoint=word)
     assert resume_from(args) is None
     for step in (2, 10):
         (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
