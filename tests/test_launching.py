@@ -220,7 +220,7 @@ def test_what_goes_wrong_in_a_launched_job_is_said_in_a_line(tiny_folder):
 
 
 def test_an_unknown_configuration_is_refused_in_a_line(tiny_folder):
-    done = train(tiny_folder, "--accelerate_config", "zero4", check=False)
+    done = trl_ema("train", "--accelerate_config", "zero4", check=False, cwd=tiny_folder)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("trl-ema train: `accelerate_config='zero4'` is neither a file")
 

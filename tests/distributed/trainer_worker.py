@@ -56,7 +56,8 @@ CASES = {
         gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True},
         ddp_find_unused_parameters=False,  # DDP needs it here, with TRL alone too
     ),
-    "compiled": dict(torch_compile=True, torch_compile_backend="aot_eager"),
+    # One layer and one shape: compiling takes long.
+    "compiled": dict(torch_compile=True, torch_compile_backend="aot_eager", layers=1, pad_to_multiple_of=32),
     "packed": dict(packing=True, per_device_train_batch_size=1),
 }  # fmt: skip
 
@@ -71,7 +72,7 @@ class Dense(SFTTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         with torch.random.fork_rng():  # which orders the rows
-            self.twin = get_peft_model(tiny_model(), lora())
+            self.twin = get_peft_model(tiny_model(num_hidden_layers=self.model.config.num_hidden_layers), lora())
         self.pairs = list(zip(_trainable(self.twin), _trainable(self.model), strict=True))
         with torch.no_grad():
             for twin, own in self.pairs:
@@ -183,12 +184,12 @@ def run(trainer_class, folder, case, **more):
         options |= {f"rehearsal_{name}": value for name, value in TEXTS.items()}
         options.setdefault("rehearsal_texts", str(Path(folder, FILE)))
     data, tokenizer = options.pop("data", 16), make_tokenizer()
-    model = options.pop("model", None)
+    model, layers = options.pop("model", None), options.pop("layers", 2)
     adapter = (options.pop("peft_config", None) or lora()) if model is None else None
     if trainer_class is Dense:
         l2_weight = options.pop("l2_weight", 0.0)
     trainer = trainer_class(
-        tiny_model() if model is None else model,
+        tiny_model(num_hidden_layers=layers) if model is None else model,
         args=config(folder, **options),
         train_dataset=masked_rows(tokenizer) if data == "masked" else rows(data),
         processing_class=tokenizer,
