@@ -1,14 +1,16 @@
 """Tiny models, tokenizers and data, made on the spot: nothing is downloaded and nothing is left behind."""
 
 import atexit
+import contextlib
 import functools
+import gc
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from unittest import mock
 
 
 # Before any hub library is imported.
@@ -25,14 +27,17 @@ if "TRL_EMA_TESTS_ON" not in os.environ:
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of us share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import accelerate
 import datasets
 import pytest
 import torch
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.utils import collect_env
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
+from trl_ema.offline import demo_rows
 
 
 atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
@@ -110,25 +115,73 @@ def pytest_collection_modifyitems(items):
     )
 
 
+def pytest_collection_finish():
+    gc.freeze()  # each training begins with a whole collection, which need not look through what is imported for good
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _caches(tmp_path_factory):
-    """Keep the caches of `datasets` out of the user's home."""
+    """Keep the caches of `datasets` out of the user's home, and find out once what all tests of a process share."""
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+    with pytest.MonkeyPatch.context() as patch:
+        # accelerate looks in every step whether PEFT is installed, lm-eval in every evaluation at all that is: by pip.
+        for module, name in ((accelerate.utils.imports, "_is_package_available"), (collect_env, "get_pip_packages")):
+            patch.setattr(module, name, functools.cache(getattr(module, name)))
+        yield
 
 
 @pytest.fixture(scope="session")
 def lm_evals_files_read_once():
-    """lm-eval's own task files, thousands, are read by the first of its task managers alone: each takes many seconds for it."""
+    """
+    lm-eval's own task files, thousands, are read by the first of its task managers alone, and questions from the data package by the first
+    that asks them: each takes many seconds for it.
+    """
     import lm_eval.tasks._index as index
+
+    from trl_ema.evaluation import tasks
 
     own, read = Path(index.__file__).parent, index.load_yaml
     cached = functools.cache(read)
-    with mock.patch.object(
-        index, "load_yaml", lambda path, **how: (cached if own in path.parents else read)(path, **how)
-    ):
+    of_wheel, kept = tasks._read, {}
+
+    def read_once(archive, name):
+        key = (archive.filename, os.stat(archive.filename).st_mtime_ns, name)
+        if key not in kept:
+            kept[key] = of_wheel(archive, name)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "load_yaml", lambda path, **how: (cached if own in path.parents else read)(path, **how))
+        patch.setattr(tasks, "_read", read_once)
         yield
+
+
+@pytest.fixture(scope="session")
+def in_this_process():
+    """A context in which the trainings of a comparison are the real ones, but no processes of their own, which import for longer."""
+    from trl_ema.cli import train
+
+    start = subprocess.run
+
+    def run(command, **options):
+        return train(command[4:]) if "trl_ema" in command else start(command, **options)
+
+    @contextlib.contextmanager
+    def context():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(subprocess, "run", run)
+            patch.setattr(sys, "argv", sys.argv)  # which it sets
+            yield
+
+    return context
+
+
+@pytest.fixture(scope="session")
+def definitions():
+    """The rows of the demo set; reading them takes seconds."""
+    return demo_rows()
 
 
 @pytest.fixture(scope="session")

@@ -42,20 +42,15 @@ def trl_ema(*arguments, check=True, cwd=None):
     return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), err.getvalue())
 
 
-def test_the_command_is_installed():
-    command = [
-        sys.executable,
-        "-m",
-        "trl_ema",
-        "evaluate",
-        "--tasks",
-        "helaswag",
-        "--offline",
-        "true",
-        "--model",
-        "none",
-    ]
+def test_the_command_is_installed(tmp_path):
+    """In a process of its own: the one that imports least."""
+    command = [sys.executable, "-m", "trl_ema", "report", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and f"trl-ema report: {tmp_path} holds no comparison" in done.stderr
+
+
+def test_an_unknown_task_is_refused_in_a_line():
+    done = trl_ema("evaluate", "--tasks", "helaswag", "--offline", "true", "--model", "none", check=False)
     assert done.returncode == 1 and "trl-ema evaluate: There is no task 'helaswag'" in done.stderr
 
 

@@ -70,11 +70,12 @@ def write_plan(folder, **changes):
 
 
 @pytest.fixture(scope="module")
-def comparison(tiny_folder, tmp_path_factory):
+def comparison(tiny_folder, in_this_process, tmp_path_factory):
     """The folder of a comparison that was run to its end."""
     folder = tmp_path_factory.mktemp("comparison")
     plan = load_comparison(write_plan(tiny_folder), str(folder / "out"))
-    run_comparison(plan, seeds=[0])
+    with in_this_process():
+        run_comparison(plan, seeds=[0])
     run_comparison(plan, jobs=2)
     write_report(plan.output_dir)
     return plan
@@ -276,7 +277,7 @@ def test_only_plain_sft_is_a_control(tiny_folder, tmp_path):
         {"teacher": "none", "neftune_noise_alpha": 5.0}, {"teacher": "none", "loss_type": "dft"},
         {"teacher": "none", "label_smoothing_factor": 0.1}, {"teacher": "frozen"}, {"kl_weight": 0.0}, {},
     ]  # fmt: skip
-    settings = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    settings = dict(output_dir=str(tmp_path), bf16=False)
     assert [MeanTeacherConfig(**settings, **one).is_plain_sft for one in options] == [True, True] + [False] * 7
 
 
@@ -333,7 +334,7 @@ def test_arms_are_told_by_what_their_options_were_understood_as(tiny_folder, tmp
     arms |= {"sft": {"teacher": "none", "kl_weight": 1.0}}
     plan = load_comparison(write_plan(tiny_folder, arms=arms), str(tmp_path))
     assert plan.plain_sft is None and plan.averaged is None
-    training = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    training = {"output_dir": str(tmp_path), "bf16": False}
     configs = {arm.name: MeanTeacherConfig(**training | arm.options) for arm in plan.trained()}
     plan = _understood(plan, [{(arm, 0): (None, config, None) for arm, config in configs.items()}])
     assert (plan.plain_sft, plan.averaged) == (("sft",), ("default",))
@@ -896,7 +897,8 @@ def test_rows_without_a_prompt_are_refused_before_the_base_is_evaluated(tiny_fol
     assert not (tmp_path / "out" / "base").exists()
 
 
-def test_held_out_rows_of_the_evaluation_are_held_out_of_every_run():
+def test_held_out_rows_of_the_evaluation_are_held_out_of_every_run(definitions, monkeypatch):
+    monkeypatch.setattr("trl_ema.offline.demo_rows", lambda: [dict(row) for row in definitions])
     plan, read = load_comparison(DEFAULT_CONFIG), RunData()
     (runs,) = running._parsed(plan)
     args, settings, model_args = next(iter(runs.values()))

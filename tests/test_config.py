@@ -34,7 +34,7 @@ UNCHANGED = {f.name: f.default for f in OWN_FIELDS if f.name in APART}
 @pytest.fixture
 def make_config(tmp_path):
     def make(**changes):
-        return MeanTeacherConfig(str(tmp_path), use_cpu=True, bf16=False, **changes)
+        return MeanTeacherConfig(str(tmp_path), bf16=False, **changes)
 
     return make
 
@@ -42,7 +42,7 @@ def make_config(tmp_path):
 @pytest.fixture
 def parse(tmp_path):
     def parse(*args):
-        args = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", *args]
+        args = ["--output_dir", str(tmp_path), "--bf16", "false", *args]
         (config,) = TrlParser((MeanTeacherConfig,)).parse_args_and_config(args)
         return config
 
@@ -190,7 +190,7 @@ NOT_ALONE = {
     "load_best_model_at_end", "fp16", "bf16", "bf16_full_eval", "fp16_full_eval", "tf32", "torch_compile",
     "dataloader_pin_memory",
 }  # fmt: skip
-SWITCHES = [f.name for f in fields(MeanTeacherConfig) if f.type in (bool, bool | None) and f.name != "use_cpu"]
+SWITCHES = [f.name for f in fields(MeanTeacherConfig) if f.type in (bool, bool | None)]
 
 
 def test_a_hosts_boolean_is_never_taken_from_its_text(make_config):
@@ -255,7 +255,7 @@ def test_what_is_no_number_is_refused(make_config, name, value):
 )
 def test_ignored_settings_are_named_in_one_warning_at_the_callers_line(tmp_path, changes, ignored):
     with pytest.warns(UserWarning, match="Ignored with") as record:
-        MeanTeacherConfig(str(tmp_path), use_cpu=True, bf16=False, **changes)
+        MeanTeacherConfig(str(tmp_path), bf16=False, **changes)
     (warning,) = [w for w in record if "Ignored with" in str(w.message)]
     assert re.findall(r"`(\w+)=", str(warning.message).split(": ", 1)[1]) == ignored
     assert warning.filename == __file__
@@ -367,7 +367,7 @@ def test_checkpointing_under_its_old_name_is_no_reason_to_warn(make_config):
 
 def test_training_arguments_are_read_as_by_the_host(make_trainer, tmp_path):
     args = TrainingArguments(
-        str(tmp_path / "plain"), use_cpu=True, max_steps=2, report_to="none", hub_token="secret", learning_rate=3e-3,
+        str(tmp_path / "plain"), max_steps=2, report_to="none", hub_token="secret", learning_rate=3e-3,
         logging_steps=1, seed=3, warmup_steps=0.1, optim="adamw_torch", lr_scheduler_type="cosine", save_strategy="no",
     )  # fmt: skip
     ours = make_trainer(args=args)

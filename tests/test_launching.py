@@ -199,8 +199,9 @@ def test_an_unknown_file_of_options_is_refused_with_those_that_there_are():
 # The job itself
 
 
-def test_train_runs_the_recipe_in_its_own_process(tiny_folder):
-    done = train(tiny_folder, *QUICK, "--output_dir", "own")
+def test_train_runs_the_recipe_in_its_own_process(tiny_folder, monkeypatch):
+    monkeypatch.setenv("TRL_EMA_CACHE", str(tiny_folder / "cache"))
+    done = trl_ema("train", *QUICK, "--output_dir", "own", cwd=tiny_folder)
     assert done.stdout.startswith("64 training rows, 4 held out.") and "held-out domain loss" in done.stdout
     assert {"adapter_model.safetensors", "teacher", "metrics.json"} <= set(os.listdir(tiny_folder / "own"))
 
@@ -219,7 +220,7 @@ def test_what_goes_wrong_in_a_launched_job_is_said_in_a_line(tiny_folder):
 
 
 def test_an_unknown_configuration_is_refused_in_a_line(tiny_folder):
-    done = train(tiny_folder, "--accelerate_config", "zero4", check=False)
+    done = trl_ema("train", "--accelerate_config", "zero4", check=False, cwd=tiny_folder)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("trl-ema train: `accelerate_config='zero4'` is neither a file")
 

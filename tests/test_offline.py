@@ -117,11 +117,6 @@ def test_pip_itself_checks_the_hash(cache, tmp_path, monkeypatch):
 # The demo set. Its wheels and its model come from the user's cache, where they are downloaded once.
 
 
-@pytest.fixture(scope="module")
-def definitions():
-    return demo_rows()
-
-
 def test_demo_rows_are_those_of_the_ontology(definitions):
     assert len(definitions) == 16_449
     assert {"prompt": "Define the medical term: Arachnodactyly.",
@@ -146,8 +141,9 @@ def test_demo_rows_use_all_four_wordings_about_equally(definitions):
     assert min(used.values()) > 0.2 * len(definitions)
 
 
-def test_demo_rows_are_held_out_by_their_definition(definitions, tokenizer):
+def test_demo_rows_are_held_out_by_their_definition(definitions, tokenizer, monkeypatch):
     """Two terms of one definition would else be on both sides. Earlier figures are of these very rows."""
+    monkeypatch.setattr(offline, "demo_rows", lambda: [dict(row) for row in definitions])
     train, held_out = load_data(TrainingScriptArguments(eval_samples=1000), tokenizer)
     sides = [{row["completion"][0]["content"] for row in side} for side in (train, held_out)]
     assert not set.intersection(*sides)

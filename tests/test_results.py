@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from trl_ema.comparison.report import write_report
-from trl_ema.offline import demo_rows
 
 
 ROOT = Path(__file__).parents[1]
@@ -66,14 +65,14 @@ def test_a_copy_within_another_repository_is_not_taken_for_it(tmp_path, monkeypa
     assert is_repository() and not tracked(tmp_path)
 
 
-def test_no_definition_of_the_demo_set_is_in_the_repository():
+def test_no_definition_of_the_demo_set_is_in_the_repository(definitions):
     """Nor the beginning of one: the ontology is read at run time and never redistributed."""
 
     def beginnings(text, every=1):
         words = re.findall(r"\w+", text.lower())
         return {" ".join(words[i : i + 8]) for i in range(0, max(1, len(words) - 7), every)}
 
-    definitions = {next(iter(beginnings(row["completion"], 10**9))) for row in demo_rows()}
+    definitions = {next(iter(beginnings(row["completion"], 10**9))) for row in definitions}
     definitions = {text for text in definitions if len(text.split()) == 8}
     assert len(definitions) > 5000
     texts = [path for path in tracked(ROOT) if path.suffix not in (".png", ".ico")]

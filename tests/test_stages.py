@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import yaml
 from conftest import qwen2_tokenizer, rows
 from test_comparison import check_tags
 
-from trl_ema.cli import train
 from trl_ema.comparison import run as running
 from trl_ema.comparison.figures import summarize_comparison
 from trl_ema.comparison.plan import load_comparison
@@ -73,23 +71,6 @@ def write_plan(tiny_folder, folder, **changes):
 def plan(tiny_folder, tmp_path_factory):
     """A file, which the tests of this module change nothing of."""
     return write_plan(tiny_folder, tmp_path_factory.mktemp("plan"))
-
-
-@pytest.fixture(scope="module")
-def in_this_process():
-    """A context in which the trainings of a comparison are the real ones, but no processes of their own."""
-    start = subprocess.run
-
-    def run(command, **options):
-        return train(command[4:]) if "trl_ema" in command else start(command, **options)
-
-    @contextmanager
-    def context():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(subprocess, "run", run)
-            yield
-
-    return context
 
 
 @pytest.fixture(scope="module")

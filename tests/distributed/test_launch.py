@@ -6,12 +6,10 @@ import signal
 import socket
 import subprocess
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
-import yaml
 from launching import OPTIONS, STAGING, command, command_in_turn, launch, logged, weights
 
 
@@ -31,55 +29,72 @@ OTHERS = {
 ON = {"on": OTHERS["none"] | dict(adapter_name_or_path="one_none")}
 
 
+def plain(mode):
+    return {mode: (mode, {})}
+
+
 def others(mode, *kinds):
-    return {f"{mode}_{kind}": (OTHERS | ON)[kind] for kind in kinds}
+    return {f"{mode}_{kind}": (mode, (OTHERS | ON)[kind]) for kind in kinds}
 
 
-def resumed(output, before):
-    return {output: dict(resume_from_checkpoint=f"{before}/checkpoint-3", measure=False)}
+def resumed(before, mode):
+    output = f"{before}_resumed" if before == mode else f"{before}_to_{mode}"
+    return {output: (mode, dict(resume_from_checkpoint=f"{before}/checkpoint-3", measure=False))}
 
 
-# What is trained in turn by one launch. One that resumes is a launch of its own wherever no other test resumes bit for bit in
-# new processes, as those of a signal do.
+COMPILED = {"compiled": ("fsdp2", dict(torch_compile=True, torch_compile_backend="aot_eager"))}
+# A wrapper around each layer hides the adapter from PEFT: every checkpoint would be empty.
+WRAPPED = {"wrapped": ("fsdp2_wrapped", dict(gradient_checkpointing=False))}
+
+# What is trained in turn by one launch, which is of the first one's mode. One that resumes is in other processes than what it goes on
+# from wherever no other test resumes bit for bit in new ones, as those of a signal do. What is refused ends its launch.
 LAUNCHES = [
-    ("one", {"one": {}} | others("one", *OTHERS) | others("one", *ON)),
-    ("ddp", {"ddp": {}} | others("ddp", "nf4") | resumed("ddp_resumed", "ddp") | resumed("one_to_ddp", "one")),
-    ("zero1", {"zero1": {}}),
-    ("zero2", {"zero2": {}}),
-    ("zero2", resumed("zero2_resumed", "zero2")),
-    (
-        "zero3",
-        {"zero3": {}}
-        | others("zero3", "frozen", *ON)
-        | resumed("zero3_resumed", "zero3")
-        | resumed("one_to_zero3", "one"),
-    ),
-    ("fsdp2", {"fsdp2": {}} | others("fsdp2", "frozen", "bf16")),
-    ("fsdp2", resumed("fsdp2_resumed", "fsdp2") | resumed("one_to_fsdp2", "one")),
-    ("fsdp2_sharded", {"fsdp2_sharded": {}} | others("fsdp2_sharded", "none")),
-    ("fsdp2_sharded", resumed("fsdp2_sharded_resumed", "fsdp2_sharded")),
-    ("one", {k: v for mode in ("ddp", "zero2", "fsdp2") for k, v in resumed(f"{mode}_to_one", mode).items()}),
+    plain("one") | others("one", *OTHERS) | others("one", *ON),
+    plain("ddp") | others("ddp", "nf4") | resumed("ddp", "ddp") | resumed("one", "ddp"),
+    plain("zero2") | plain("zero1"),
+    resumed("zero2", "zero2")
+    | plain("zero3")
+    | others("zero3", "frozen", *ON)
+    | resumed("zero3", "zero3")
+    | resumed("one", "zero3"),
+    plain("fsdp2")
+    | others("fsdp2", "frozen", "bf16")
+    | plain("fsdp2_sharded")
+    | others("fsdp2_sharded", "none")
+    | COMPILED,
+    resumed("fsdp2", "fsdp2") | resumed("one", "fsdp2") | resumed("fsdp2_sharded", "fsdp2_sharded") | WRAPPED,
+    resumed("ddp", "one") | resumed("zero2", "one") | resumed("fsdp2", "one"),
 ]
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_folder):
-    """`runs(output)` is the folder of a run that nobody disturbed; its launch is made once."""
-    launched = {}
+def launched(tiny_folder):
+    """`launched(output)` is the launch that trains it, made once, and all the outputs of that launch."""
+    done = {}
 
-    def run(output):
-        number = next(i for i, (_, outputs) in enumerate(LAUNCHES) if output in outputs)
-        mode, outputs = LAUNCHES[number]
-        for options in outputs.values():
+    def find(output):
+        number = next(i for i, outputs in enumerate(LAUNCHES) if output in outputs)
+        outputs = LAUNCHES[number]
+        for _, options in outputs.values():
             before = options.get("resume_from_checkpoint", options.get("adapter_name_or_path", output)).split("/")[0]
             if before not in outputs:
-                run(before)
-        if number not in launched:
-            line, environment = command_in_turn(mode, tiny_folder, outputs)
-            launched[number] = subprocess.run(
+                find(before)
+        if number not in done:
+            line, environment = command_in_turn(tiny_folder, outputs)
+            done[number] = subprocess.run(
                 line, capture_output=True, text=True, cwd=tiny_folder, env=environment, check=False
             )
-        done = launched[number]
+        return done[number], outputs
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def runs(launched, tiny_folder):
+    """`runs(output)` is the folder of a run that nobody disturbed."""
+
+    def run(output):
+        done, outputs = launched(output)
         ended = [name for name in outputs if (tiny_folder / name / "metrics.json").exists()]
         # Where one fails, those before it count.
         assert output in ended and (done.returncode == 0 or len(ended) < len(outputs)), done.stderr[-5000:]
@@ -154,20 +169,13 @@ def test_a_teacher_on_every_token_that_is_evaluated_too(tiny_folder):
     assert_same(two, one, rtol=1e-3, atol=1e-4, keys=(*LOGGED, "eval_teacher_loss"))
 
 
-def test_compiling_what_fsdp2_shards_is_refused(tiny_folder):
-    line, environment = command("fsdp2", tiny_folder, "compiled", torch_compile=True, torch_compile_backend="aot_eager")
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tiny_folder, env=environment, check=False)
+def test_compiling_what_fsdp2_shards_is_refused(launched):
+    done, _ = launched("compiled")
     assert done.returncode and "`torch_compile` under FSDP2 is not supported with a teacher" in done.stderr
 
 
-def test_layers_under_another_name_are_refused(tiny_folder):
-    """A wrapper around each layer hides the adapter from PEFT: every checkpoint would be empty."""
-    line, environment = command("fsdp2", tiny_folder, "wrapped", gradient_checkpointing=False)
-    config = Path(line[line.index("--config_file") + 1])
-    options = yaml.safe_load(config.read_text())
-    options["fsdp_config"]["fsdp_activation_checkpointing"] = True
-    config.write_text(yaml.safe_dump(options))
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tiny_folder, env=environment, check=False)
+def test_layers_under_another_name_are_refused(launched):
+    done, _ = launched("wrapped")
     assert done.returncode and "Use `gradient_checkpointing` instead of `fsdp_activation_checkpointing`" in done.stderr
     assert "PEFT would find no adapter to save" in done.stderr
 
@@ -249,12 +257,12 @@ def test_two_machines_train_as_one_process_does(runs, tiny_folder):
     ],
 )
 def test_a_checkpoint_resumes_under_another_launch(runs, tiny_folder, before, after):
-    output = f"{before}_to_{after}"
-    if any(output in outputs for _, outputs in LAUNCHES):
+    ((output, (mode, options)),) = resumed(before, after).items()
+    if any(output in outputs for outputs in LAUNCHES):
         found = runs(output)
     else:
         runs(before)
-        found = launch(after, tiny_folder, output, **resumed(output, before)[output])
+        found = launch(mode, tiny_folder, output, **options)
     assert_same(found, runs("one"), rtol=1e-3, atol=1e-4)
 
 

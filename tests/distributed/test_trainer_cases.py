@@ -21,15 +21,13 @@ pytestmark = pytest.mark.distributed
 def test_student_and_teacher_are_those_of_a_dense_trainer(tmp_path):
     worker = str(Path(__file__).with_name("trainer_worker.py"))
     output = torchrun("trainer_worker.py", str(tmp_path), "ddp")
-    assert all(output.count(f"<{case}> done") == 2 for case in CASES)
+    assert all(output.count(f"<ddp, {case}> done") == 2 for case in CASES)
     for stage in (2, 3):
-        path = tmp_path / f"zero{stage}.json"
-        path.write_text(json.dumps(_deepspeed(stage)))
-        environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
-        output = torchrun("as_on_gpus.py", worker, str(tmp_path), path.stem, **environment)
-        assert all(output.count(f"<{case}> done") == 2 for case in ZERO_CASES)
+        (tmp_path / f"zero{stage}.json").write_text(json.dumps(_deepspeed(stage)))
+    output = torchrun("as_on_gpus.py", worker, str(tmp_path), "zero2", "zero3", ACCELERATE_USE_DEEPSPEED="true")
+    assert all(output.count(f"<{mode}, {case}> done") == 2 for mode in ("zero2", "zero3") for case in ZERO_CASES)
     output = torchrun("as_on_gpus.py", worker, str(tmp_path), "fsdp2", **FSDP2)
-    assert all(output.count(f"<{case}> done") == 2 for case in ZERO_CASES)
+    assert all(output.count(f"<fsdp2, {case}> done") == 2 for case in ZERO_CASES)
 
 
 def _deepspeed(stage):

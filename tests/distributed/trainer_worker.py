@@ -2,7 +2,8 @@
 One rank of `torchrun`: `EMARegularizedSFTTrainer` against a plain dense trainer under DDP, step by step.
 
     torchrun --nproc_per_node 2 trainer_worker.py FOLDER ddp
-    torchrun --nproc_per_node 2 trainer_worker.py FOLDER zero3      after it: its dense runs are kept in FOLDER
+    torchrun --nproc_per_node 2 trainer_worker.py FOLDER zero2 zero3    after it: its dense runs are kept in FOLDER, and so are DeepSpeed's
+                                                                        options for each mode
 """
 
 import math
@@ -55,7 +56,8 @@ CASES = {
         gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True},
         ddp_find_unused_parameters=False,  # DDP needs it here, with TRL alone too
     ),
-    "compiled": dict(torch_compile=True, torch_compile_backend="aot_eager"),
+    # One layer and one shape: compiling takes long.
+    "compiled": dict(torch_compile=True, torch_compile_backend="aot_eager", layers=1, pad_to_multiple_of=32),
     "packed": dict(packing=True, per_device_train_batch_size=1),
 }  # fmt: skip
 
@@ -70,7 +72,7 @@ class Dense(SFTTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         with torch.random.fork_rng():  # which orders the rows
-            self.twin = get_peft_model(tiny_model(), lora())
+            self.twin = get_peft_model(tiny_model(num_hidden_layers=self.model.config.num_hidden_layers), lora())
         self.pairs = list(zip(_trainable(self.twin), _trainable(self.model), strict=True))
         with torch.no_grad():
             for twin, own in self.pairs:
@@ -182,12 +184,12 @@ def run(trainer_class, folder, case, **more):
         options |= {f"rehearsal_{name}": value for name, value in TEXTS.items()}
         options.setdefault("rehearsal_texts", str(Path(folder, FILE)))
     data, tokenizer = options.pop("data", 16), make_tokenizer()
-    model = options.pop("model", None)
+    model, layers = options.pop("model", None), options.pop("layers", 2)
     adapter = (options.pop("peft_config", None) or lora()) if model is None else None
     if trainer_class is Dense:
         l2_weight = options.pop("l2_weight", 0.0)
     trainer = trainer_class(
-        tiny_model() if model is None else model,
+        tiny_model(num_hidden_layers=layers) if model is None else model,
         args=config(folder, **options),
         train_dataset=masked_rows(tokenizer) if data == "masked" else rows(data),
         processing_class=tokenizer,
@@ -328,6 +330,7 @@ def texts_are_written(folder, mode):
 def main(folder: str, mode: str) -> None:
     saved = Path(folder, "expected.pt")  # by the run under DDP, for the others
     made = {} if mode == "ddp" else torch.load(saved)
+    unset_hf_deepspeed_config()  # of the mode before
     texts_are_written(folder, mode)
     for name in CASES if mode == "ddp" else ZERO_CASES:
         case = CASES[name]
@@ -338,7 +341,7 @@ def main(folder: str, mode: str) -> None:
             made[name] = dense_run(folder, case)
         check(name, ours, made[name])
         check_update(ours)
-        print(f"<{name}> done", flush=True)
+        print(f"<{mode}, {name}> done", flush=True)
     unset_hf_deepspeed_config()
     check_fisher(folder, mode)
     unset_hf_deepspeed_config()
@@ -348,7 +351,6 @@ def main(folder: str, mode: str) -> None:
     if mode == "ddp" and torch.distributed.get_rank() == 0:
         torch.save(made, saved)
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def _named(name):
@@ -356,4 +358,8 @@ def _named(name):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for mode in sys.argv[2:]:
+        if mode.startswith("zero"):
+            os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(Path(sys.argv[1], f"{mode}.json"))
+        main(sys.argv[1], mode)
+    torch.distributed.destroy_process_group()
