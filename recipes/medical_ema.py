@@ -141,8 +141,7 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
         trainer.model_card_results = card_results(metrics, named)
     metrics["log"] = trainer.state.log_history
     seconds = round(time.perf_counter() - start)
-    own = [part.held_out for part in parts if not part.replayed]
-    metrics["provenance"] = describe_run(trainer, args, model_args, own) | {"wall_seconds": seconds}
+    metrics["provenance"] = describe_run(trainer, args, model_args, parts) | {"wall_seconds": seconds}
 
     # Save
     if trainer.is_world_process_zero():

@@ -148,9 +148,8 @@ def test_rows_that_have_changed_since_are_not_taken_for_those_that_were_held_out
     for name, args in (("one", single), ("two", both), ("stream", stream)):
         told = SimpleNamespace(train_dataset=[], args=settings, state=SimpleNamespace(global_step=0))
         tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "model")
-        own = [part.held_out for part in load_parts(args, tokenizer) if not part.replayed]
-        for folder, held_out in ((name, own), (f"{name}, older", None)):
-            write_json(f"{folder}/metrics.json", {"provenance": describe_run(told, args, model_args, held_out)})
+        for folder, parts in ((name, load_parts(args, tokenizer)), (f"{name}, older", None)):
+            write_json(f"{folder}/metrics.json", {"provenance": describe_run(told, args, model_args, parts)})
         assert held_out_rows(name, options_of_run(name))[:] == load_held_out(args, tokenizer)[:]
     write_jsonl(
         "rows.jsonl", [*given, *({"prompt": f"the cough {i}", "completion": f"the skin {i}"} for i in range(40))]

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import copy
+import itertools
 import logging
 import os
 import warnings
@@ -304,6 +305,7 @@ class LoadedPart:
         train (`Dataset` or `IterableDataset`), held_out (`Dataset`): Its rows.
         fraction (`float`, *optional*): Its target share.
         replayed (`bool`): Whether it is the `replay_dataset`.
+        shared (`list`): Rows that it has in common with others of a mixture, see [`without_held_out`].
     """
 
     name: str
@@ -311,17 +313,40 @@ class LoadedPart:
     held_out: Dataset
     fraction: float | None = None
     replayed: bool = False
+    shared: list[dict] = field(default_factory=list)
 
 
 def load_parts(
     args: TrainingScriptArguments, tokenizer: PreTrainedTokenizerBase, text_field: str = "text"
 ) -> list[LoadedPart]:
     """
-    All that is trained on, by data set; each holds out its own rows.
+    All that is trained on, by data set; each holds out its own rows, and no other one trains on them.
 
     Raises:
         ValueError: Of one of them no row is left to train on, or to hold out.
     """
+    parts = _load_parts(args, tokenizer, text_field)
+    if len(parts) == 1:
+        return parts
+    names, train, held_out = zip(*((part.name, part.train, part.held_out) for part in parts), strict=True)
+    left, shared = data.without_held_out(names, train, held_out, text_field)
+    for entry in itertools.chain(*shared):
+        logger.warning(next(text for key, text in _SHARED.items() if key in entry), entry)
+    return [replace(part, train=rows, shared=own) for part, rows, own in zip(parts, left, shared, strict=True)]
+
+
+# Of the rows that data sets of a mixture share, by the key that an entry of [`without_held_out`] of that kind has.
+_SHARED = {
+    "also_trained": "%(rows)d of the %(of)d training rows of %(also_trained)r are training rows of %(trained)r too: with both in the "
+    "mixture a model sees them twice.",
+    "also_held_out": "%(rows)d of the %(of)d held-out rows of %(also_held_out)r are held out of %(held_out)r too, and measured in both.",
+    "held_out": "%(rows)d of the %(of)d training rows of %(trained)r are left out: they are held out of %(held_out)r, or share a prompt "
+    "with a row that is.",
+}
+
+
+def _load_parts(args: TrainingScriptArguments, tokenizer: PreTrainedTokenizerBase, text_field: str) -> list[LoadedPart]:
+    """Each as if it were alone."""
     parts, found = args.parts, []
     limit = None if args.is_mixture else args.max_train_samples
     for number, (name, part) in enumerate(zip(data.names_of_parts(parts), parts, strict=True)):
@@ -360,7 +385,7 @@ def load_held_out(
         ValueError: These are of different kinds.
     """
     own = replace(args, replay_dataset=None, replay_fraction=TrainingScriptArguments.replay_fraction)
-    rows = [part.held_out for part in load_parts(own, tokenizer, text_field)]
+    rows = [part.held_out for part in _load_parts(own, tokenizer, text_field)]
     if len(rows) == 1:
         return rows[0]
     rows = [_as_seen(one, text_field) for one in rows]
@@ -684,23 +709,22 @@ def describe_run(
     trainer: Trainer,
     args: TrainingScriptArguments,
     model_args: ModelConfig,
-    held_out: Sequence[Dataset] | None = None,
+    parts: Sequence[LoadedPart] | None = None,
 ) -> dict:
     """
     What `metrics.json` says of the run beside its figures.
 
     Args:
-        held_out (list of `Dataset`, *optional*): The rows of its domain that it held out, see [`load_held_out`], by data set. Of these
-            a digest is kept.
+        parts (list of [`LoadedPart`], *optional*): Its data. Of the rows of its domain that it held out, see [`load_held_out`], a digest
+            is kept, and of rows that several of its data sets have, how many.
     """
     rows: Any = trainer.train_dataset
     settings: Any = trainer.args
-    text_field = settings.dataset_text_field
     return {
         **sources(args, model_args),
         "train_rows": len(rows) if hasattr(rows, "__len__") else None,
         "steps": trainer.state.global_step,
-        **({} if held_out is None else {_HELD_OUT: data.rows_digest(held_out, text_field)}),
+        **({} if parts is None else _told_of_parts(parts, settings.dataset_text_field)),
         **provenance(),
         # transformers takes every name that ends in `_token` for a secret.
         "arguments": settings.to_sanitized_dict() | {"eos_token": settings.eos_token},
@@ -711,6 +735,12 @@ def describe_run(
 
 # Name of the digest of the rows that a run held out.
 _HELD_OUT = "held_out_digest"
+
+
+def _told_of_parts(parts: Sequence[LoadedPart], text_field: str) -> dict[str, Any]:
+    shared = [entry for part in parts for entry in part.shared]
+    own = [part.held_out for part in parts if not part.replayed]
+    return {_HELD_OUT: data.rows_digest(own, text_field), **({"shared_rows": shared} if shared else {})}
 
 
 def _told_by(folder: str) -> dict[str, Any]:
