@@ -199,6 +199,8 @@ def test_a_configuration_of_the_hub_is_asked_for(tokenizer, monkeypatch):
         "trl_ema.data.loading.load_dataset",
         lambda *names, **_: asked.append(names) or {"dev": rows(4), "train": rows(5)},
     )
+    of_parquet = SimpleNamespace(info=SimpleNamespace(builder_name="parquet"))
+    monkeypatch.setattr("trl_ema.data.loading.load_dataset_builder", lambda *_, **__: of_parquet)
     args = ScaleArguments(
         dataset_name="some/data", dataset_config="de", dataset_split="dev", drift_dataset="other/data"
     )
