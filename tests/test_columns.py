@@ -22,17 +22,9 @@ from trl_ema.evaluation.drift import sampled_rows, tokenized_batches
 from trl_ema.evaluation.settings import Suite
 from trl_ema.export import ExportArguments
 from trl_ema.files import read_json, write_json, write_jsonl
+from trl_ema.inputs import as_trained_with, held_out_rows, load_held_out, load_parts
 from trl_ema.regularizers.given_texts import given_texts
-from trl_ema.script import (
-    TrainingScriptArguments,
-    as_trained_with,
-    describe_run,
-    held_out_rows,
-    load_held_out,
-    load_parts,
-    options_of_run,
-    parse,
-)
+from trl_ema.script import TrainingScriptArguments, describe_run, options_of_run, parse
 from trl_ema.tune_scale import ScaleArguments
 
 

@@ -21,7 +21,8 @@ from trl_ema.data import (
     to_prompt_completion,
 )
 from trl_ema.data.faults import FILE_FORMATS
-from trl_ema.script import TrainingScriptArguments, load_data
+from trl_ema.inputs import load_data
+from trl_ema.script import TrainingScriptArguments
 
 
 # One row each, in the columns of the hub.

@@ -30,18 +30,10 @@ from trl_ema.data import (
     without_held_out,
 )
 from trl_ema.data.mixture import pattern
+from trl_ema.inputs import load_data, load_held_out, load_parts, training_sets
 from trl_ema.measurement import samples_and_table
 from trl_ema.options import changed
-from trl_ema.script import (
-    TrainingScriptArguments,
-    describe_run,
-    load_data,
-    load_held_out,
-    load_parts,
-    parse,
-    sources,
-    training_sets,
-)
+from trl_ema.script import TrainingScriptArguments, describe_run, parse, sources
 
 
 # How many rows of which

@@ -27,7 +27,8 @@ from trl_ema.evaluation.answers import summarize
 from trl_ema.evaluation.drift import measure_drift, tokenized_batches
 from trl_ema.evaluation.models import load_base, with_adapter
 from trl_ema.files import read_json, write_json, write_jsonl
-from trl_ema.script import held_out_rows, load_parts, options_of_run
+from trl_ema.inputs import held_out_rows, load_parts
+from trl_ema.script import options_of_run
 from trl_ema.texts import Sampling, texts_path
 
 

@@ -417,7 +417,8 @@ def _held_out_text(
     from .evaluation.settings import Suite
     from .evaluation.suite import HeldOutText
     from .extras import require
-    from .script import as_trained_in, held_out_rows, options_of_run
+    from .inputs import as_trained_in, held_out_rows
+    from .script import options_of_run
 
     if adapter is not None:
         check_measurable(PeftConfig.from_pretrained(adapter))

@@ -26,10 +26,11 @@ from .adapters.names import TEACHER_NAME, base_of
 from .checkpointing.resuming import check_checkpoint
 from .checks import bytes_to_write, check_best_metric, check_drift_is_watched, check_free_space
 from .config import MeanTeacherConfig
-from .data import as_chat, hub_errors, mixture_counts, tokenize_rows
+from .data import LoadedPart, as_chat, hub_errors, mixture_counts, tokenize_rows
 from .evaluation.drift import general_rows
 from .evaluation.runner import tasks_to_ask
 from .files import check_output_dir
+from .inputs import as_trained_with, load_parts, load_tokenizer, lora, quantization, training_sets, warn_of_other_lora
 from .launch import checks_of_launch, launch_of, launcher_settings, sees_one_device, take_accelerate_config
 from .losses import IGNORE_INDEX
 from .measurement import DriftCallback, Measurement, TrainedDrift
@@ -41,20 +42,7 @@ from .regularizers.own_texts import may_be_at_hand, sampling_of
 from .regularizers.penalties import EWC, L2SP, L1Penalty
 from .regularizers.rehearsal import Rehearsal
 from .schedules import half_life_to_decay
-from .script import (
-    LoadedPart,
-    TrainingScriptArguments,
-    as_trained_with,
-    load_parts,
-    load_tokenizer,
-    lora,
-    parse,
-    quantization,
-    resume_from,
-    sources,
-    training_sets,
-    warn_of_other_lora,
-)
+from .script import TrainingScriptArguments, parse, resume_from, sources
 from .texts import check_sampling, load_texts
 from .trainer import EMARegularizedSFTTrainer
 
