@@ -437,14 +437,14 @@ def test_a_data_set_that_another_one_holds_out_whole_is_refused():
 
 
 def test_parts_stand_in_the_table_of_figures():
+    long = "ChatDoctor_HealthCareMagic_100k"
     figures = {
-        who: {name: {"loss": 2.5, "kl_base_model": 0.1} for name in ("domain", "general", "notes")}
+        who: {name: {"loss": 2.5, "kl_base_model": 0.1} for name in ("domain", "general", "notes", long)}
         for who in ("before", "student")
     }
-    assert (
-        samples_and_table(figures | {"generations": []}).splitlines()[-1]
-        == "held-out loss, notes" + " " * 14 + "    2.5000    2.5000"
-    )
+    head, *_, notes, last = samples_and_table(figures | {"generations": []}).splitlines()[1:]
+    assert notes == "held-out loss, notes" + " " * 26 + "    2.5000    2.5000"
+    assert last == f"held-out loss, {long}    2.5000    2.5000" and len(head) == len(last)
 
 
 # As they are written
