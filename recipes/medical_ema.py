@@ -30,6 +30,7 @@ from trl_ema.data import as_chat, hub_errors
 from trl_ema.evaluation.drift import general_rows
 from trl_ema.evaluation.runner import tasks_to_ask
 from trl_ema.files import check_output_dir, write_json
+from trl_ema.inputs import load_parts, load_to_go_on, load_tokenizer, lora, quantization, training_sets
 from trl_ema.measurement import (
     DriftCallback,
     Measurement,
@@ -42,18 +43,7 @@ from trl_ema.measurement import (
 from trl_ema.model_card import write_model_card
 from trl_ema.noise import hide_noise
 from trl_ema.options import changed
-from trl_ema.script import (
-    describe_run,
-    load_parts,
-    load_to_go_on,
-    load_tokenizer,
-    lora,
-    parse,
-    quantization,
-    resume_from,
-    sources,
-    training_sets,
-)
+from trl_ema.script import describe_run, parse, resume_from, sources
 
 
 def main(arguments: list[str], subspace: type | None = None) -> None:
@@ -141,8 +131,7 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
         trainer.model_card_results = card_results(metrics, named)
     metrics["log"] = trainer.state.log_history
     seconds = round(time.perf_counter() - start)
-    own = [part.held_out for part in parts if not part.replayed]
-    metrics["provenance"] = describe_run(trainer, args, model_args, own) | {"wall_seconds": seconds}
+    metrics["provenance"] = describe_run(trainer, args, model_args, parts) | {"wall_seconds": seconds}
 
     # Save
     if trainer.is_world_process_zero():

@@ -22,17 +22,9 @@ from trl_ema.evaluation.drift import sampled_rows, tokenized_batches
 from trl_ema.evaluation.settings import Suite
 from trl_ema.export import ExportArguments
 from trl_ema.files import read_json, write_json, write_jsonl
+from trl_ema.inputs import as_trained_with, held_out_rows, load_held_out, load_parts
 from trl_ema.regularizers.given_texts import given_texts
-from trl_ema.script import (
-    TrainingScriptArguments,
-    as_trained_with,
-    describe_run,
-    held_out_rows,
-    load_held_out,
-    load_parts,
-    options_of_run,
-    parse,
-)
+from trl_ema.script import TrainingScriptArguments, describe_run, options_of_run, parse
 from trl_ema.tune_scale import ScaleArguments
 
 
@@ -148,9 +140,8 @@ def test_rows_that_have_changed_since_are_not_taken_for_those_that_were_held_out
     for name, args in (("one", single), ("two", both), ("stream", stream)):
         told = SimpleNamespace(train_dataset=[], args=settings, state=SimpleNamespace(global_step=0))
         tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "model")
-        own = [part.held_out for part in load_parts(args, tokenizer) if not part.replayed]
-        for folder, held_out in ((name, own), (f"{name}, older", None)):
-            write_json(f"{folder}/metrics.json", {"provenance": describe_run(told, args, model_args, held_out)})
+        for folder, parts in ((name, load_parts(args, tokenizer)), (f"{name}, older", None)):
+            write_json(f"{folder}/metrics.json", {"provenance": describe_run(told, args, model_args, parts)})
         assert held_out_rows(name, options_of_run(name))[:] == load_held_out(args, tokenizer)[:]
     write_jsonl(
         "rows.jsonl", [*given, *({"prompt": f"the cough {i}", "completion": f"the skin {i}"} for i in range(40))]
@@ -200,6 +191,8 @@ def test_a_configuration_of_the_hub_is_asked_for(tokenizer, monkeypatch):
         "trl_ema.data.loading.load_dataset",
         lambda *names, **_: asked.append(names) or {"dev": rows(4), "train": rows(5)},
     )
+    of_parquet = SimpleNamespace(info=SimpleNamespace(builder_name="parquet"))
+    monkeypatch.setattr("trl_ema.data.loading.load_dataset_builder", lambda *_, **__: of_parquet)
     args = ScaleArguments(
         dataset_name="some/data", dataset_config="de", dataset_split="dev", drift_dataset="other/data"
     )

@@ -32,7 +32,8 @@ from trl_ema.comparison.run import _Evaluator, _understood, run_comparison
 from trl_ema.evaluation.models import is_adapter, load_base
 from trl_ema.evaluation.settings import TaskSettings
 from trl_ema.evaluation.tasks import asked_as_chats, check_tasks, is_offline, mmlu_subjects, task_manager
-from trl_ema.script import load_held_out, load_parts, load_tokenizer, parse
+from trl_ema.inputs import load_held_out, load_parts, load_tokenizer
+from trl_ema.script import parse
 
 
 pytestmark = pytest.mark.usefixtures("lm_evals_files_read_once")

@@ -1,5 +1,7 @@
+import gzip
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -19,7 +21,8 @@ from trl_ema.data import (
     to_prompt_completion,
 )
 from trl_ema.data.faults import FILE_FORMATS
-from trl_ema.script import TrainingScriptArguments, load_data
+from trl_ema.inputs import load_data
+from trl_ema.script import TrainingScriptArguments
 
 
 # One row each, in the columns of the hub.
@@ -244,6 +247,11 @@ def test_several_evaluation_sets_are_allowed(make_trainer, several):
 # Rows without text, and numbers
 
 
+def of_parquet(*_, **__):
+    """In the place of `load_dataset_builder`, for data sets of the hub."""
+    return SimpleNamespace(info=SimpleNamespace(builder_name="parquet"))
+
+
 def csv_file(tmp_path, lines):
     (tmp_path / "data.csv").write_text("\n".join(lines) + "\n")
     return str(tmp_path / "data.csv")
@@ -382,6 +390,70 @@ def test_numbers_and_words_of_a_csv_file_are_the_text_that_they_are(tmp_path):
             assert [row["prompt"] for row in read] == [str(i) for i in range(len(answers))]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("place", ["address", "tabs", "compressed"])
+def test_so_they_are_where_only_the_reader_knows_that_it_is_a_table(tmp_path, place, streaming):
+    answers = ["7", "3.10", "None", "NA", "true", "2024-01-01"]
+    text = "prompt,completion\n" + "".join(f"{i},{answer}\n" for i, answer in enumerate(answers))
+    (tmp_path / "folder").mkdir()
+    if place == "tabs":
+        (tmp_path / "folder" / "train.tsv").write_text(text.replace(",", "\t"))
+    elif place == "compressed":
+        (tmp_path / "folder" / "train.csv.gz").write_bytes(gzip.compress(text.encode()))
+    else:
+        (tmp_path / "x.csv").write_text(text)
+    own = {"data_files": f"file://{tmp_path / 'x.csv'}"} if place == "address" else {}
+    read = loading.load_split("csv" if own else str(tmp_path / "folder"), streaming=streaming, **own)
+    assert [row["completion"] for row in read] == answers
+
+
+def test_a_column_of_numbers_may_go_on_with_words_and_have_empty_cells(tmp_path):
+    """By address: `datasets` guesses types 10,000 rows at a time, and makes 7.0 of a 7 that has an empty cell below it."""
+    lines = [*(f"{i},{i}" for i in range(10_001)), "x,word", "y,"]
+    path = csv_file(tmp_path, ["prompt,completion", *lines])
+    read = loading.load_split("csv", data_files=f"file://{path}", drop_incomplete=True)
+    assert list(read["completion"]) == [*map(str, range(10_001)), "word"]
+
+
+@pytest.mark.parametrize(
+    ("header", "cells", "message"),
+    [
+        (
+            "messages",
+            "\"[{'role': 'user'}]\"",
+            "Column `messages` of .*data.csv holds text .*; expected messages. Save the rows as",
+        ),
+        ("input_ids", '"[1, 2]"', "Column `input_ids` of .* expected tokens"),
+        (
+            "question,options,answer_idx",
+            "q,\"{'A': 'x'}\",A",
+            "Column `options` of .* expected options by their letters",
+        ),
+        (
+            "question,context,long_answer,final_decision",
+            "q,\"{'contexts': []}\",l,yes",
+            "`context` of .* expected paragraphs",
+        ),
+    ],
+)
+def test_what_no_cell_can_hold_is_refused(tmp_path, header, cells, message):
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=message):
+            loading.load_split(csv_file(tmp_path, [header, cells, cells]), streaming=streaming)
+    # A text has any name.
+    rows = Dataset.from_dict({"messages": ["the drug"]})
+    assert to_prompt_completion(rows, text_field="messages") is rows
+
+
+def test_rows_of_which_none_would_be_left_are_not_left_out(tmp_path):
+    path = tmp_path / "data.parquet"
+    Dataset.from_dict({"prompt": ["a", "b"], "completion": [1.5, None]}).to_parquet(path)
+    told = r"Row 1 of .* is no text but 1.5 \(float\).* 2 such rows of 2: 1, 2. Mend them: without such rows none is left.$"
+    for drop in (False, True):
+        with pytest.raises(IncompleteRowsError, match=told):
+            loading.load_split(str(path), drop_incomplete=drop)
+
+
 def test_whole_numbers_in_json_are_text_and_others_are_refused(tmp_path):
     def read(*answers, streaming=False):
         path = jsonl_file(tmp_path, [{"prompt": f"q{i}", "completion": a} for i, a in enumerate(answers)])
@@ -450,6 +522,7 @@ def hub(monkeypatch):
         return IterableDatasetDict({s: d.to_iterable_dataset() for s, d in found.items()}) if streaming else found
 
     monkeypatch.setattr(loading, "load_dataset", load_dataset)
+    monkeypatch.setattr(loading, "load_dataset_builder", of_parquet)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -485,6 +558,7 @@ def test_one_row_without_an_answer_is_named_and_does_not_hide_its_split(monkeypa
     splits = {"train": questions(), "test": questions(range(20)), "validation": questions([7])}
     made = IterableDatasetDict(splits) if streaming else DatasetDict(splits)
     monkeypatch.setattr(loading, "load_dataset", lambda *_, **__: made)
+    monkeypatch.setattr(loading, "load_dataset_builder", of_parquet)
     args = TrainingScriptArguments("openlifescienceai/medmcqa", dataset_streaming=streaming)
     with pytest.raises(IncompleteRowsError, match=r"Row 8 of openlifescienceai/medmcqa \(validation\).*`cop=-1`"):
         load_data(args, tokenizer)

@@ -17,7 +17,8 @@ from trl_ema.comparison.run import run_comparison
 from trl_ema.evaluation.drift import measure_drift, tokenized_batches
 from trl_ema.evaluation.models import load_base, vocabulary, with_adapter
 from trl_ema.files import read_json, shipped
-from trl_ema.script import held_out_rows, options_of_run, warn_of_other_lora
+from trl_ema.inputs import held_out_rows, warn_of_other_lora
+from trl_ema.script import options_of_run
 
 
 QUICK = [

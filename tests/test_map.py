@@ -532,8 +532,10 @@ def test_a_map_with_too_few_scales_has_no_figures_of_fronts(tmp_path):
     write_measured(tmp_path, scales=(0.25, 0.5))
     write_report(str(tmp_path))
     text = (tmp_path / "report.md").read_text()
-    assert "sft: sft-1 is measured at 2 scales between 0 and 1, fewer than 3" in text
-    assert "| frozen | 1 | frozen-1 | – | – | – | – | not reached | not reached |" in text
+    assert "sft: sft-1 is measured at 2 scales between 0 and 1, fewer than 3" in text  # its method, and its setting
+    assert "| frozen | 1 | frozen-1 | – | – | – | – | – | – |" in text
+    page = (tmp_path / "report.html").read_text()
+    assert "not reached" not in page and "fronts: sft: " not in page and 'class="text">frozen-1<' in page
     # A line from the origin through one or two points would claim what nobody measured.
     summary = read_json(tmp_path / "comparison.json")
     ax = _fronts(summary, arm_colors(summary)).axes[0]

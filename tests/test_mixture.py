@@ -4,6 +4,7 @@ import itertools
 import json
 from collections import Counter
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import trl
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from test_cli import trl_ema
 from trl.scripts.utils import DatasetConfig
 
+from trl_ema import MeanTeacherConfig
 from trl_ema.data import (
     DataPart,
     as_chat,
@@ -25,19 +27,13 @@ from trl_ema.data import (
     names_of_parts,
     rows_to_mix,
     tokenize_rows,
+    without_held_out,
 )
 from trl_ema.data.mixture import pattern
+from trl_ema.inputs import load_data, load_held_out, load_parts, training_sets
 from trl_ema.measurement import samples_and_table
 from trl_ema.options import changed
-from trl_ema.script import (
-    TrainingScriptArguments,
-    load_data,
-    load_held_out,
-    load_parts,
-    parse,
-    sources,
-    training_sets,
-)
+from trl_ema.script import TrainingScriptArguments, describe_run, parse, sources
 
 
 # How many rows of which
@@ -354,15 +350,101 @@ def test_rows_to_replay_need_no_split_of_the_name_that_figures_are_measured_on(f
         )
 
 
+# Rows that several of them have
+
+
+def pairs(*given):
+    return Dataset.from_list([{"prompt": p, "completion": c} for p, c in given])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_one_data_set_holds_out_no_other_one_trains_on(tmp_path, tokenizer, caplog, streaming):
+    (tmp_path / "cards").mkdir()
+    own, held, others = list(rows(30)), list(rows(6, seed=1)), list(rows(20, seed=2))
+    for name, found in (("cards/train", own), ("cards/test", held), ("talks", [*held[:4], *others, *own[:3]])):
+        Dataset.from_list(found).to_json(tmp_path / f"{name}.jsonl")
+    # As conversations, which the rows of the first data set become.
+    talks = as_chat(load_split(str(tmp_path / "talks.jsonl")), tokenizer)
+    talks = talks.map(lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=talks.column_names)
+    talks.to_json(tmp_path / "talks.jsonl")
+    entries = ("cards", {"fraction": 0.5}), ("talks.jsonl", {"fraction": 0.5})
+    cards, both = load_parts(arguments(tmp_path, *entries, streaming=streaming, eval_samples=6), tokenizer)
+    questions = [[row["messages"][0]["content"] for row in side] for side in (both.train, both.held_out)]
+    measured = [row["prompt"][0]["content"] for row in cards.held_out]
+    assert sorted(measured) == sorted(row["prompt"] for row in held)
+    assert len(list(cards.train)) == 30 - sum(row["prompt"] in questions[1] for row in own)
+    assert not {*measured, *questions[1]} & {*questions[0]}
+    assert {*questions[0], *questions[1], *measured} == {row["prompt"] for row in (*held, *own[:3], *others)}
+    if streaming:
+        assert both.shared == [] or [*both.shared[0]][:2] == ["held_out", "also_held_out"]
+        return
+    trained = sum(row["prompt"] in questions[0] for row in own[:3])
+    left_out = 4 - sum(row["prompt"] in questions[1] for row in held[:4])
+    first, *_, last = [entry for entry in both.shared if "also_held_out" not in entry]
+    assert first == {"trained": "talks", "held_out": "cards", "rows": left_out, "of": len(questions[0]) + left_out}
+    assert last == {"trained": "cards", "also_trained": "talks", "rows": trained, "of": len(questions[0])}
+    assert (
+        f"{left_out} of the {first['of']} training rows of 'talks' are left out: they are held out of 'cards', or"
+        in caplog.text
+    )
+    assert f"{trained} of the {last['of']} training rows of 'talks' are training rows of 'cards' too" in caplog.text
+    told = SimpleNamespace(
+        train_dataset=[],
+        args=MeanTeacherConfig(str(tmp_path), use_cpu=True, bf16=False),
+        state=SimpleNamespace(global_step=0),
+    )
+    said = describe_run(told, arguments(tmp_path, *entries), trl.ModelConfig("model"), [cards, both])
+    assert said["shared_rows"] == [*cards.shared, *both.shared]
+
+
+def test_questions_of_held_out_rows_are_no_other_ones_to_train_on_but_preambles_are():
+    first = pairs(("q1", "a"), ("sum up", "b")), pairs(("q2", "c"), ("sum up", "d"))
+    second = (
+        pairs(("q2", "other"), ("sum up", "e"), ("sum up", "d"), ("q3", "c"), ("q1", "a")),
+        pairs(("q4", "f"), ("q2", "c")),
+    )
+    (one, other), shared = without_held_out(["one", "other"], *zip(first, second, strict=True))
+    assert list(one) == list(first[0])
+    assert [*other["completion"]] == ["e", "c", "a"]
+    assert shared == [
+        [],
+        [
+            {"held_out": "one", "also_held_out": "other", "rows": 1, "of": 2},
+            {"trained": "other", "held_out": "one", "rows": 2, "of": 5},
+            {"trained": "one", "also_trained": "other", "rows": 1, "of": 3},
+        ],
+    ]
+    texts = Dataset.from_dict({"text": ["a", "b"]}), Dataset.from_dict({"text": ["c"]})
+    (_, left), _ = without_held_out(["one", "texts"], [first[0], texts[0]], [first[1], texts[1]])
+    assert left is texts[0]  # which answer no question, all of them
+
+
+def test_messages_are_the_same_whatever_keys_others_of_their_data_set_have():
+    talks = [[{"role": "user", "content": q}, {"role": "assistant", "content": "yes"}] for q in ("pain", "fever")]
+    named = [{"messages": [talks[0][0] | {"name": "Ann"}, talks[0][1]]}, {"messages": talks[1]}]
+    plain, apart = Dataset.from_list([{"messages": one} for one in talks]), pairs(("q", "a"))
+    train, held_out = [apart, Dataset.from_list(named)], [plain, pairs(("x", "y"))]
+    (_, left), _ = without_held_out(["plain", "named"], train, held_out)
+    assert len(left) == 1 and left[0]["messages"][0]["name"] == "Ann"
+
+
+def test_a_data_set_that_another_one_holds_out_whole_is_refused():
+    told = "No training row of 'copy' is left: all of its 1 are held out of another data set of the mixture"
+    with pytest.raises(ValueError, match=told):
+        without_held_out(
+            ["own", "copy"], [pairs(("a", "b")), pairs(("c", "d"))], [pairs(("c", "d")), pairs(("e", "f"))]
+        )
+
+
 def test_parts_stand_in_the_table_of_figures():
+    long = "ChatDoctor_HealthCareMagic_100k"
     figures = {
-        who: {name: {"loss": 2.5, "kl_base_model": 0.1} for name in ("domain", "general", "notes")}
+        who: {name: {"loss": 2.5, "kl_base_model": 0.1} for name in ("domain", "general", "notes", long)}
         for who in ("before", "student")
     }
-    assert (
-        samples_and_table(figures | {"generations": []}).splitlines()[-1]
-        == "held-out loss, notes" + " " * 14 + "    2.5000    2.5000"
-    )
+    head, *_, notes, last = samples_and_table(figures | {"generations": []}).splitlines()[1:]
+    assert notes == "held-out loss, notes" + " " * 26 + "    2.5000    2.5000"
+    assert last == f"held-out loss, {long}    2.5000    2.5000" and len(head) == len(last)
 
 
 # As they are written

@@ -269,6 +269,11 @@ def test_card_cites_what_the_run_used_and_nothing_else(make_trained, card_of, op
     assert cited(card_of(make_trained(**options)).text) == ALWAYS | used
 
 
+def test_card_names_the_kinds_of_many_adapted_modules(make_trained):
+    told = "| `target_modules` | down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj: 14 modules by name |"
+    assert told in saved_card(make_trained()).text
+
+
 def test_card_of_a_whole_model_cites_no_adapter(make_trained):
     assert cited(saved_card(make_trained(teacher="none", peft_config=None)).text) == {"TRL"}
 

@@ -10,8 +10,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ema import offline
+from trl_ema.inputs import load_data
 from trl_ema.offline import Wheel, cache_dir, demo_model, demo_rows, fetch
-from trl_ema.script import TrainingScriptArguments, load_data
+from trl_ema.script import TrainingScriptArguments
 
 
 CONTENT = b"a whole wheel"

@@ -136,7 +136,7 @@ def test_what_is_not_looked_at_at_import_can_be_where_it_is_used(monkeypatch, na
 def use_of_bitsandbytes_in_training():
     from trl import ModelConfig
 
-    from trl_ema.script import quantization
+    from trl_ema.inputs import quantization
 
     quantization(ModelConfig(load_in_4bit=True), trl_ema.MeanTeacherConfig("out", use_cpu=True, bf16=False))
 
@@ -363,17 +363,19 @@ KNOWS_ALONE = {
     "comparison.statistics": {"numpy", "scipy"},
 }
 MUST_NOT_REACH = {
-    "evaluation": ("trainer", "checks", "script", "measurement", "comparison", "cli"),
-    "trainer": ("evaluation", "script", "measurement", "comparison", "cli"),
+    "evaluation": ("trainer", "checks", "script", "inputs", "measurement", "comparison", "cli"),
+    "trainer": ("evaluation", "script", "inputs", "measurement", "comparison", "cli"),
     "checkpointing": ("trainer", "evaluation"),
     "regularizers": ("trainer", "checkpointing", "evaluation"),
-    "texts": ("trainer", "regularizers", "checkpointing", "evaluation", "script", "cli"),
+    "texts": ("trainer", "regularizers", "checkpointing", "evaluation", "script", "inputs", "cli"),
     "forward": ("trainer", "checkpointing", "evaluation"),
     "adapters": ("regularizers", "forward", "checkpointing", "trainer", "evaluation"),
     "losses": ("adapters", "regularizers", "config"),
     "schedules": ("adapters", "regularizers", "config"),
-    "data": ("trainer", "evaluation", "script"),
-    "comparison.report": ("trainer", "script", "measurement", "adapters", "losses", "cli"),
+    "data": ("trainer", "evaluation", "script", "inputs"),
+    "script": ("trainer", "inputs", "measurement", "comparison", "cli"),
+    "inputs": ("trainer", "measurement", "comparison", "cli"),
+    "comparison.report": ("trainer", "script", "inputs", "measurement", "adapters", "losses", "cli"),
 }
 
 

@@ -20,8 +20,9 @@ from trl_ema import MeanTeacherConfig, offline
 from trl_ema.evaluation.drift import general_rows, measure_drift
 from trl_ema.evaluation.settings import Suite
 from trl_ema.files import OutputError
+from trl_ema.inputs import load_data
 from trl_ema.measurement import card_figures, samples_and_table
-from trl_ema.script import TrainingScriptArguments, load_data, resume_from
+from trl_ema.script import TrainingScriptArguments, resume_from
 
 
 ROOT = Path(__file__).parent.parent

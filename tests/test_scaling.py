@@ -28,7 +28,8 @@ from trl_ema.evaluation.drift import drift_of_rows, general_rows, passes_of_base
 from trl_ema.evaluation.models import load_base
 from trl_ema.evaluation.scaling import Dial, check_run, check_scales, curve_of, gains
 from trl_ema.files import read_json, write_json, write_jsonl
-from trl_ema.script import TrainingScriptArguments, describe_run, load_data, options_of_run, parse
+from trl_ema.inputs import load_data
+from trl_ema.script import TrainingScriptArguments, describe_run, options_of_run, parse
 from trl_ema.tune_scale import ScaleArguments
 
 

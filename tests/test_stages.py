@@ -25,7 +25,8 @@ from trl_ema.evaluation.answers import summarize
 from trl_ema.evaluation.drift import measure_drift, tokenized_batches
 from trl_ema.evaluation.models import load_base, with_adapter
 from trl_ema.files import read_json, write_json, write_jsonl
-from trl_ema.script import held_out_rows, load_parts, options_of_run
+from trl_ema.inputs import held_out_rows, load_parts
+from trl_ema.script import options_of_run
 from trl_ema.texts import Sampling, texts_path
 
 
@@ -203,8 +204,20 @@ def test_rows_that_another_stage_trains_on_are_counted_and_told(copied, tiny_fol
     told = f"{one['rows']} of the {one['of']} held-out rows of {one['held_out']} were trained on in {one['trained']}"
     assert f"**{told}**:" in path.with_name("report.md").read_text()
     page = path.with_name("report.html").read_text()
-    assert f"<b>{told}</b>:" in page
+    assert f"<b>{told}</b>:" in page and "R<sub>Tj</sub> − R<sub>jj</sub>" in page and "R<sub>(j−1)j</sub>" in page
     check_tags(page)
+    # Where there are no stages, of arms with other data.
+    plan = read_json(path)
+    del plan["stages"]
+    write_json(path, plan | {"shared_rows": [{"held_out": "the domain", "trained": "arm b", "rows": 3, "of": 16}]})
+    summary = read_json(path.with_name("comparison.json"))
+    del summary["stages"]
+    alone = tmp_path / "alone"
+    write_json(alone / "comparison.json", summary | {"plan": read_json(path)})
+    write_report(str(alone))
+    told = "3 of the 16 held-out rows of the domain were trained on by arm b"
+    assert f"**{told}**:" in (alone / "report.md").read_text()
+    assert f"<b>{told}</b>:" in (alone / "report.html").read_text()
 
 
 def test_tasks_are_told_after_each_stage(copied):

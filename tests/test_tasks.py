@@ -356,6 +356,16 @@ def test_changes_are_tested_by_what_their_scores_are(tmp_path):
     assert f"{row['detectable']:8.3f}" in text and text.splitlines()[1].endswith("b")
 
 
+def test_long_names_of_tasks_and_folders_leave_the_columns_where_they_are(tmp_path):
+    name = "mmlu_professional_medicine_of_some_length"
+    for folder in ("before", "after"):
+        path = Path(answers(tmp_path / folder, [1.0, 0.0]))
+        (path / "t.jsonl").rename(path / f"{name}.jsonl")
+    header, row, told = changes_table(str(tmp_path / "before"), str(tmp_path / "after"), [name]).splitlines()[:3]
+    assert row.index(" 0.5000") + 7 == header.index("before") + 6 and row.rindex("1.000") + 5 == len(header)
+    assert told.startswith(f"before: {tmp_path / 'before'}; after: {tmp_path / 'after'}; ")
+
+
 def test_answers_of_two_backends_are_never_paired(tmp_path):
     one, other = answers(tmp_path / "one", [1.0, 0.0]), answers(tmp_path / "other", [1.0, 0.0], backend="vllm")
     with pytest.raises(ValueError, match="`backend` is transformers there and vllm here. Evaluate both in one backend"):

@@ -417,7 +417,8 @@ def _held_out_text(
     from .evaluation.settings import Suite
     from .evaluation.suite import HeldOutText
     from .extras import require
-    from .script import as_trained_in, held_out_rows, options_of_run
+    from .inputs import as_trained_in, held_out_rows
+    from .script import options_of_run
 
     if adapter is not None:
         check_measurable(PeftConfig.from_pretrained(adapter))
@@ -457,14 +458,15 @@ def _print_text(text: dict, before: str | None) -> None:
 
 def print_scores(results: dict[str, dict], folder: str) -> None:
     """Each task's score with its interval over questions."""
-    from .comparison.changes import span
+    from .comparison.changes import span, width_of
     from .comparison.statistics import mean_interval
     from .files import read_jsonl
 
-    print(f"\n{'task':24}{'score':>9}{'95 % interval':>18}{'chance':>9}{'n':>8}")
+    width = width_of(results)
+    print(f"\n{'task':{width}}{'score':>9}{'95 % interval':>18}{'chance':>9}{'n':>8}")
     for task, result in results.items():
         found = mean_interval([row["score"] for row in read_jsonl(os.path.join(folder, f"{task}.jsonl"))])
-        print(f"{task:24}{result['score']:9.4f}{span(found, '.3f'):>18}{result['chance']:9.3f}{result['n']:8d}")
+        print(f"{task:{width}}{result['score']:9.4f}{span(found, '.3f'):>18}{result['chance']:9.3f}{result['n']:8d}")
 
 
 def print_changes(before: str, after: str, tasks: Iterable[str]) -> None:

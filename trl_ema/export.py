@@ -31,9 +31,10 @@ from .evaluation.scaling import LARGEST_SCALE, adapter_at, check_run, read_adapt
 from .evaluation.vllm_backend import check_vllm_reads
 from .extras import require
 from .files import OutputError, check_output_dir, new_folder, write_json, write_text
+from .inputs import held_out_rows
 from .options import RowsArguments, plain_count, plain_number, take_booleans, take_columns, warn_about_ignored
 from .provenance import provenance
-from .script import held_out_rows, options_of_run
+from .script import options_of_run
 from .tune_scale import check_began_as_base, settings_unknown
 
 

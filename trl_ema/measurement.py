@@ -189,18 +189,18 @@ def _of_the_hub(name: str, part: DataPart | None) -> dict[str, Any]:
 def table(metrics: dict) -> str:
     """The figures of `metrics.json` as aligned text."""
     columns = [name for name in ("before", "student", "teacher") if name in metrics]
-    lines = [f"{'nats per token':34}" + "".join(f"{name:>10}" for name in columns)]
-    for label, group, key in (
+    parts = [group for group in metrics["student"] if group not in ("domain", "general")]
+    rows = [
         ("held-out domain loss", "domain", "loss"),
         ("KL(base || model), domain text", "domain", "kl_base_model"),
         ("KL(base || model), general text", "general", "kl_base_model"),
         ("loss on general text", "general", "loss"),
-    ):
-        lines.append(f"{label:34}" + "".join(f"{metrics[name][group][key]:10.4f}" for name in columns))
-    for part in [group for group in metrics["student"] if group not in ("domain", "general")]:
-        lines.append(
-            f"{'held-out loss, ' + part:34}" + "".join(f"{metrics[name][part]['loss']:10.4f}" for name in columns)
-        )
+        *((f"held-out loss, {part}", part, "loss") for part in parts),
+    ]
+    width = max(34, *(len(label) for label, *_ in rows))
+    lines = [f"{'nats per token':{width}}" + "".join(f"{name:>10}" for name in columns)]
+    for label, group, key in rows:
+        lines.append(f"{label:{width}}" + "".join(f"{metrics[name][group][key]:10.4f}" for name in columns))
     return "\n".join(lines)
 
 

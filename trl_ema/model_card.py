@@ -131,6 +131,8 @@ _WEIGHTED = (
     "(arXiv:2601.02151)."
 )
 _PROMPTS = "The divergence is on the tokens of prompts alone (arXiv:2509.03934)."
+# Adapted modules that are named one by one, at most.
+_SHOWN_MODULES = 12
 _TRAINING = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "gradient_accumulation_steps", "max_length", "packing", "loss_type", "weight_decay", "optim_args",
              "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "seed")  # fmt: skip
@@ -433,8 +435,16 @@ def _adapter(model: Any) -> dict[str, Any]:
     for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "modules_to_save"):
         value = getattr(config, name, None)
         if value is not None:
-            found[name] = sorted(value) if isinstance(value, set) else value
+            found[name] = _in_short(sorted(value)) if isinstance(value, set) else value
     return found | ({} if quantization is None else {"quantization": kind or type(quantization).__name__})
+
+
+def _in_short(modules: list[str]) -> list[str] | str:
+    """Names of modules; of the many that "all-linear" becomes, the kinds."""
+    kinds = sorted({name.rpartition(".")[2] for name in modules})
+    if len(modules) <= _SHOWN_MODULES or len(kinds) == len(modules):
+        return modules
+    return f"{', '.join(kinds)}: {len(modules)} modules by name"
 
 
 def _last_metrics(log_history: list[dict[str, Any]]) -> dict[str, float]:

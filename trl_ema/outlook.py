@@ -17,12 +17,12 @@ from trl import ModelConfig
 from .adapters.names import TEACHER_NAME, base_of
 from .checks import bytes_to_write
 from .config import MeanTeacherConfig
+from .data import LoadedPart
 from .losses import IGNORE_INDEX
 from .memory import NF4, Bytes, Sizes, memory
 from .processes import Launch
 from .refusals import Refusals
 from .schedules import half_life_to_decay
-from .script import LoadedPart
 
 
 _SHOWN_ROWS = 3

@@ -24,10 +24,11 @@ from .adapters.fitness import base_changed_by
 from .checkpointing.resuming import check_checkpoint
 from .checks import check_best_metric, check_drift_is_watched, check_free_space
 from .config import MeanTeacherConfig
-from .data import as_chat, hub_errors, mixture_counts, tokenize_rows
+from .data import LoadedPart, as_chat, hub_errors, mixture_counts, tokenize_rows
 from .evaluation.drift import general_rows
 from .evaluation.runner import tasks_to_ask
 from .files import check_output_dir, read_yaml
+from .inputs import as_trained_with, load_parts, load_tokenizer, lora, quantization, training_sets, warn_of_other_lora
 from .launch import (
     checks_of_launch,
     launch_of,
@@ -44,21 +45,7 @@ from .refusals import Given, Refusals, as_far_as_it_goes, is_hollow
 from .regularizers.own_texts import may_be_at_hand, sampling_of
 from .regularizers.penalties import EWC
 from .regularizers.rehearsal import Rehearsal
-from .script import (
-    LoadedPart,
-    TrainingScriptArguments,
-    as_trained_with,
-    load_parts,
-    load_tokenizer,
-    lora,
-    parse,
-    quantization,
-    resume_from,
-    sources,
-    training_sets,
-    warn_of_other_lora,
-    with_config_file,
-)
+from .script import TrainingScriptArguments, parse, resume_from, sources, with_config_file
 from .texts import check_sampling, load_texts
 from .trainer import EMARegularizedSFTTrainer
 

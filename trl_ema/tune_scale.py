@@ -18,8 +18,9 @@ from .evaluation.models import adapter_base, adapter_revision, fingerprint, is_a
 from .evaluation.scaling import FIGURES, SCALES, Dial, check_run, check_scales, curve_of, teacher_of
 from .extras import require
 from .files import check_output_dir
+from .inputs import held_out_rows, quantization
 from .options import RowsArguments, plain_count, plain_number, take_booleans, take_columns, warn_about_ignored
-from .script import TrainingScriptArguments, held_out_rows, options_of_run, quantization
+from .script import TrainingScriptArguments, options_of_run
 
 
 PICTURE = "scale.png"

@@ -34,20 +34,22 @@ def task_changes(before: str, after: str, tasks: Iterable[str]) -> list[dict]:
 def changes_table(before: str, after: str, tasks: Iterable[str]) -> str:
     """The same as text, with what its columns are, and Luo et al.'s FG over the tasks."""
     rows = task_changes(before, after, tasks)
+    width = width_of(row["task"] for row in rows)
     lines = [
-        f"{'against ' + before:24}{'before':>9}{'after':>9}{'change':>9}{'95 % interval':>20}{'shows':>8}{'lost':>6}{'gained':>8}{'p':>7}"
+        f"{'task':{width}}{'before':>9}{'after':>9}{'change':>9}{'95 % interval':>20}{'shows':>8}{'lost':>6}{'gained':>8}{'p':>7}"
     ]
     for row in rows:
         shows = "–" if math.isnan(row["detectable"]) else f"{row['detectable']:.3f}"
         mark = ("*" if row["discovery"] else " ") + ("b" if row["test"] != "McNemar" else "")
         lines.append(
-            f"{row['task']:24}{row['before']:9.4f}{row['after']:9.4f}{row['change']['mean']:+9.4f}{span(row['change'], '+.3f'):>20}"
+            f"{row['task']:{width}}{row['before']:9.4f}{row['after']:9.4f}{row['change']['mean']:+9.4f}{span(row['change'], '+.3f'):>20}"
             f"{shows:>8}{row['lost']:6d}{row['gained']:8d}{row['p_value']:7.3f} {mark}".rstrip()
         )
     bootstrap = (
         "; b: paired bootstrap, of scores other than 0 and 1" if any(r["test"] != "McNemar" for r in rows) else ""
     )
     lines.append(
+        f"before: {before}; after: {after}; change, interval and shows in the unit of the score. "
         "shows: the smallest change that as many questions would show in 80 of 100 cases. p: McNemar's exact test"
         f"{bootstrap}. *: below 0.05 also among {len(rows)} tests (Benjamini-Hochberg)."
     )
@@ -55,6 +57,11 @@ def changes_table(before: str, after: str, tasks: Iterable[str]) -> str:
     if scores:
         lines.append(f"Mean relative drop (FG, Luo et al. 2023): {forgetting(*zip(*scores, strict=True)):.1f} %")
     return "\n".join(lines)
+
+
+def width_of(names: Iterable[str], least: int = 24) -> int:
+    """Of a first column that holds them all, with a space behind."""
+    return max([least, *(len(name) + 1 for name in names)])
 
 
 def span(found: dict, form: str) -> str:

@@ -166,9 +166,8 @@ class _Method:
         for setting in self.finalists:
             between = [scale for scale in setting.scales(self.seeds) if 0 < scale < 1]
             if setting.scalable and len(between) < LEAST_SCALES:
-                return (
-                    f"{setting.label} is measured at {len(between)} scales between 0 and 1, fewer than {LEAST_SCALES}"
-                )
+                scales = f"{len(between)} scale{'' if len(between) == 1 else 's'}"
+                return f"{setting.label} is measured at {scales} between 0 and 1, fewer than {LEAST_SCALES}"
         return None
 
 

@@ -1,7 +1,9 @@
 """Markdown and one self-contained HTML page from a comparison's folder, or from its figures alone."""
 
+import html
 import logging
 import math
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,9 +156,8 @@ def _templates() -> "Environment":
     environment.filters["points"] = lambda found, signed=True: _figure(found and found | in_points(found), 1, signed)
     environment.filters["share"] = lambda found: _figure(found, signed=False, percent=True) if found else "not shown"
     environment.filters["level"] = lambda share: f"{100 * float(share):g}"
-    environment.filters["obstacles"] = lambda methods: "; ".join(
-        f"{m['method']}: {m['obstacle']}" for m in methods if m.get("obstacle")
-    )
+    environment.filters["obstacles"] = _obstacles
+    environment.filters["subscripts"] = _subscripts
     environment.filters["percent"] = lambda found: _figure(_in_percent(found), 1, signed=False)
     environment.filters["reached"] = _reached
     environment.filters["settings"] = _settings
@@ -177,6 +178,17 @@ def _figure(found: dict | None, digits: int = 3, signed: bool = True, percent: b
     )
     mark = f" {_ONE_SEED}" if len(found.get("seeds", ())) == 1 else ""
     return f"{mean}{unit}" if is_absent(found["low"]) else f"{mean}{unit} ({low} to {high}{mark})"
+
+
+def _obstacles(methods: list[dict]) -> str:
+    """Why methods have no front; a method is named where the reason does not begin with it."""
+    found = [(m["method"], m["obstacle"]) for m in methods if m.get("obstacle")]
+    return "; ".join(why if why.startswith(f"{name} ") else f"{name}: {why}" for name, why in found)
+
+
+def _subscripts(text: str) -> str:
+    """HTML of a text with indices behind `_`."""
+    return re.sub(r"R_(\([^)]*\)\w|\w+)", r"R<sub>\1</sub>", html.escape(text))
 
 
 def _in_percent(found: dict) -> dict:

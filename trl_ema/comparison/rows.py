@@ -11,7 +11,9 @@ from trl import ModelConfig
 
 from .. import data
 from ..config import MeanTeacherConfig
-from ..script import LoadedPart, TrainingScriptArguments, load_parts, load_tokenizer
+from ..data import LoadedPart
+from ..inputs import load_parts, load_tokenizer
+from ..script import TrainingScriptArguments
 from .plan import Comparison
 
 

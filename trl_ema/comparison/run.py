@@ -40,20 +40,12 @@ from ..evaluation.suite import HeldOutText, Kept, Reference, evaluate_model
 from ..evaluation.tasks import DOMAIN_TASKS, asked_as_chats, check_tasks, is_offline, suite_tasks, task_manager
 from ..extras import require
 from ..files import read_json, write_json, write_text
+from ..inputs import as_trained_with, load_held_out, load_tokenizer, lora, quantization
 from ..launch import checks_of_launch
 from ..preflight import check_training
 from ..processes import Launch
 from ..regularizers.own_texts import may_be_at_hand
-from ..script import (
-    as_trained_with,
-    data_of,
-    load_held_out,
-    load_tokenizer,
-    lora,
-    parse,
-    quantization,
-    sources,
-)
+from ..script import data_of, parse, sources
 from .plan import BASE, PLAN, Arm, Comparison
 from .rows import Options, RunData, check_same, check_same_split, shared_rows
 from .stages import check_tasks_of_stages

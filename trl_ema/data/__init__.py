@@ -13,9 +13,10 @@ from .formats import (
     with_prompts,
 )
 from .loading import NoSplitError, hub_errors, load_part, load_rows, load_split
-from .mixture import DataPart, mixed, mixture_counts, names_of_parts
+from .mixture import DataPart, LoadedPart, mixed, mixture_counts, names_of_parts
+from .overlap import rows_in_common, without_held_out
 from .rows import IncompleteRowsError, NoAnswersError, check_dataset, check_rows, complete_rows
-from .split import held_out_of_stream, held_out_split, rows_digest, rows_in_common
+from .split import held_out_of_stream, held_out_split, rows_digest
 from .tokens import rows_to_mix, tokenize_rows
 
 
@@ -23,6 +24,7 @@ __all__ = [
     "FORMATS",
     "DataPart",
     "IncompleteRowsError",
+    "LoadedPart",
     "NoAnswersError",
     "NoSplitError",
     "as_chat",
@@ -50,4 +52,5 @@ __all__ = [
     "trl_format",
     "with_columns",
     "with_prompts",
+    "without_held_out",
 ]

@@ -117,7 +117,8 @@ def to_prompt_completion(
     Raises:
         IncompleteRowsError: A text is missing or is no text; names row and column. Of a stream, when it is read.
         NoAnswersError: No row has an answer.
-        ValueError: The columns are of no known format; the text lists the known ones.
+        ValueError: The columns are of no known format; the text lists the known ones. Or one holds text in the place of messages, tokens,
+            options or paragraphs.
     """
     columns = set(dataset.column_names or next(iter(dataset)))
     if not trl_format(columns, text_field) and trl_format(columns - {"prompt"}, text_field):
@@ -129,12 +130,30 @@ def to_prompt_completion(
         if not known:
             raise ValueError(_unknown_columns(columns, name, option))
         needed, convert = known[0]
+    _check_nested(dataset, (needed | columns & {"input_ids"}) - {text_field}, name)
     dataset = complete_rows(_numbers_as_text(dataset, needed), needed, drop_incomplete, name)
     if convert is None:
         return dataset
     return dataset.map(
         lambda row: dict(zip(("prompt", "completion"), convert(row), strict=True)), remove_columns=list(columns)
     )
+
+
+# What stands in columns that are no text, and cannot stand in a cell of a table.
+_NESTED = {
+    "messages": "messages", "conversations": "messages", "input_ids": "tokens", "options": "options by their letters",
+    "context": "paragraphs",
+}  # fmt: skip
+
+
+def _check_nested(dataset: Dataset | IterableDataset, columns: set[str], name: str) -> None:
+    first: dict[str, Any] = next(iter(dataset), {})
+    for column in sorted(columns & _NESTED.keys()):
+        if isinstance(first.get(column), str):
+            raise ValueError(
+                f"Column `{column}` of {name} holds text ({first[column][:60]!r}), as every cell of a CSV file does; expected "
+                f"{_NESTED[column]}. Save the rows as JSONL or Parquet, or as CSV with a `prompt` and its `completion`."
+            )
 
 
 def _unknown_columns(columns: set[str], name: str, option: str | None) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_dataset_builder
 from pyarrow import parquet
 
 from .. import __version__
@@ -62,10 +62,13 @@ def load_rows(
     if config is None and name in _CONFIGS:
         config = _CONFIGS[name]
         logger.info("%s: its configuration %r, as none was named.", name, config)
-    if files and (reader == "csv" or {Path(file).suffix.lower() for file in files} == {".csv"}):
-        own = own | _as_written(files)
+    is_csv = bool(files) and (reader == "csv" or {Path(file).suffix.lower() for file in files} == {".csv"})
+    if is_csv:
+        own = own | _as_written(column for path in files for column in csv_columns(path))
     is_local = bool(files) or os.path.isdir(name)
     with file_errors(name, files) if is_local else hub_errors("data set", name):
+        if not is_csv and reader not in _READERS - {"csv"}:  # compressed, with tabs, by address or on the hub
+            own = own | _as_written(_columns_of_tables(reader, config, own))
         # Texts of JSON pyarrow keeps as they are, until they are read.
         for file in (one for one in files if FILE_FORMATS.get(Path(one).suffix.lower()) == "json" and not streaming):
             check_utf8(file)
@@ -192,14 +195,23 @@ def _is_empty(path: str, suffix: str) -> bool:
     return start in (b"", b"[]") or (suffix == ".csv" and pd.read_csv(path, nrows=1).empty)
 
 
-def _as_written(paths: Iterable[str]) -> dict:
+def _columns_of_tables(reader: str, config: str | None, options: dict) -> list[str]:
+    """Columns of a data set that `datasets` reads as CSV, whatever its name; of any other none."""
+    if load_dataset_builder(reader, config, **options).info.builder_name != "csv":
+        return []
+    splits = load_dataset(reader, config, streaming=True, nrows=1, **options)
+    found = [list(next(iter(rows), {})) for rows in splits.values()]
+    # Files of different columns are refused with or without types.
+    return found[0] if all(columns == found[0] for columns in found) else []
+
+
+def _as_written(columns: Iterable[str]) -> dict:
     """
     Options that read every cell of CSV files as the text that it is: 007 and 3.10 keep their zeros, and of `None`, `NA` or
-    `null`, which may well be answers, none is taken for an empty cell.
+    `null`, which may well be answers, none is taken for an empty cell. Types would be guessed, of 10,000 rows at a time.
     """
-    columns = {column: None for path in paths for column in csv_columns(path)}
-    features = Features({column: Value("string") for column in columns})
-    return {"features": features, "keep_default_na": False, "na_values": [""]}
+    features = Features({column: Value("string") for column in dict.fromkeys(columns)})
+    return {"features": features, "keep_default_na": False, "na_values": [""]} if features else {}
 
 
 @contextmanager

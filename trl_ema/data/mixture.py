@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Any, cast
 
@@ -73,6 +73,27 @@ class DataPart(DatasetConfig):
                     "that come from there."
                 )
         return part
+
+
+@dataclass
+class LoadedPart:
+    """
+    One of the data sets of a training, in a TRL format; plain prompts are chats where the model has a template.
+
+    Args:
+        name (`str`): In logs.
+        train (`Dataset` or `IterableDataset`), held_out (`Dataset`): Its rows.
+        fraction (`float`, *optional*): Its target share.
+        replayed (`bool`): Whether it is the `replay_dataset`.
+        shared (`list`): Rows that it has in common with others of a mixture, see [`without_held_out`].
+    """
+
+    name: str
+    train: Dataset | IterableDataset
+    held_out: Dataset
+    fraction: float | None = None
+    replayed: bool = False
+    shared: list[dict] = field(default_factory=list)
 
 
 def _as_mapping(given: Any) -> Any:

@@ -53,7 +53,7 @@ def complete_rows(
     faults = _faults(dataset, columns)
     if not faults:
         return dataset
-    if not drop:
+    if not drop or len(faults) == len(dataset):
         raise IncompleteRowsError(_incomplete(name, faults, len(dataset)))
     logger.info("%d of %d rows of %s are incomplete and left out.", len(faults), len(dataset), name)
     return dataset.select([i for i in range(len(dataset)) if i not in faults])
@@ -170,10 +170,13 @@ def _incomplete(name: str, faults: dict[int, tuple[str, str]], rows: int | None 
         numbers = ", ".join(str(i + 1) for i in list(faults)[:_SHOWN_ROWS])
         more = ", ..." if len(faults) > _SHOWN_ROWS else ""
         others = f" It is one of {len(faults)} such rows of {rows}: {numbers}{more}."
-    return (
-        f"{where} is incomplete: column `{column}` {fault}.{others} Mend it, or leave such rows out with "
-        "`--drop_incomplete_rows true` (in Python `trl_ema.data.to_prompt_completion(dataset, drop_incomplete=True)`)."
+    mend = (
+        "Mend them: without such rows none is left."
+        if len(faults) == rows
+        else "Mend it, or leave such rows out with `--drop_incomplete_rows true` (in Python "
+        "`trl_ema.data.to_prompt_completion(dataset, drop_incomplete=True)`)."
     )
+    return f"{where} is incomplete: column `{column}` {fault}.{others} {mend}"
 
 
 def _file_line(path: str, row: int) -> int | None:

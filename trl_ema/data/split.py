@@ -45,7 +45,7 @@ def held_out_split(
         held = {i for i, text in enumerate(texts) if _position(text, seed) < fraction}
     else:
         columns = seen_columns(set(dataset.column_names), text_field)
-        held = _chosen([_question_and_answer(row, columns) for row in rows_of(dataset, columns)], fraction, seed)
+        held = _chosen([question_and_answer(row, columns) for row in rows_of(dataset, columns)], fraction, seed)
     return (
         dataset.select([i for i in range(len(dataset)) if i not in held]),
         dataset.select(sorted(held)),
@@ -63,27 +63,16 @@ def held_out_of_stream(
     if len(first) <= samples:
         return dataset.skip(samples), Dataset.from_list(first)
     columns = seen_columns(set(first[0]), text_field)
-    rows = [_question_and_answer(row, columns) for row in first]
+    rows = [question_and_answer(row, columns) for row in first]
     chosen = _chosen(rows, samples / len(first), seed)
     held = {rows[i] for i in chosen}
     questions = {question for question, _ in held} - {rows[i][0] for i in range(len(rows)) if i not in chosen}
 
     def trained(row: dict) -> bool:
-        question, answer = _question_and_answer(row, columns)
+        question, answer = question_and_answer(row, columns)
         return question not in questions and (question, answer) not in held
 
     return dataset.filter(trained), Dataset.from_list([first[i] for i in sorted(chosen)])
-
-
-def rows_in_common(held_out: Dataset, train: Dataset, text_field: str = "text") -> int:
-    """How many rows of one data set's held-out part stand, with equal texts, among the training rows of another one."""
-    columns = seen_columns(set(held_out.column_names), text_field)
-    if columns != seen_columns(set(train.column_names), text_field):
-        return 0
-    held = [_question_and_answer(row, columns) for row in rows_of(held_out, columns)]
-    wanted = set(held)
-    found = wanted & {pair for row in rows_of(train, columns) if (pair := _question_and_answer(row, columns)) in wanted}
-    return sum(pair in found for pair in held)
 
 
 def rows_digest(parts: Iterable[Dataset], text_field: str = "text") -> str:
@@ -92,7 +81,7 @@ def rows_digest(parts: Iterable[Dataset], text_field: str = "text") -> str:
     for rows in parts:
         columns = seen_columns(set(rows.column_names), text_field)
         for row in rows_of(rows, columns):
-            digest.update(json.dumps(_question_and_answer(row, columns)).encode())
+            digest.update(json.dumps(question_and_answer(row, columns)).encode())
     return digest.hexdigest()
 
 
@@ -101,7 +90,7 @@ def _position(text: str, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:8], "big") / 2**64
 
 
-def _question_and_answer(row: dict, columns: list[str]) -> tuple[str, str]:
+def question_and_answer(row: dict, columns: list[str]) -> tuple[str, str]:
     """As texts. Of a conversation the last message is the answer; a text alone is an answer to no question."""
     *values, last = [row[name] for name in columns]
     if columns[-1] in ("messages", "conversations"):
