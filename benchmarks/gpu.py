@@ -45,6 +45,10 @@ ARMS = {
     "ema": dict(teacher="ema", ema_decay=0.999),
     "a quarter": dict(teacher="ema", ema_decay=0.999, kl_fraction=0.25),
     "frozen": dict(teacher="frozen"),
+    # Of the texts that the model writes, two of 96 tokens are beside each batch; its states of them are known before the first step.
+    "rehearsal": dict(
+        teacher="none", rehearsal_weight=4.0, rehearsal_num_texts=64, rehearsal_chat=False, rehearsal_start="<eos>"
+    ),
 }
 
 
@@ -193,6 +197,7 @@ def loss_speed(run: Run) -> None:
     run.note("loss/TRL's SFT head", round(times["forward"] / times["TRL's SFT head"], 3))
     if DEVICE == "cuda":
         _memory_of_loss(run, ours, trl)
+        run.note("profile/loss", profile_of(ours)[:10])
     if losses._kernels(DEVICE) is not None:
         _kernel_variants(run, ours, tokens)
 
@@ -212,18 +217,18 @@ def _kernel_variants(run, ours, tokens) -> None:
     """Other shapes of the kernel's blocks and chunks, for whoever has another card."""
     from trl_ema import kernels
 
-    names = ("_WARPS", "_WORDS_OF_THREAD", "_BLOCK", "_STAGES")
+    names = ("_WARPS", "_WORDS_OF_THREAD", "_BLOCK")
     saved = {name: getattr(kernels, name) for name in names}
-    variants = [(8, 8, 4), (8, 8, 1), (8, 8, 3), (8, 16, 1), (16, 8, 3)]
+    variants = [(8, 8), (4, 8), (16, 8), (8, 16), (4, 16)]
     best = None
-    for warps, words, stages in variants[:2] if run.smoke else variants:
-        vars(kernels).update(_WARPS=warps, _WORDS_OF_THREAD=words, _BLOCK=32 * warps * words, _STAGES=stages)
+    for warps, words in variants[:2] if run.smoke else variants:
+        vars(kernels).update(_WARPS=warps, _WORDS_OF_THREAD=words, _BLOCK=32 * warps * words)
         time_ms = medians({"": ours}, 1 if run.smoke else 10, 1)[""]
-        run.note(f"loss/{warps} warps, {words} words each, {stages} stages, ms", time_ms)
-        best = min(best or (time_ms, None), (time_ms, (warps, words, stages)), key=lambda pair: pair[0])
+        run.note(f"loss/{warps} warps, {words} words each, ms", time_ms)
+        best = min(best or (time_ms, None), (time_ms, (warps, words)), key=lambda pair: pair[0])
     if best[1]:
-        warps, words, stages = best[1]
-        vars(kernels).update(_WARPS=warps, _WORDS_OF_THREAD=words, _BLOCK=32 * warps * words, _STAGES=stages)
+        warps, words = best[1]
+        vars(kernels).update(_WARPS=warps, _WORDS_OF_THREAD=words, _BLOCK=32 * warps * words)
     chunks = {
         f"{rows} rows": functools.partial(ours, chunk_size=rows)
         for rows in (256, 512, 768, 1024, 2048)
@@ -282,7 +287,10 @@ def stepper(
     if ARMS[arm] is None:
         trainer = SFTTrainer(model, SFTConfig(**options), **common)
     else:
-        trainer = EMARegularizedSFTTrainer(model, MeanTeacherConfig(**options, **ARMS[arm]), **common)
+        own = dict(ARMS[arm])
+        if run.smoke and arm == "rehearsal":
+            own |= dict(rehearsal_num_texts=4, rehearsal_num_tokens=8)
+        trainer = EMARegularizedSFTTrainer(model, MeanTeacherConfig(**options, **own), **common)
     trainer.state.max_steps, trainer.current_gradient_accumulation_steps = 10**6, 1
     if checkpointing:
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -292,8 +300,18 @@ def stepper(
     inputs = next(iter(trainer.get_train_dataloader()))
     items = (inputs["labels"][:, 1:] != -100).sum()
     trained = [p for p in model.parameters() if p.requires_grad]
+    regularizers = getattr(trainer, "regularizers", [])
+    began = time.time()
+    for regularizer in regularizers:  # which lets the model write its texts
+        regularizer.begin(trainer)
+    if arm == "rehearsal":
+        run.note("writing 64 texts of 96 tokens and reading them, s", round(time.time() - began, 1))
 
     def step():
+        for regularizer in regularizers:
+            regularizer.before_step(
+                [inputs], trainer.state.global_step, trainer.args.device, trainer.accelerator.gather
+            )
         loss = trainer.training_step(model, dict(inputs), items)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -348,7 +366,12 @@ def steps(run: Run) -> None:
     kinds = {
         "bf16, 8 x 1024": (list(ARMS), batch, tokens, {}),
         "float32 weights (TRL's default), 8 x 1024": (["sft", "ema"], batch, tokens, dict(dtype=torch.float32)),
-        "NF4, checkpointing, 8 x 1024": (["sft", "ema", "a quarter"], batch, tokens, dict(nf4=nf4, checkpointing=True)),
+        "NF4, checkpointing, 8 x 1024": (
+            ["sft", "ema", "a quarter", "rehearsal"],
+            batch,
+            tokens,
+            dict(nf4=nf4, checkpointing=True),
+        ),
         "bf16, half of it prompt, 8 x 1024": (["sft", "ema"], batch, tokens, dict(prompt=tokens // 2)),
         "bf16, 2 x 512": (["sft", "ema"], *short, {}),
         "NF4, 2 x 512": (["sft", "ema"], *short, dict(nf4=nf4)),
@@ -371,7 +394,7 @@ def steps(run: Run) -> None:
                 figures["GiB over the models"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
             run.note(f"step/{title}/{arm}", figures)
         if DEVICE == "cuda" and title == "bf16, 8 x 1024":
-            for arm in arms[:3]:
+            for arm in arms:
                 run.note(f"synchronizations/{arm}", synchronizations(built[arm][0]))
             for arm in arms[:2]:
                 run.note(f"profile/{arm}", profile_of(built[arm][0]))

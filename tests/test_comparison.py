@@ -732,6 +732,14 @@ def test_a_plan_that_is_no_mapping_is_refused(tmp_path):
             {},
             "Arm 'other' has `eos_token='!'` and arm 'sft' None: their losses would be of different tokens",
         ),
+        *(
+            (
+                {"arms": {"sft": {"teacher": "none"}, "other": {"teacher": "none", option: value}}},
+                {},
+                f"Arm 'other' has `{option}='{value}'` and arm 'sft' .*: its adapter would be measured on a base that it was not",
+            )
+            for option, value in (("model_name_or_path", "some/other"), ("model_revision", "v2"))
+        ),
         (
             {"arms": {"sft": {"teacher": "none", "chat_template_path": "some/model"}}},
             {},
@@ -1009,7 +1017,7 @@ def test_of_an_arm_that_is_not_trained_yet_one_seed_is_checked_and_data_is_read_
     for arm, seed in (("sft", 0), ("done", 0), ("done", 1)):
         folder = tmp_path / "out" / arm / f"seed_{seed}"
         folder.mkdir(parents=True)
-        for name in ("metrics.json", "adapter_config.json"):
+        for name in ("metrics.json", "adapter_config.json", "adapter_model.safetensors"):
             (folder / name).write_text("{}")
     arms = {"done": {"teacher": "none", "replay_dataset": "DATA"}, "ema": {"teacher": "ema"}}
     arms |= {"replay": {"teacher": "none", "replay_dataset": "DATA", "packing": False, "learning_rate": 1e-4}}

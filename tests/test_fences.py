@@ -32,6 +32,7 @@ OVERRIDDEN = (
 # Functions, and the parameters that they are given: by position before the `|`, by name after it.
 CALLED = {
     "accelerate.commands.launch._validate_launch_command": "args",
+    "accelerate.utils.DeepSpeedPlugin.__init__": "| hf_ds_config",
     "accelerate.utils.broadcast_object_list": "object_list",
     "accelerate.utils.is_peft_model": "model",
     "bitsandbytes.nn.Linear4bit.state_dict": "",
@@ -168,8 +169,8 @@ NAMED = {
     ),
     "transformers.TrainerState": "best_global_step best_model_checkpoint load_from_json save_to_json stateful_callbacks",
     "transformers.TrainingArguments": (
-        "_n_gpu activation_checkpointing activation_checkpointing_kwargs average_tokens_across_devices enable_jit_checkpoint "
-        "gradient_checkpointing gradient_checkpointing_kwargs hub_always_push hub_revision"
+        "_n_gpu activation_checkpointing activation_checkpointing_kwargs average_tokens_across_devices deepspeed "
+        "enable_jit_checkpoint fsdp fsdp_plugin_args gradient_checkpointing gradient_checkpointing_kwargs hub_always_push hub_revision"
     ),
     "transformers.Qwen3MoeConfig": "num_experts",
     "transformers.modeling_outputs.BaseModelOutput": "last_hidden_state",
@@ -209,6 +210,7 @@ WRITTEN = {
     ],
     "peft.PeftModel.save_pretrained": ['kwargs.get("state_dict"'],
     "transformers.Trainer._save_rng_state": ['"rng_state.pth"', 'f"rng_state_{self.args.process_index}.pth"'],
+    "transformers.TrainingArguments._process_fsdp_args": ['{"fsdp_version": ', '["activation_checkpointing"] = '],
 }
 
 # Fields of what accelerate's launcher takes.

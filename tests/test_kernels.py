@@ -230,10 +230,9 @@ block, words = kernels._BLOCK, kernels._WORDS_OF_THREAD
 ROOM = {80: 163, 89: 99, 90: 227}  # KiB of shared memory
 for arch, room in ROOM.items():
     for direction, dtype, odd in (("forward", "bf16", False), ("reverse", "fp16", True), ("jsd", "fp32", True)):
-        stages = kernels._STAGES_OF_FLOAT32 if dtype == "fp32" else kernels._STAGES
-        constants = dict(vocabulary=49153, DIRECTION=direction, THREADS=block // words, WORDS=words, BLOCKS=-(-49153 // block))
-        constants |= dict(TAUGHT=True, GAP=not odd, NEED_GRAD=True, STAGES=stages)
-        constants |= {name: odd for name in ("TEMPERED", "SOFTCAP", "DFT", "BIAS", "TEACHER_BIAS")}
+        constants = dict(vocabulary=49153, DIRECTION=direction, THREADS=block // words, WORDS=words)
+        constants |= dict(TAUGHT=True, GAP=not odd, NEED_GRAD=True)
+        constants |= {name: odd for name in ("TEMPERED", "SCALED", "SOFTCAP", "DFT", "BIAS", "TEACHER_BIAS")}
         constants |= dict(WEIGHTED=not odd)
         types = dict(labels_ptr="*i64", ce_weights_ptr="*fp32", sums_ptr="*fp32", stride="i32")
         signature = {n: "constexpr" if n in constants else types.get(n, "*" + dtype if n.endswith("_ptr") else "fp32") for n in names}

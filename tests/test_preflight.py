@@ -3,36 +3,41 @@
 import json
 import math
 import os
+import sys
 from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import DynamoBackend, FullyShardedDataParallelPlugin, ParallelismConfig
-from conftest import lora, rows, tiny_config
+from accelerate.utils import DeepSpeedPlugin, DynamoBackend, FullyShardedDataParallelPlugin, ParallelismConfig
+from conftest import config, lora, rows, tiny_config, tiny_model
 from datasets import Dataset
 from peft import get_peft_model
 from test_cli import trl_ema
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig
 
 from trl_ema import MeanTeacherConfig, memory, preflight
+from trl_ema.checks import bytes_to_write
 from trl_ema.data import tokenize_rows
 from trl_ema.fingerprint import tokenizer_fingerprint
-from trl_ema.launch import checks_of_launch, launch_of, launcher_settings, sees_one_device
+from trl_ema.launch import checks_of_launch, launch_of, launcher_settings, sees_one_device, with_options_of_training
 from trl_ema.memory import BFLOAT16, FLOAT32, NF4
-from trl_ema.preflight import (
-    Refusals,
-    TrainerWithoutWeights,
+from trl_ema.outlook import (
     bytes_of,
     checkpoints_kept,
     memory_of,
+    memory_of_machine,
     shown_row,
     sizes_of,
     total_steps,
 )
+from trl_ema.preflight import TrainerWithoutWeights, with_trained_adapter
 from trl_ema.processes import Launch, refuse_sharding
+from trl_ema.refusals import Given, Refusals, as_far_as_it_goes
 from trl_ema.script import TrainingScriptArguments
 from trl_ema.texts import Sampling, texts_path
 
@@ -83,6 +88,7 @@ def test_an_adapter_that_is_gone_on_from_is_the_one_that_counts(workplace):
     arguments = ["--dataset_name", "data.jsonl", "--max_steps", "2", "--adapter_name_or_path"]
     done = trl_ema("check", *QUICK, *arguments, "first", cwd=workplace)
     assert "adapter: first" in said(done) and said(done).endswith("`trl-ema train` would start.")
+    assert "the adapter that it goes on from, at most" in said(done)
     done = trl_ema(
         "check",
         *QUICK,
@@ -96,7 +102,9 @@ def test_an_adapter_that_is_gone_on_from_is_the_one_that_counts(workplace):
         check=False,
     )
     assert done.returncode == 1
-    assert "`adapter_name_or_path='model'` holds no adapter" in said(done) and "no_such_task" in said(done)
+    assert "`adapter_name_or_path='model'` holds a whole model and no adapter" in said(done) and "no_such_task" in said(
+        done
+    )
 
 
 def test_rows_are_shown_as_they_are_trained_on(tokenizer):
@@ -237,9 +245,82 @@ def test_all_reasons_are_told_at_once(workplace):
         assert message in done.stdout
 
 
-def test_options_and_models_that_cannot_be_are_refused_in_a_line(workplace):
-    done = check(workplace, "--kl_weight", "-1", check=False)
-    assert done.returncode == 1 and "trl-ema check: `kl_weight` must be at least 0" in done.stderr
+def told_reasons(done):
+    """The first words of each."""
+    return [" ".join(line.split()[1:4]) for line in done.stdout.splitlines() if line.startswith("  - ")]
+
+
+def test_what_options_and_launcher_refuse_is_told_beside_all_else(workplace):
+    """Each of the command line; an option is refused by argparse, by its class, or known to nobody."""
+    options = ["--dataset_name", "gone.jsonl", "--lora_target_modules", "no_proj", "--output_dir", "out"]
+    wrong = ["--max_steps", "many", "--kl_weight", "-1", "--ema_decay", "2", "--no_such", "3", "--generations", "-1"]
+    done = check(workplace, *options, *wrong, check=False)
+    refused = [
+        "argument --max_steps/--max-steps: invalid", "`kl_weight` must be", "`ema_decay` must be", "Some specified arguments",
+        "`generations` must be", "There is no", "Target modules no_proj",
+    ]  # fmt: skip
+    told = told_reasons(done)
+    assert done.returncode == 1 and len(told) == len(refused)
+    assert all(any(one.startswith(" ".join(words.split()[:3])) for one in told) for words in refused), told
+    assert all(f"`{option[2:]}`" in done.stdout.splitlines()[-1] for option in wrong[::2])
+    launcher = ["--accelerate_config", "fsdp2", "--num_processes", "some", "--nor_this", "1", "--torch_compile", "true"]
+    done = check(workplace, "--dataset_name", "data.jsonl", "--output_dir", "out", *launcher, check=False)
+    assert told_reasons(done) == [
+        "argument --num_processes/--num-processes: invalid",
+        "Of --nor_this 1",
+        "`torch_compile` under FSDP2",
+    ]
+    assert "8 process(es), fsdp2" in done.stdout
+    done = check(workplace, *options, "--kl_weight", "-1", "--accelerate_config", "zero9", check=False)
+    assert told_reasons(done)[:2] == ["`accelerate_config='zero9'` is neither", "`kl_weight` must be"]
+    assert len(told_reasons(done)) == 4 and "Steps, disk and memory are those of a launch" in done.stdout
+
+
+def test_what_a_configuration_has_wrong_is_told_and_the_rest_of_it_looked_at(workplace):
+    wrong = {"dataset_name": "data.jsonl", "kl_weight": -1, "no_such": 3, "max_steps": 5, "output_dir": "out"}
+    (workplace / "wrong.yaml").write_text(yaml.safe_dump(wrong))
+    done = check(workplace, "--config", "wrong.yaml", check=False)
+    assert told_reasons(done) == ["`kl_weight` must be", "Unknown arguments from"]
+    assert "5 optimizer steps of 8 rows" in done.stdout and (workplace / "wrong.yaml").read_text() == yaml.safe_dump(
+        wrong
+    )
+    for name, message in (("nowhere", "`config='nowhere'` is neither"), ("list.yaml", "Config file list.yaml")):
+        (workplace / "list.yaml").write_text("[1]")
+        done = check(workplace, "--config", name, "--accelerate_config", "zero9", check=False)
+        assert told_reasons(done) == ["`accelerate_config='zero9'` is neither", message]
+    # Of which rows or which model a misspelt option speaks nobody knows.
+    done = check(workplace, "--dataset_nname", "data.jsonl", "--output_dir", "out", check=False)
+    assert told_reasons(done) == ["Some specified arguments"] and "⟦" not in done.stdout
+    done = trl_ema("check", "--model_nname", "model", "--output_dir", "out", cwd=workplace, check=False)
+    assert told_reasons(done) == ["Some specified arguments"] and "SmolLM2" not in done.stdout
+
+
+def test_refusals_that_come_of_an_option_left_out_are_none(workplace):
+    def make(given):
+        options = {words[0][2:]: words[1:] for words in given.words}
+        if options.get("steps") == ("-1",):
+            raise ValueError("`steps` must be at least 0.")
+        if "tasks" in options and "steps" not in options:
+            raise ValueError("`tasks` and `steps=0` belong together.")
+        if "other" in options:
+            raise ValueError("No option is named, and nothing goes with that.")
+        return sorted(options)
+
+    given, refusals = Given.on(["--tasks", "a", "b", "--steps", "-1", "--kept=1", "--other"]), Refusals()
+    assert given.names == ["tasks", "steps", "kept", "other"]
+    assert as_far_as_it_goes(make, given, refusals) == ["kept=1"]
+    assert refusals.found == ["`steps` must be at least 0.", "No option is named, and nothing goes with that."]
+    assert refusals.left_out == ["steps", "tasks", "other"]
+
+    def never(given):
+        raise TypeError("no")
+
+    assert as_far_as_it_goes(never, given, refusals) is None and refusals.found[-1] == "no"
+    with pytest.raises(SystemExit):  # that of `--help`
+        as_far_as_it_goes(lambda given: sys.exit(0), given, refusals)
+
+
+def test_models_that_cannot_be_are_refused(workplace):
     done = check(
         workplace, "--dataset_name", "data.jsonl", "--model_name_or_path", "no/such", "--output_dir", "out", check=False
     )
@@ -251,13 +332,14 @@ def test_options_and_models_that_cannot_be_are_refused_in_a_line(workplace):
     [
         ["--teacher", "frozen"],
         ["--teacher", "none", "--rehearsal_weight", "2", "--rehearsal_num_tokens", "32"],
+        ["--rehearsal_weight", "2", "--rehearsal_num_tokens", "32", "--max_drift", "0.1", "--drift_steps", "0"],
         ["--ewc_weight", "1", "--l2_weight", "1"],
     ],
 )
 def test_no_method_needs_weights_to_be_looked_at(workplace, method):
     done = check(
-        workplace, "--dataset_name", "data.jsonl", "--output_dir", "out", *method, "--max_steps", "2", "--drift_steps", "1",
-        "--load_in_4bit", "true", "--packing", "true",
+        workplace, "--dataset_name", "data.jsonl", "--output_dir", "out", "--max_steps", "2", "--drift_steps", "1",
+        "--load_in_4bit", "true", "--packing", "true", *method,
     )  # fmt: skip
     assert "would start" in done.stdout and "sequences an epoch" in done.stdout
 
@@ -285,9 +367,7 @@ def test_steps_and_bytes_are_those_of_the_trainer_that_trains(make_trainer, tmp_
     hollow = without_weights(tmp_path, real.processing_class, **options)
     assert total_steps(hollow, 20, 1) == real.state.global_step and len(hollow.train_dataset) == len(real.train_dataset)
     for checkpoint in (False, True):
-        assert preflight.bytes_to_write(hollow, checkpoint=checkpoint) == preflight.bytes_to_write(
-            real, checkpoint=checkpoint
-        )
+        assert bytes_to_write(hollow, checkpoint=checkpoint) == bytes_to_write(real, checkpoint=checkpoint)
 
 
 def test_penalties_save_as_much_as_in_a_training(make_trainer, tmp_path):
@@ -296,16 +376,57 @@ def test_penalties_save_as_much_as_in_a_training(make_trainer, tmp_path):
     assert sum(r.bytes_to_save() for r in real.regularizers) == sum(r.bytes_to_save() for r in hollow.regularizers) > 0
 
 
-def without_weights(folder, tokenizer, **changes):
-    import torch
-    from conftest import config
+@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize("teacher", ["frozen", "ema", "none"])
+def test_copies_of_an_adapter_are_counted_as_a_training_makes_them(make_trainer, tmp_path, goes_on, teacher):
+    options = dict(teacher=teacher, l1_weight=1e-5, l2_weight=1e-2, ewc_weight=1.0, rehearsal_num_tokens=32)
+    model = get_peft_model(tiny_model(), lora(init_lora_weights=False)) if goes_on else None
+    if goes_on:
+        model.save_pretrained(tmp_path / "before")
+    real = make_trainer(model=model, peft_config=None if goes_on else "lora", **options)
+    adapter = str(tmp_path / "before") if goes_on else None
+    hollow = without_weights(tmp_path, real.processing_class, adapter, **options)
+    one = 4 * sum(p.numel() for p in real.model.parameters() if p.requires_grad)
+    for mode in memory.MODES:
+        launch = Launch(4, **OF_MODE[mode])
+        found = memory_of(real, ModelConfig(), launch)
+        assert memory_of(hollow, ModelConfig(), launch) == found and found["penalties"] == 4 * one
+        assert bool(found["teacher"]) == (teacher == "ema" or (teacher == "frozen" and goes_on))
+        kept = {"the adapter that it goes on from": one} if goes_on else {}
+        assert memory_of_machine(real, launch, 4) == memory_of_machine(hollow, launch, 4) == kept
+    for checkpoint in (False, True):
+        expected = bytes_to_write(real, checkpoint=checkpoint)
+        assert bytes_to_write(hollow, checkpoint=checkpoint) == expected
 
+
+def test_kept_states_of_rehearsed_texts_are_counted_as_a_training_keeps_them(make_trainer, tmp_path):
+    rows(6, kind="text").to_json(tmp_path / "texts.jsonl")
+    options = dict(rehearsal_weight=1.0, rehearsal_dataset=str(tmp_path / "texts.jsonl"), max_steps=9)
+    real = make_trainer(**options)
+    real.train()
+    (rehearsal,) = (one for one in real.regularizers if one.name == "rehearsal")
+    hidden = rehearsal._known[0].shape[-1]
+    # Of each text the last token predicts nothing.
+    expected = 4 * (sum(states.numel() for states in rehearsal._known) + 6 * hidden)
+    hollow = without_weights(tmp_path, real.processing_class, **options)
+    assert memory_of_machine(hollow, Launch(2), 9) == {"states of rehearsed texts": expected}
+    assert memory_of_machine(hollow, Launch(2), 2) == {}  # each text is taken once at most
+    assert memory_of_machine(hollow, Launch(2, fsdp_version=2), 9) == {}
+    options.pop("rehearsal_dataset")  # to be written: so many, of so many tokens
+    written = without_weights(
+        tmp_path, real.processing_class, **options, rehearsal_num_texts=5, rehearsal_num_tokens=24
+    )
+    assert memory_of_machine(written, Launch(), 9) == {"states of rehearsed texts": 5 * 24 * hidden * 4}
+
+
+def without_weights(folder, tokenizer, adapter=None, **changes):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config())
-    args = config(folder / "hollow", **changes)
-    return TrainerWithoutWeights(
-        model, args=args, train_dataset=rows(20), eval_dataset=rows(4), processing_class=tokenizer, peft_config=lora()
-    )
+    if adapter is not None:
+        model = with_trained_adapter(model, adapter)
+    args, data = config(folder / "hollow", **changes), dict(train_dataset=rows(20), eval_dataset=rows(4))
+    peft_config = lora() if adapter is None else None
+    return TrainerWithoutWeights(model, args=args, processing_class=tokenizer, peft_config=peft_config, **data)
 
 
 @pytest.mark.parametrize(("ranks", "steps"), [(1, 4), (2, 2), (3, 2), (7, 1)])
@@ -355,8 +476,6 @@ def test_memory_is_by_the_formulas_of_the_page(make_trainer):
 
 @pytest.mark.parametrize("mode", memory.MODES)
 def test_bytes_of_a_bfloat16_run_are_those_of_the_page(mode):
-    import torch
-
     base = torch.nn.Linear(2, 2, dtype=torch.bfloat16).requires_grad_(False)
     adapter = torch.nn.Linear(2, 2)
     model = torch.nn.ModuleDict({"base": base, "adapter": adapter})
@@ -473,6 +592,67 @@ def test_an_option_of_the_launcher_that_training_refuses_is_told(workplace):
     done = check(workplace, *arguments, "--torch_compile", "true", *FSDP, check=False)
     assert done.returncode == 1 and "would refuse, for 2 reason(s)" in done.stdout
     assert "`torch_compile` under FSDP2" in done.stdout and "`fsdp_activation_checkpointing`" in done.stdout
+
+
+ZERO3 = {
+    "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}},
+    "train_micro_batch_size_per_gpu": "auto",
+}
+
+
+@pytest.mark.parametrize(
+    ("launch", "options", "expected"),
+    [
+        (Launch(4), dict(fsdp="full_shard"), Launch(4, fsdp_version=2)),
+        (Launch(4), dict(fsdp="full_shard", fsdp_config={"version": 1}), Launch(4, fsdp_version=1)),
+        (Launch(4, wraps_layers=True), dict(fsdp="auto_wrap"), Launch(4, fsdp_version=2, wraps_layers=True)),
+        (
+            Launch(4),
+            dict(fsdp="full_shard", fsdp_config={"activation_checkpointing": True}),
+            Launch(4, fsdp_version=2, wraps_layers=True),
+        ),
+        (Launch(4, fsdp_version=1), dict(torch_compile=True), Launch(4, fsdp_version=1, compiles=True)),
+    ],
+)
+def test_options_of_the_training_count_before_those_of_its_launch(launch, options, expected):
+    settings = MeanTeacherConfig("out", use_cpu=True, bf16=False, gradient_checkpointing=False, **options)
+    assert with_options_of_training(launch, settings) == expected
+
+
+def test_deepspeed_of_the_training_is_read_as_accelerate_reads_it(tmp_path):
+    settings = MeanTeacherConfig("out", use_cpu=True, bf16=False)
+    (tmp_path / "zero.json").write_text(json.dumps(ZERO3))
+    for given in (ZERO3, str(tmp_path / "zero.json"), json.dumps(ZERO3)):
+        found = with_options_of_training(Launch(2, zero_stage=2, offload_param="cpu"), settings, given)
+        assert found == Launch(2, zero_stage=3, offload_param="nvme")
+    for given, message in (("gone.json", "path to an existing deepspeed config"), ({"a": 1}, "specify the ZeRO")):
+        with pytest.raises(ValueError, match=message):
+            with_options_of_training(Launch(), settings, given)
+    assert (
+        Launch.of_state(SimpleNamespace(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ZERO3))).offload_param == "nvme"
+    )
+    assert not is_deepspeed_zero3_enabled()
+
+
+def test_sharding_by_options_of_the_training_is_looked_at(workplace):
+    """On the command line and in a file; each process of the launch has the same."""
+    rows = ["--dataset_name", "data.jsonl", "--output_dir", "out", "--max_steps", "2"]
+    several = [*rows, "--accelerate_config", "multi_gpu", "--num_processes", "2"]
+    (workplace / "zero.json").write_text(json.dumps(ZERO3))
+    (workplace / "zero.yaml").write_text(yaml.safe_dump({"deepspeed": ZERO3}))
+    for option in (["--deepspeed", "zero.json"], ["--config", "zero.yaml"]):
+        done = check(workplace, *several, *option, "--ewc_weight", "1", check=False)
+        assert told_reasons(done) == ["DeepSpeed's `offload_param` is", "`ewc_weight`: a sharded"]
+        assert "2 process(es), zero3" in done.stdout
+    done = check(workplace, *several, "--deepspeed", "gone.json", check=False)
+    assert told_reasons(done) == ["Expected a string"] and "Steps, disk and memory are those" in done.stdout
+    fsdp = ["--fsdp", "full_shard", "--fsdp_config"]
+    done = check(workplace, *several, *fsdp, '{"version": 1}', check=False)
+    assert told_reasons(done) == ["The launch asks"] and "2 process(es), fsdp2" in done.stdout
+    done = check(workplace, *several, *fsdp, '{"activation_checkpointing": true}', check=False)
+    assert told_reasons(done) == ["The launch asks"] and "`fsdp_activation_checkpointing`" in done.stdout
+    assert told_reasons(check(workplace, *rows, "--fsdp", "full_shard", check=False)) == ["The option `fsdp`"]
+    assert "ACCELERATE_USE_FSDP" not in os.environ and "ACCELERATE_USE_DEEPSPEED" not in os.environ
 
 
 def test_a_best_metric_and_a_push_that_cannot_be_are_refused(workplace, monkeypatch):

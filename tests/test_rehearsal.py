@@ -59,13 +59,14 @@ def _micro_batches(trainer, number):
 
 def _sum_of_ce(trainer, ids):
     """Σ CE over every prediction of one text, float64."""
-    logits = trainer.model(input_ids=torch.tensor([ids])).logits[0, :-1].double()
-    return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
+    ids = torch.tensor(ids, device=trainer.model.device)
+    logits = trainer.model(input_ids=ids[None]).logits[0, :-1].double()
+    return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
 
 
 def _sum_of_kl(trainer, ids):
     """Σ KL(before ‖ student) over every prediction of one text, float64."""
-    inputs = {"input_ids": torch.tensor([ids])}
+    inputs = {"input_ids": torch.tensor([ids], device=trainer.model.device)}
     now = trainer.model(**inputs).logits[0, :-1].double().log_softmax(-1)
     with torch.no_grad(), trainer.starting_point.activate():
         before = trainer.model(**inputs).logits[0, :-1].double().log_softmax(-1)
@@ -208,7 +209,7 @@ def test_the_model_before_training_has_nothing_random(rehearsing):
     trainer = rehearsing(model=model, peft_config=None, neftune_noise_alpha=5.0, max_steps=1)
     trainer.train()
     trainer.model.train()
-    ids = torch.tensor([[1, 7, 9]])
+    ids = torch.tensor([[1, 7, 9]], device=trainer.model.device)
     with torch.no_grad(), trainer.starting_point.activate():
         one, other = (trainer.model(input_ids=ids).logits for _ in range(2))
     assert torch.equal(one, other)

@@ -185,6 +185,14 @@ APART = {
 @pytest.mark.parametrize("case", APART)
 def test_rows_and_texts_of_other_lengths_are_not_padded_alike(rehearsing, case):  # noqa: F811
     length, options, expected = APART[case]
+    trainer, shapes = rehearsing_rows_of(rehearsing, length, options)
+    check(trainer)
+    # Those of the two batches apart too; texts are written by five.
+    assert {shape for shape in shapes if shape[0] in (2, 4, 6)} == expected | {(4, length)}
+
+
+def rehearsing_rows_of(rehearsing, length, options):  # noqa: F811
+    """A trainer on full rows of so many tokens, and the shapes that its model is given."""
     options = dict(options)
     model = tiny_model(**options.pop("model", {}))
     data = rows(8).map(lambda row, i: {"input_ids": [5 + (i + j) % 30 for j in range(length)]}, with_indices=True)
@@ -199,11 +207,60 @@ def test_rows_and_texts_of_other_lengths_are_not_padded_alike(rehearsing, case):
     )
     shapes = []
     model.base_model.register_forward_pre_hook(
-        lambda _, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+        lambda _, args, inputs: shapes.append(tuple((args[0] if args else inputs["input_ids"]).shape)), with_kwargs=True
+    )
+    return trainer, shapes
+
+
+JOINED = {
+    "texts again": (40, dict(max_steps=12), {(5, 40), (8, 12), (2, 12)}),  # which are read eight at a time
+    "fresh texts": (40, {}, {(5, 40), (1, 40)}),
+    "one text a row": (14, {}, {(6, 14), (2, 14)}),
+    "short rows": (4, {}, {(6, 12), (2, 12)}),
+    "replay": (40, dict(rehearsal_loss="ce"), {(5, 40)}),
+    "sliding windows": (40, dict(model=dict(model_type="gemma2", sliding_window=8)), {(5, 40), (1, 40)}),
+    "learned positions": (40, dict(model=dict(model_type="gpt2") | FAMILIES["gpt2"]), {(5, 40), (1, 40)}),
+    "experts": (
+        40, dict(model=dict(model_type="qwen3_moe") | FAMILIES["qwen3_moe"], router_aux_loss_coef=0.1), {(5, 40), (1, 40)},
+    ),
+    "checkpointing": (40, dict(gradient_checkpointing=True), {(5, 40), (1, 40)}),
+    "beside a frozen teacher": (40, dict(teacher="frozen", kl_weight=0.0), {(5, 40)}),
+    "beside an EMA teacher": (40, dict(teacher="ema", kl_weight=0.0), {(5, 40), (1, 40)}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr("trl_ema.regularizers.joined_texts._works_ahead", lambda _: True)
+
+
+@pytest.mark.parametrize("case", JOINED)
+def test_on_a_gpu_texts_stand_in_as_few_rows_as_hold_them(rehearsing, on_a_gpu, case):  # noqa: F811
+    length, options, expected = JOINED[case]
+    trainer, shapes = rehearsing_rows_of(rehearsing, length, options)
+    if options.get("rehearsal_loss") == "ce":
+        trainer.train()
+    else:
+        check(trainer)
+    assert of(trainer)._joins
+    # Beside those of the reference: the student's own rows, a text by itself or, where they are written, five; two for a trial.
+    of_reference = {(4, length), (1, 24), *((number, tokens) for number in (1, 5) for tokens in range(13))}
+    assert set(shapes) - of_reference == expected
+
+
+def test_where_positions_do_not_keep_texts_apart_they_are_not_joined(rehearsing, on_a_gpu):  # noqa: F811
+    model = dict(model_type="falcon_h1") | FAMILIES["falcon_h1"]
+    trainer, _ = rehearsing_rows_of(
+        rehearsing, 40, dict(model=model, peft_config=lora(target_modules=["q_proj", "v_proj"]))
     )
     check(trainer)
-    # Those of the two batches apart too; texts are written by five.
-    assert {shape for shape in shapes if shape[0] in (2, 4, 6)} == expected | {(4, length)}
+    assert not of(trainer)._joins
+
+
+def test_a_cpu_joins_no_texts(rehearsing):  # noqa: F811
+    trainer = rehearsing()
+    trainer.train()
+    assert not of(trainer)._joins
 
 
 def test_what_is_passed_over_apart_must_be_worth_a_pass():

@@ -358,6 +358,17 @@ def without_first_weights(comparison):
     shutil.rmtree(folders(comparison)[1])
 
 
+def with_configuration_alone(comparison):
+    (folders(comparison)[0] / "adapter_model.safetensors").unlink()
+    shutil.rmtree(folders(comparison)[1])
+
+
+def with_whole_model(comparison):
+    without_first_weights(comparison)
+    for name in ("config.json", "model.safetensors"):
+        (folders(comparison)[0] / name).touch()
+
+
 def without_both(comparison):
     for folder in folders(comparison):
         shutil.rmtree(folder)
@@ -370,7 +381,9 @@ def without_both(comparison):
         (without_first, {}, r"holds sft, seed 0, stage second, and the stage before it, 'first', is not trained .* Put it back, or delete the folder"),
         (another_adapter, {}, r"which went on from another adapter of the stage 'first' than .* holds now. Delete the folder of the later stage"),
         (another_adapter, {"evaluate_only": True}, "which went on from another adapter"),
-        (without_first_weights, {}, r"goes on from stage 'first', which was kept without its weights .* Put them back"),
+        (without_first_weights, {}, r"goes on from stage 'first', which was kept without its weights: .*/first holds no adapter .* Put them back"),
+        (with_configuration_alone, {}, r"goes on from stage 'first', .*/first holds no weights of its adapter \(adapter_model.safetensors is missing"),
+        (with_whole_model, {}, r"goes on from stage 'first', .*/first holds a whole model and no adapter"),
         (lambda _: None, {"stages": ["third"]}, r"The comparison has no stages \['third'\]; expected some of \['first', 'second'\]"),
     ],
 )  # fmt: skip
@@ -389,9 +402,10 @@ def test_stages_in_another_order_are_other_runs(copied, tiny_folder, tmp_path):
         run_comparison(load_comparison(changed, copied.output_dir), evaluate_only=True)
 
 
-def test_a_stage_kept_without_its_weights_counts(copied, nothing_trained):
-    (folders(copied)[0] / "adapter_model.safetensors").unlink()
-    (folders(copied)[0] / "adapter_config.json").unlink()
+@pytest.mark.parametrize("left", [(), ("adapter_config.json",)])
+def test_a_stage_kept_without_its_weights_counts(copied, nothing_trained, left):
+    for name in {"adapter_model.safetensors", "adapter_config.json"} - {*left}:
+        (folders(copied)[0] / name).unlink()
     run_comparison(copied)
     assert not nothing_trained and not summarize_comparison(copied.output_dir)["missing"]
 
@@ -480,7 +494,7 @@ def checked(tiny_folder, tmp_path, monkeypatch):
         for run in done:
             folder = tmp_path / "out" / "other" / "seed_0" / run
             folder.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.json", "adapter_config.json"):
+            for name in ("metrics.json", "adapter_config.json", "adapter_model.safetensors"):
                 (folder / name).write_text("{}")
         with pytest.raises(Checked):
             run_comparison(found, **asked)

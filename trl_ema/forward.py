@@ -257,7 +257,8 @@ def logit_transform(config: Any) -> LogitTransform:
 def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False, eaft: bool = False) -> None:
     """
     Patch `model.forward`: with `fused_lm_head=True` and a list of `divergences` it returns a [`RegularizedOutput`], else what
-    it returned before. `parts` ([`Parts`]) tells the student's own data from further rows, where there are any.
+    it returned before. `parts` ([`Parts`]) tells the student's own data from further rows, where there are any; with `joined=True`
+    rows may hold several texts, which begin where `position_ids` is 0.
 
     Args:
         model (`PreTrainedModel`): The base model inside the `PeftModel`, already patched by `add_fused_lm_head`.
@@ -401,9 +402,18 @@ def _hidden_states(model: Any, args: tuple, inputs: dict, length: float) -> torc
     """`(batch, seq_len, hidden_size)`; 0 behind the first so many tokens of each row, which are not computed."""
     width = inputs["input_ids"].shape[1]
     if length >= width:
-        return model.base_model(*args, **inputs).last_hidden_state
+        return model.base_model(*args, **_without_mask(inputs)).last_hidden_state
     hidden = model.base_model(*args, **_cut(inputs, slice(None), int(length))).last_hidden_state
     return torch.nn.functional.pad(hidden, (0, 0, 0, width - int(length)))
+
+
+def _without_mask(inputs: dict) -> dict:
+    """
+    Where texts are `joined` in a row, positions alone tell which tokens see each other: the model makes its masks of them if it has
+    no other one. What fills a row is behind its tokens, none of which sees it.
+    """
+    dropped = ("joined", "attention_mask") if inputs.get("joined") else ()
+    return {key: value for key, value in inputs.items() if key not in dropped}
 
 
 def _cut(inputs: dict, rows: slice, length: int) -> dict:
@@ -419,7 +429,7 @@ def _student_pass(model: Any, args: tuple, inputs: dict, parts: Parts | None) ->
     """Hidden states, `(batch, seq_len, hidden_size)`, and the load-balancing loss of the student's own rows."""
     config, ids = model.config.get_text_config(), inputs["input_ids"]
     if parts is None or not parts.are_better_apart(ids):
-        outputs = model.base_model(*args, **inputs)
+        outputs = model.base_model(*args, **_without_mask(inputs))
         number = None if parts is None else parts.own
         return outputs.last_hidden_state, _load_balancing_loss(config, outputs, inputs, number)
     assert parts.lengths is not None

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
-from accelerate.utils import str_to_bool
+from accelerate.utils import DeepSpeedPlugin, str_to_bool
 
 from . import __version__
 from .config import MeanTeacherConfig
@@ -22,12 +22,14 @@ from .processes import (
     PARALLEL,
     Launch,
     refuse_fisher,
+    refuse_lone_fsdp,
     refuse_parallelism,
     refuse_sharding,
     refuse_start,
     refuse_tasks,
     refuse_to_write,
     refuse_wrapping,
+    zero_of,
 )
 from .script import TrainingScriptArguments, make_parser
 from .versions import check_versions
@@ -141,6 +143,32 @@ def sees_one_device(settings: argparse.Namespace) -> bool:
     return bool(several or file.get("use_cpu") or (gpus != "all" and "," not in gpus))
 
 
+def with_options_of_training(
+    launch: Launch, settings: MeanTeacherConfig, deepspeed: dict | str | None = None
+) -> Launch:
+    """
+    The launch as the options of the training change it: `deepspeed`, `fsdp` and `torch_compile`, which count before the launcher's.
+
+    Args:
+        deepspeed (`dict` or `str`, *optional*): That option, where `settings` were made without it: they would start DeepSpeed.
+
+    Raises:
+        ImportError: DeepSpeed is not installed, or of a version outside its range.
+        ValueError: It is asked for with a configuration that is none.
+    """
+    deepspeed = settings.deepspeed if deepspeed is None else deepspeed
+    launch = replace(launch, compiles=launch.compiles or settings.torch_compile)
+    if settings.fsdp:
+        plugin: Any = settings.fsdp_plugin_args
+        wraps = bool(plugin.get("activation_checkpointing", launch.wraps_layers))
+        launch = replace(launch, fsdp_version=int(plugin["fsdp_version"]), wraps_layers=wraps)
+    if deepspeed:
+        require("deepspeed", "deepspeed")
+        check_versions(__version__, ("deepspeed",))
+        launch = replace(launch, **zero_of(DeepSpeedPlugin(hf_ds_config=deepspeed)))
+    return launch
+
+
 def checks_of_launch(
     launch: Launch, args: TrainingScriptArguments, settings: MeanTeacherConfig, *, begun: bool, has_texts: bool
 ) -> list[Callable[[], None]]:
@@ -154,8 +182,10 @@ def checks_of_launch(
     """
     goes_on = args.adapter_name_or_path is not None
     rehearses_own = bool(settings.rehearsal_weight) and settings.rehearsal_dataset is None
-    launch = replace(launch, compiles=launch.compiles or settings.torch_compile)
+    launch = with_options_of_training(launch, settings)
     checks: list[Callable[[], None]] = [partial(refuse_wrapping, launch)]
+    if settings.fsdp:
+        checks.append(partial(refuse_lone_fsdp, launch))
     if settings.needs_fused_forward:
         checks += [partial(refuse_parallelism, launch), partial(refuse_sharding, launch)]
     if args.eval_tasks:

@@ -40,6 +40,9 @@ _UPCAST_ROWS = 8192
 # For the kernel: two buffers of logits, each of this size and of so many rows at the most.
 _KERNEL_MIB = 256
 _KERNEL_ROWS = 2048
+# Few tokens go through in this many chunks, each of so many rows at least: their buffers would show beside the little else there is.
+_KERNEL_CHUNKS = 8
+_KERNEL_FEWEST_ROWS = 128
 # Rows of these begin where the matrix products are fastest.
 _KERNEL_ALIGNMENT = 64
 # In float16 the smallest parts of a gradient that is not multiplied by this would be rounded to nothing. It leaves room for logit
@@ -178,7 +181,9 @@ def fused_linear_cross_entropy_kl(
     kernels = _kernels(student_hidden.device.type) if precision != torch.float64 != student_hidden.dtype else None
     if chunk_size is None:
         logits = precision if teacher_head is head else torch.float32
-        chunk_size = default_chunk_size(student_hidden.device.type, weight.shape[0], logits if kernels else None)
+        chunk_size = default_chunk_size(
+            student_hidden.device.type, weight.shape[0], logits if kernels else None, len(labels)
+        )
     divergence = _Divergence(direction, mixture, temperature)
     return FusedLossOutput(
         *_FusedLinearCrossEntropyKL.apply(
@@ -220,11 +225,15 @@ def _kernels(device_type: str):
     return kernels
 
 
-def default_chunk_size(device_type: str, vocabulary: int, kernel_dtype: torch.dtype | None = None) -> int:
-    """Tokens that go through the LM head together; with the kernel those that fill buffers of `kernel_dtype`."""
+def default_chunk_size(
+    device_type: str, vocabulary: int, kernel_dtype: torch.dtype | None = None, tokens: int | None = None
+) -> int:
+    """Of `tokens`, those that go through the LM head together; with the kernel those that fill buffers of `kernel_dtype`."""
     if kernel_dtype is not None:
-        rows = _KERNEL_MIB * 2**20 // (kernel_dtype.itemsize * vocabulary)
-        return min(_KERNEL_ROWS, 2 ** max(0, rows.bit_length() - 1))  # a power of two fills the tiles of a product
+        rows = min(_KERNEL_ROWS, _KERNEL_MIB * 2**20 // (kernel_dtype.itemsize * vocabulary))
+        if tokens is not None:
+            rows = min(rows, max(_KERNEL_FEWEST_ROWS, tokens // _KERNEL_CHUNKS))
+        return 2 ** max(0, rows.bit_length() - 1)  # a power of two fills the tiles of a product
     if device_type == "cpu":
         return min(_CPU_CHUNK_SIZE, _rows_of(_CPU_CHUNK_MIB, vocabulary))
     return _rows_of(_CHUNK_MIB, vocabulary)

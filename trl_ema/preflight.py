@@ -1,15 +1,13 @@
-"""The command `trl-ema check`: what a training would do, and all that it would refuse, without the weights of its model."""
+"""The command `trl-ema check`: looks at what a training would do, and at all that it would refuse, without the weights of its model."""
 
 import itertools
 import logging
-import math
-import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,31 +16,36 @@ import torch
 from datasets import Dataset, IterableDataset
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub import get_token
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from .adapters.names import TEACHER_NAME, base_of
+from .adapters.fitness import base_changed_by
 from .checkpointing.resuming import check_checkpoint
-from .checks import bytes_to_write, check_best_metric, check_drift_is_watched, check_free_space
+from .checks import check_best_metric, check_drift_is_watched, check_free_space
 from .config import MeanTeacherConfig
 from .data import LoadedPart, as_chat, hub_errors, mixture_counts, tokenize_rows
 from .evaluation.drift import general_rows
 from .evaluation.runner import tasks_to_ask
-from .files import check_output_dir
+from .files import check_output_dir, read_yaml
 from .inputs import as_trained_with, load_parts, load_tokenizer, lora, quantization, training_sets, warn_of_other_lora
-from .launch import checks_of_launch, launch_of, launcher_settings, sees_one_device, take_accelerate_config
-from .losses import IGNORE_INDEX
+from .launch import (
+    checks_of_launch,
+    launch_of,
+    launcher_settings,
+    sees_one_device,
+    take_accelerate_config,
+    with_options_of_training,
+)
 from .measurement import DriftCallback, Measurement, TrainedDrift
-from .memory import NF4, Bytes, Sizes, memory
 from .options import changed
+from .outlook import RowFigures, print_data, print_end, print_memory, print_run, total_steps
 from .processes import Launch
-from .regularizers.base import Regularizer
+from .refusals import Given, Refusals, as_far_as_it_goes, is_hollow
 from .regularizers.own_texts import may_be_at_hand, sampling_of
-from .regularizers.penalties import EWC, L2SP, L1Penalty
+from .regularizers.penalties import EWC
 from .regularizers.rehearsal import Rehearsal
-from .schedules import half_life_to_decay
-from .script import TrainingScriptArguments, parse, resume_from, sources
+from .script import TrainingScriptArguments, parse, resume_from, sources, with_config_file
 from .texts import check_sampling, load_texts
 from .trainer import EMARegularizedSFTTrainer
 
@@ -50,126 +53,92 @@ from .trainer import EMARegularizedSFTTrainer
 # Rows that are looked at, at most: of the largest data set so many, of the others in proportion; and of a stream.
 _ROWS = 5_000
 _STREAM_ROWS = 1_000
-_SHOWN_ROWS = 3
-_SHOWN_CHARACTERS = 400  # of a stretch of one kind
-_NOT_SEEN = (
-    "Not looked at, since it takes the weights: whether the logits are hidden states times the head, whether a checkpoint's or "
-    "written texts are this very model's, and whether activations fit in memory. Nor is the Hub asked, for `push_to_hub`, whether a "
-    "login may write there."
-)
-
-
-@dataclass
-class Refusals:
-    """
-    What a training would refuse, in the order in which it is found, each once.
-
-    Args:
-        found: The refusals.
-        unseen: What could not be looked at, since an operation takes values that a model without weights does not have.
-    """
-
-    found: list[str] = field(default_factory=list)
-    unseen: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def collected(self) -> Iterator[None]:
-        """What is raised within this context is kept, and the context left."""
-        try:
-            yield
-        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-            kept = self.unseen if _is_hollow(error) else self.found
-            if str(error) not in kept:
-                kept.append(str(error))
-
-
-def _is_hollow(error: Exception) -> bool:
-    """Whether it is of the missing weights, and none of a training."""
-    return isinstance(error, RuntimeError) and "meta" in str(error)
-
-
-@dataclass
-class RowFigures:
-    """
-    What is found in the rows of a data set.
-
-    Args:
-        name (`str`): Of the data set.
-        rows (`list`): Those that were looked at, as `(input_ids, labels)`, whole.
-        size (`int`, *optional*): Training rows there are; of a stream `None`.
-        cut (`slice`, *optional*): What of a row is trained on; `None` where rows are packed.
-    """
-
-    name: str
-    rows: list[tuple[list[int], list[int]]]
-    size: int | None
-    cut: slice | None
-
-    @property
-    def kept(self) -> list[tuple[list[int], list[int]]]:
-        """The rows as they are trained on: cut, and with a label."""
-        cut = slice(None) if self.cut is None else self.cut
-        rows = [(ids[cut], labels[cut]) for ids, labels in self.rows]
-        return [row for row in rows if any(label != IGNORE_INDEX for label in row[1])]
-
-    @property
-    def truncated(self) -> float:
-        """Share of the rows that are longer than what is trained on."""
-        return sum(self.cut is not None and len(ids[self.cut]) < len(ids) for ids, _ in self.rows) / len(self.rows)
-
-    @property
-    def unlabelled(self) -> float:
-        """Share of the rows in which no token carries a label, so that they are left out."""
-        return 1 - len(self.kept) / len(self.rows)
-
-    @property
-    def trained(self) -> int:
-        """Training rows that are left."""
-        return len(self.rows) if self.size is None else round(self.size * (1 - self.unlabelled))
+# Options by which the rows are other ones; of some that are not, rows show nothing.
+_OF_DATA = {f.name for f in fields(TrainingScriptArguments)} - {
+    "adapter_name_or_path", "drift_steps", "eval_tasks", "eval_tasks_include_path", "eval_tasks_steps", "generations",
+    "generation_tokens", "measure",
+} | {"dataset_text_field"}  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:
     """Print what a training with these arguments would do. Exits with 1 where it would refuse."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    refusals, launch, settings = Refusals(), Launch(), None
-    config, arguments = take_accelerate_config(arguments)
-    if config is not None:
-        settings = launcher_settings(config, arguments)
-        launch, arguments = launch_of(settings), settings.training_script_args[1:]
-    args, training_args, model_args = parse(arguments)
-    if settings is not None and sees_one_device(settings) and training_args.n_gpu > 1:
-        training_args._n_gpu = 1  # as in the processes of the launch, of which this is none
-    with _without_bars(), _left_alone(str(training_args.output_dir)):
-        _check(args, training_args, model_args, launch, refusals)
-    _print_end(refusals)
+    refusals = Refusals()
+    launch, alone, arguments = _launched(arguments, refusals)
+    parsed, deepspeed = _parsed(arguments, refusals)
+    if parsed is not None:
+        args, training_args, model_args = parsed
+        whole = None
+        with refusals.collected():
+            whole = None if launch is None else with_options_of_training(launch, training_args, deepspeed)
+        if alone and training_args.n_gpu > 1:
+            training_args._n_gpu = 1  # as in the processes of the launch, of which this is none
+        with _without_bars(), _left_alone(str(training_args.output_dir)):
+            _check(args, training_args, model_args, whole, refusals)
+    print_end(refusals)
     if refusals.found:
         sys.exit(1)
+
+
+def _launched(arguments: list[str], refusals: Refusals) -> tuple[Launch | None, bool, list[str]]:
+    """
+    The launch that a command line asks for, `None` where it is refused; whether each of its processes sees one device; and the options
+    of the training itself.
+    """
+    found = as_far_as_it_goes(lambda given: take_accelerate_config(given.arguments("")), Given.on(arguments), refusals)
+    config, arguments = found or (None, arguments)
+    if config is None:
+        return (None if refusals.found else Launch()), False, arguments
+
+    def made(config: str, given: Given) -> tuple[Launch, bool, list[str]]:
+        settings = launcher_settings(config, given.arguments(""))
+        return launch_of(settings), sees_one_device(settings), settings.training_script_args[1:]
+
+    whole = as_far_as_it_goes(partial(made, config), Given.on(arguments), refusals)
+    if whole is not None:
+        return whole
+    # Which options are whose can be told without it.
+    whole = as_far_as_it_goes(partial(made, "multi_gpu"), Given.on(arguments), refusals)
+    return None, True, [] if whole is None else whole[2]
+
+
+def _parsed(arguments: list[str], refusals: Refusals) -> tuple[tuple[Any, ...] | None, Any]:
+    """
+    What [`parse`] makes of a command line but for its `deepspeed`, which would be started then, and that; `None` where it is refused as
+    a whole.
+    """
+    with refusals.collected(), tempfile.TemporaryDirectory() as scratch:
+        file, place = None, arguments.index("--config") + 1 if "--config" in arguments else len(arguments)
+        if place < len(arguments):
+            path = with_config_file(arguments)[place]
+            file = path if isinstance(read_yaml(path), dict) else None  # else TRL's parser says so
+        given = Given.on(arguments, file)
+        deepspeed = given.value("deepspeed")
+        given = given if deepspeed is None else given.without("deepspeed")
+        return as_far_as_it_goes(lambda some: parse(some.arguments(scratch)), given, refusals), deepspeed
+    return None, None
 
 
 def _check(
     args: TrainingScriptArguments,
     training_args: MeanTeacherConfig,
     model_args: ModelConfig,
-    launch: Launch,
+    launch: Launch | None,
     refusals: Refusals,
 ) -> None:
+    known, has_data = _is_known(args, model_args, refusals)
     with refusals.collected():
-        found = sources(args, model_args)
-        print("Model and data\n  " + "\n  ".join(f"{name}: {what}" for name, what in found.items()))
-    writable = False
-    with refusals.collected():
-        check_output_dir(str(training_args.output_dir))
-        writable = True
-    with refusals.collected():
-        check_login(training_args)
-    with refusals.collected():
-        if args.eval_tasks:
-            tasks_to_ask(args.eval_tasks, tuple(args.eval_tasks_include_path or ()))
+        if known and has_data:
+            found = sources(args, model_args)
+            print("Model and data\n  " + "\n  ".join(f"{name}: {what}" for name, what in found.items()))
+    writable = _look_at_places(args, training_args, refusals)
     name = tokenizer = None
     parts: list[LoadedPart] = []
     with refusals.collected():
-        name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code, args.adapter_name_or_path)
-        parts = load_parts(args, tokenizer, training_args.dataset_text_field)
+        if known:
+            name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code, args.adapter_name_or_path)
+        if tokenizer is not None and has_data:
+            parts = load_parts(args, tokenizer, training_args.dataset_text_field)
     checkpoint = None
     with refusals.collected():
         checkpoint = resume_from(training_args) if writable else None
@@ -181,7 +150,7 @@ def _check(
         if args.is_mixture or str(training_args.chat_template_path).endswith((".jinja", ".j2")):
             as_trained_with(tokenizer, training_args)  # as the trainer does later
         figures = [figures_of(*both, tokenizer, training_args) for both in zip(parts, samples, strict=True)]
-    _print_data(parts, figures, tokenizer)
+    print_data(parts, figures, tokenizer)
     _look_at_launch(launch, args, training_args, tokenizer, bool(checkpoint), refusals)
     trainer = None
     scratch = nullcontext(None) if writable else tempfile.TemporaryDirectory()
@@ -190,15 +159,43 @@ def _check(
             used = samples if figures else []
             trainer = trainer_without_weights(args, training_args, model_args, name, tokenizer, used, samples is parts)
             _look_further(trainer, args, used, checkpoint)
-        if trainer is not None and figures:
+        if launch is None:
+            print("\nSteps, disk and memory are those of a launch, and this one is refused.")
+        elif trainer is not None and figures:
+            steps = None
             with refusals.collected():
                 rows = training_rows(trainer, args, parts, figures)
-                _print_run(trainer, rows, launch)
-            _print_memory(trainer, model_args, launch)
+                steps = total_steps(trainer, rows, launch.ranks)
+                print_run(trainer, rows, steps, launch)
+            print_memory(trainer, model_args, launch, steps)
+
+
+def _look_at_places(args: TrainingScriptArguments, training_args: MeanTeacherConfig, refusals: Refusals) -> bool:
+    """What a training writes to and asks beside its data. Returns whether it can write to its folder."""
+    writable = False
+    with refusals.collected():
+        check_output_dir(str(training_args.output_dir))
+        writable = True
+    with refusals.collected():
+        check_login(training_args)
+    with refusals.collected():
+        if args.eval_tasks:
+            tasks_to_ask(args.eval_tasks, tuple(args.eval_tasks_include_path or ()))
+    return writable
+
+
+def _is_known(args: TrainingScriptArguments, model_args: ModelConfig, refusals: Refusals) -> tuple[bool, bool]:
+    """Whether model and data are those that are asked for: without an option that is left out they may be the demo's, or others."""
+    options = {f.name for kind in (TrainingScriptArguments, MeanTeacherConfig, ModelConfig) for f in fields(kind)}
+    misspelt = [name for name in refusals.left_out if name not in options]
+    has_model = model_args.model_name_or_path is not None or args.adapter_name_or_path is not None
+    has_data = args.dataset_name is not None or bool(args.datasets)
+    of_data = _OF_DATA & {*refusals.left_out}
+    return has_model or not misspelt, not of_data and (has_data or not misspelt)
 
 
 def _look_at_launch(
-    launch: Launch,
+    launch: Launch | None,
     args: TrainingScriptArguments,
     training_args: MeanTeacherConfig,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -206,6 +203,8 @@ def _look_at_launch(
     refusals: Refusals,
 ) -> None:
     """What a training refuses of its launch, some of it when its processes run: this is none of them."""
+    if launch is None:
+        return
     has_texts = launch.shards_weights and may_be_at_hand(training_args, tokenizer)  # else nobody asks
     for check in checks_of_launch(launch, args, training_args, begun=begun, has_texts=has_texts):
         with refusals.collected():
@@ -244,7 +243,7 @@ def check_training(
             )
             _look_further(trainer, args, samples, None)
         except RuntimeError as error:
-            if not _is_hollow(error):
+            if not is_hollow(error):
                 raise
 
 
@@ -339,17 +338,6 @@ def _counts(args: TrainingScriptArguments, parts: list[LoadedPart], sizes: list[
 # The trainer
 
 
-class _Penalties(Regularizer):
-    """In the place of penalties: what they save, `copies` in float32 of all that is trained."""
-
-    def __init__(self, model: Any, copies: int):
-        self.name = "penalties"
-        self.bytes = 4 * copies * sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-    def bytes_to_save(self) -> int:
-        return self.bytes
-
-
 class TrainerWithoutWeights(EMARegularizedSFTTrainer):
     """The trainer over a base that has shapes alone (torch's `meta` device): it checks all that it checks, and cannot train."""
 
@@ -361,24 +349,21 @@ class TrainerWithoutWeights(EMARegularizedSFTTrainer):
         args = self.args
         rehearses, fisher = args.rehearsal_weight, args.ewc_weight
         # The device of what they add: PEFT leaves it on the CPU.
-        without = dict.fromkeys(("rehearsal_weight", "l1_weight", "l2_weight", "ewc_weight"), 0.0)
-        penalties = [
-            kind for kind, weight in ((L1Penalty, args.l1_weight), (L2SP, args.l2_weight), (EWC, fisher)) if weight
-        ]
-        with changed(args, **without), torch.device("meta"):
+        with changed(args, rehearsal_weight=0.0, ewc_weight=0.0), torch.device("meta"):
             super().attach_regularizers(None)
-        if penalties:
-            self.regularizers.append(_Penalties(self.model, sum(len(kind.kept) for kind in penalties)))
-        if not rehearses and not fisher:
-            return
-        own = None
-        if fisher or args.rehearsal_dataset is None:
-            texts = None if args.rehearsal_texts is None else load_texts(args.rehearsal_texts)
-            if texts is None:
-                check_sampling(self.model, self.processing_class, sampling_of(args))  # type: ignore[arg-type]
-            own: Any = SimpleNamespace(at_hand=texts)  # type: ignore[no-redef]
+        own = self._own_texts() if fisher or (rehearses and args.rehearsal_dataset is None) else None
         if rehearses:
-            Rehearsal(args, self.processing_class, self.starting_point, own)
+            self.regularizers.append(Rehearsal(args, self.processing_class, self.starting_point, own))
+        if fisher:
+            self.regularizers.append(EWC(self.model, fisher, own, args.ewc_num_texts))  # type: ignore[arg-type]
+
+    def _own_texts(self) -> Any:
+        """In the place of [`OwnTexts`], which know the model by its weights: texts that are given, or how they would be drawn."""
+        args, sampling = self.args, sampling_of(self.args)
+        texts = None if args.rehearsal_texts is None else load_texts(args.rehearsal_texts)
+        if texts is None:
+            check_sampling(self.model, self.processing_class, sampling)  # type: ignore[arg-type]
+        return SimpleNamespace(at_hand=texts, sampling=sampling)
 
 
 def model_without_weights(name: str, model_args: ModelConfig, training_args: MeanTeacherConfig) -> Any:
@@ -407,6 +392,15 @@ def model_without_weights(name: str, model_args: ModelConfig, training_args: Mea
     return model
 
 
+def with_trained_adapter(model: Any, folder: str) -> Any:
+    """A model without weights, with an adapter of the shapes of the one in `folder`, as it is gone on from."""
+    config: Any = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    if isinstance(config, LoraConfig) and base_changed_by(config) is None:
+        config.init_lora_weights = False  # what was trained is no factor of zeros
+    return get_peft_model(model, config)
+
+
 def trainer_without_weights(
     args: TrainingScriptArguments,
     training_args: MeanTeacherConfig,
@@ -424,17 +418,18 @@ def trainer_without_weights(
         with changed(args, max_train_samples=limit):
             train, evals = training_sets(samples, general, args, tokenizer, training_args)  # type: ignore[assignment]
     quantization(model_args, training_args)
-    peft_config = lora(model_args)
+    model = model_without_weights(name, model_args, training_args)
+    peft_config: PeftConfig | None = lora(model_args)
     if args.adapter_name_or_path is not None:  # that of the adapter counts
         warn_of_other_lora(args.adapter_name_or_path, model_args)
-        peft_config = PeftConfig.from_pretrained(args.adapter_name_or_path)
-        peft_config.inference_mode = False
+        model, peft_config = with_trained_adapter(model, args.adapter_name_or_path), None
     made: dict[str, Any] = {"assistant_only_loss": False} if args.is_mixture else {}
     if training_args.metric_for_best_model in ("loss", "eval_loss"):  # as the recipe
         training_args.metric_for_best_model = "eval_domain_loss"
+    made |= {"fsdp": None, "fsdp_plugin_args": None}  # nothing is sharded here, see [`checks_of_launch`]
     with changed(training_args, push_to_hub=False, model_init_kwargs=None, **made):
         return TrainerWithoutWeights(
-            model_without_weights(name, model_args, training_args),
+            model,
             args=training_args,
             train_dataset=train,
             eval_dataset=evals,
@@ -462,203 +457,3 @@ def _look_further(
     check_best_metric(trainer)
     if checkpoint:
         check_checkpoint(trainer, checkpoint)
-
-
-# Steps, disk, memory
-
-
-def total_steps(trainer: Any, rows: int | None, ranks: int) -> int:
-    """
-    Optimizer steps of the run, as `Trainer` counts them.
-
-    Raises:
-        ValueError: Nobody says how long to train on a stream.
-    """
-    args = trainer.args
-    if rows is None:
-        return trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
-    if args.max_steps > 0:
-        return args.max_steps
-    size = args.per_device_train_batch_size
-    batches = rows // size if args.dataloader_drop_last else math.ceil(rows / size)
-    per_epoch = max(1, math.ceil(math.ceil(batches / ranks) / args.gradient_accumulation_steps))
-    return math.ceil(args.num_train_epochs * per_epoch)
-
-
-def checkpoints_kept(args: MeanTeacherConfig, steps: int) -> int:
-    """How many checkpoints lie on the disk in the end; while one is written, one more."""
-    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
-    if strategy == "no":
-        return 0
-    if strategy == "epoch":
-        made = math.ceil(args.num_train_epochs) if args.max_steps <= 0 else 1
-    else:
-        every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
-        made = math.ceil(steps / every)
-    return min(made, args.save_total_limit) if args.save_total_limit else made
-
-
-def sizes_of(model: Any, ranks: int, padded: bool) -> Sizes:
-    """
-    Of a model with a fresh adapter, without a teacher.
-
-    Args:
-        padded (`bool`): Whether each matrix of n rows counts as ranks · ⌈n / ranks⌉ of them, as FSDP2 shards it.
-    """
-    base = base_of(model)
-    outer = {"embedding": base.get_input_embeddings(), "head": base.get_output_embeddings()}
-    owner = {id(layer.weight): kind for kind, layer in reversed(outer.items()) if layer is not None}
-    found = dict.fromkeys(("layers", "embedding", "head", "adapter"), 0.0)
-    for name, parameter in model.named_parameters():
-        if f".{TEACHER_NAME}." in name:
-            continue
-        rows = max(1, parameter.shape[0]) if parameter.dim() else 1
-        held = math.ceil(rows / ranks) * ranks / rows if padded else 1
-        kind = "adapter" if parameter.requires_grad else owner.get(id(parameter), "layers")
-        found[kind] += held * parameter.numel()
-    return Sizes(**found, depth=getattr(model.config.get_text_config(), "num_hidden_layers", 1))
-
-
-def bytes_of(trainer: Any, model_args: ModelConfig, launch: Launch) -> Bytes:
-    """Of one element of each kind, as the launch and the precision of the run have it."""
-    half = trainer.args.bf16 or trainer.args.fp16
-    deepspeed = launch.mode.startswith("zero")
-    kept = next(p for p in base_of(trainer.model).parameters() if not p.requires_grad).element_size()
-    outer = 2 if deepspeed and half else kept
-    layers = float(outer)
-    if model_args.load_in_4bit:
-        layers = NF4 if model_args.use_bnb_nested_quant else (4 + 32 / 64) / 8  # a float32 scale for 64 weights
-    elif model_args.load_in_8bit:
-        layers = 1.0
-    trained = next(p for p in trainer.model.parameters() if p.requires_grad).element_size()
-    student = 2 if deepspeed and half else trained
-    # At stage 3 a float32 model is DeepSpeed's float32 copy itself.
-    copied = deepspeed and (student == 2 or launch.mode == "zero2")
-    sent = 2 if launch.mode == "fsdp2" and half else student
-    return Bytes(layers, outer, student, copy=4 if copied else 0, sent=sent, teacher=4 if student == 4 else student + 4)
-
-
-def memory_of(trainer: Any, model_args: ModelConfig, launch: Launch) -> dict[str, float]:
-    """Bytes on each GPU that stay between steps, see [`memory`]; 4-bit weights stay whole under FSDP2."""
-    sizes = sizes_of(trainer.model, launch.ranks, launch.mode == "fsdp2")
-    case = trainer.args.teacher, sizes, bytes_of(trainer, model_args, launch), launch.ranks
-    found = memory(launch.mode, *case)
-    if launch.mode == "fsdp2" and (model_args.load_in_4bit or model_args.load_in_8bit):
-        found["base"] = memory("ddp", *case)["base"]
-    return found
-
-
-# What is printed
-
-
-def shown_row(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, colours: bool) -> str:
-    """A row as text, special tokens and all, with what is trained on in green, or without colours between ⟦ and ⟧."""
-    start, end = ("\033[32m", "\033[0m") if colours else ("⟦", "⟧")
-    text = ""
-    for trained, stretch in itertools.groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORE_INDEX):
-        piece = _shortened(str(tokenizer.decode([token for token, _ in stretch])))
-        text += f"{start}{piece}{end}" if trained else piece
-    return text
-
-
-def _shortened(text: str) -> str:
-    left_out = len(text) - _SHOWN_CHARACTERS
-    if left_out <= 0:
-        return text
-    half = _SHOWN_CHARACTERS // 2
-    return f"{text[:half]} … {left_out:,} characters … {text[-half:]}"
-
-
-def _print_data(parts: list[LoadedPart], figures: list[RowFigures], tokenizer: PreTrainedTokenizerBase) -> None:
-    if not figures:
-        return
-    print(
-        f"\n{'rows':20}{'to train on':>13}{'held out':>10}{'looked at':>11}{'tokens':>15}{'truncated':>11}{'no label':>10}"
-    )
-    for part, found in zip(parts, figures, strict=True):
-        size = "a stream" if found.size is None else f"{found.size:,}"
-        lengths = sorted(len(ids) for ids, _ in found.rows)
-        tokens = f"{lengths[len(lengths) // 2]}, max {lengths[-1]}"
-        print(
-            f"{part.name[:19]:20}{size:>13}{len(part.held_out):>10,}{len(found.rows):>11,}{tokens:>15}{100 * found.truncated:>9.1f} %"
-            f"{100 * found.unlabelled:>8.1f} %"
-        )
-    print("(Tokens: the median, and the longest row. Rows without a label are left out.)")
-    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    how = "in green" if colours else "between ⟦ and ⟧"
-    rows = [
-        row for rows in itertools.zip_longest(*(found.kept[:_SHOWN_ROWS] for found in figures)) for row in rows if row
-    ]
-    print(f"\nAs the model sees them, what is trained on {how}:")
-    for number, (ids, labels) in enumerate(rows[:_SHOWN_ROWS], 1):
-        print(f"\n--- row {number}, {len(ids)} tokens\n{shown_row(ids, labels, tokenizer, colours)}")
-
-
-def _print_run(trainer: Any, rows: int | None, launch: Launch) -> None:
-    """Steps, what is told as a fraction of them, and files."""
-    args = trainer.args
-    steps = total_steps(trainer, rows, launch.ranks)
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * launch.ranks
-    epoch = "a stream" if rows is None else f"{rows:,} {'sequences' if args.packing else 'rows'} an epoch"
-    print(f"\nSteps\n  {steps:,} optimizer steps of {per_step} rows on {launch.ranks} process(es); {epoch}")
-    print(f"  learning rate {args.learning_rate:g}, {args.get_warmup_steps(steps)} steps of warmup")
-    if args.teacher == "ema":
-        print(f"  teacher: {_half_life(args, steps)}")
-    if args.teacher != "none":
-        ramp = (
-            f", after a ramp of {args.kl_warmup_ratio * steps:.0f} steps"
-            if args.kl_warmup_ratio
-            else ", without a ramp"
-        )
-        print(f"  divergence: weight {args.kl_weight:g}{ramp}")
-    one = bytes_to_write(trainer, checkpoint=True) * (2 if launch.writes_shards else 1)
-    final, kept = bytes_to_write(trainer, checkpoint=False), checkpoints_kept(args, steps)
-    free = shutil.disk_usage(args.output_dir).free
-    peak = final + (kept + 1) * one if kept else final
-    print(
-        f"\nDisk\n  {kept} checkpoint(s) of {_size(one)} are kept, and the trained model, {_size(final)}: with one being written "
-        f"{_size(peak)}, of {_size(free)} free in {args.output_dir}"
-    )
-    if peak > free:
-        print("  That is more than is free: lower `save_total_limit`, save more rarely, or free some space.")
-
-
-def _half_life(args: MeanTeacherConfig, steps: int) -> str:
-    if args.half_life is not None:
-        decay = half_life_to_decay(args.half_life, steps, args.ema_update_steps)
-        return f"half of it is replaced in {args.half_life * steps:.4g} steps ({args.half_life:g} of the run), decay {decay:.6g}"
-    decay = float(args.ema_decay or 0)
-    if not 0 < decay < 1:
-        return f"decay {decay:g}, which {'freezes it' if decay else 'copies the student'}"
-    length = args.ema_update_steps * math.log(0.5) / math.log(decay)
-    return f"decay {decay:g}, half of it is replaced in {length:.4g} steps"
-
-
-def _print_memory(trainer: Any, model_args: ModelConfig, launch: Launch) -> None:
-    found = memory_of(trainer, model_args, launch)
-    sizes = sizes_of(trainer.model, 1, False)
-    total = sizes.layers + sizes.embedding + sizes.head
-    print(
-        f"\nMemory of each of {launch.ranks} process(es), {launch.mode}: {total / 1e6:,.1f}M weights, {sizes.adapter / 1e6:,.2f}M trained"
-    )
-    for what, number in found.items():
-        print(f"  {what:12}{_size(number):>12}")
-    print(
-        f"  {'together':12}{_size(sum(found.values())):>12}  held between steps; gradients and activations come on top"
-    )
-
-
-def _size(number: float) -> str:
-    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
-
-
-def _print_end(refusals: Refusals) -> None:
-    print(f"\n{_NOT_SEEN}")
-    for reason in refusals.unseen:
-        print(f"Nor was the trainer looked at to its end: {reason}")
-    if not refusals.found:
-        print("\n`trl-ema train` would start.")
-        return
-    print(f"\n`trl-ema train` would refuse, for {len(refusals.found)} reason(s):")
-    for reason in refusals.found:
-        print(f"  - {reason}")

@@ -39,11 +39,10 @@ class Launch:
     def of_state(cls, state: Any) -> "Launch":
         """That of the processes that run: `state` is accelerate's."""
         fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
-        options, compiler = getattr(deepspeed, "deepspeed_config", None) or {}, getattr(state, "dynamo_plugin", None)
+        compiler = getattr(state, "dynamo_plugin", None)
         return cls(
             ranks=getattr(state, "num_processes", 1),
-            zero_stage=None if deepspeed is None else deepspeed.zero_stage,
-            offload_param=(options.get("zero_optimization", {}).get("offload_param") or {}).get("device"),
+            **({} if deepspeed is None else zero_of(deepspeed)),
             fsdp_version=None if fsdp is None else fsdp.fsdp_version,
             wraps_layers=bool(getattr(fsdp, "activation_checkpointing", False)),
             compiles=compiler is not None and compiler.backend != DynamoBackend.NO,
@@ -69,6 +68,13 @@ class Launch:
     def shards_weights(self) -> bool:
         """Whether a rank keeps but a part of the model."""
         return self.mode in ("zero3", "fsdp2")
+
+
+def zero_of(plugin: Any) -> dict[str, Any]:
+    """`zero_stage` and `offload_param` of accelerate's plugin for DeepSpeed."""
+    options = plugin.deepspeed_config or {}
+    offload = (options.get("zero_optimization", {}).get("offload_param") or {}).get("device")
+    return {"zero_stage": plugin.zero_stage, "offload_param": offload}
 
 
 def parallel_sizes(config: Any) -> dict[str, Any]:
@@ -117,6 +123,15 @@ def refuse_sharding(launch: Launch) -> None:
         raise ValueError(
             "DeepSpeed's `offload_param` is set to `nvme`, where no rank has its shard of the teacher at hand. Offload to the "
             "CPU (`offload_param_device: cpu`), or use `teacher='none'`."
+        )
+
+
+def refuse_lone_fsdp(launch: Launch) -> None:
+    """Raises where a training is to be sharded by its option `fsdp`, and has one process."""
+    if launch.ranks == 1:
+        raise ValueError(
+            "The option `fsdp` shards a model over several processes, and this training has one. Launch it with `--accelerate_config "
+            "fsdp2 --num_processes N`, or leave `fsdp` out."
         )
 
 

@@ -251,7 +251,7 @@ def parse(arguments: list[str], *others: type) -> tuple[Any, ...]:
     named = {a.split("=")[0] for a in arguments}
     if not named & {"--config", "--model_name_or_path", "--adapter_name_or_path"}:
         arguments = ["--config", DEMO_CONFIG, *arguments]
-    parsed = make_parser(*others).parse_args_and_config(_with_config_file(arguments))
+    parsed = make_parser(*others).parse_args_and_config(with_config_file(arguments))
     args, training_args, *_ = parsed
     rehearses = training_args.rehearsal_weight and training_args.rehearsal_loss == "kl"
     if training_args.max_drift is not None and not args.drift_steps and not rehearses:
@@ -265,7 +265,7 @@ def parse(arguments: list[str], *others: type) -> tuple[Any, ...]:
     return parsed
 
 
-def _with_config_file(arguments: list[str]) -> list[str]:
+def with_config_file(arguments: list[str]) -> list[str]:
     """The arguments with a path for `--config`, which may also name one of the packaged `recipes/configs`."""
     place = arguments.index("--config") + 1 if "--config" in arguments else len(arguments)
     given = arguments[place : place + 1]  # without a value TRL's parser says so
@@ -285,15 +285,11 @@ def _with_config_file(arguments: list[str]) -> list[str]:
 
 def check_adapter_folder(adapter: str) -> None:
     """Raises `ValueError` unless `adapter_name_or_path` is a folder of an adapter and its weights."""
-    if not models.is_adapter(adapter):
+    missing = models.missing_of_adapter(adapter)
+    if missing is not None:
         raise ValueError(
-            f"`adapter_name_or_path={adapter!r}` holds no adapter (adapter_config.json is missing). Give a folder that a training wrote, "
-            "or its `teacher/`; one on the hub is downloaded by `hf download`."
-        )
-    if not any(Path(adapter).glob("adapter_model.*")):
-        raise ValueError(
-            f"`adapter_name_or_path={adapter!r}` holds no weights of its adapter (adapter_model.safetensors is missing). Put them back, "
-            "or give another folder that a training wrote."
+            f"`adapter_name_or_path={adapter!r}` {missing}. Put that back, or give another folder that a training wrote, or its `teacher/`; "
+            "one on the hub is downloaded by `hf download`."
         )
 
 

@@ -49,6 +49,11 @@ def local_shard(parameter: Parameter) -> Tensor:
     return parameter.detach()
 
 
+def cpu_copy(tensor: Tensor) -> Tensor:
+    """A copy on the CPU; of a shape without values, as `trl-ema check` has them, another one."""
+    return (tensor if tensor.is_meta else tensor.cpu()).clone()
+
+
 def take_shard(whole: Tensor, parameter: Parameter) -> Tensor:
     """The part of `whole`, which every rank has, that belongs where [`local_shard`] of `parameter` is. No communication."""
     if _is_zero3(parameter):

@@ -184,10 +184,8 @@ def adapter_changes_nothing(model: PeftModel, name: str) -> bool:
     config = model.peft_config[name]
     if not isinstance(config, LoraConfig) or config.use_dora or config.lora_bias or base_changed_by(config):
         return False
-    if any(
-        p.is_meta for p in model.parameters()
-    ):  # shapes without values, as of `trl-ema check`: fresh, as PEFT makes it
-        return True
+    if any(p.is_meta for p in model.parameters()):  # shapes without values, as of `trl-ema check`: as PEFT makes it
+        return config.init_lora_weights is not False
     return all(_changes_nothing(module, name) for module in model.modules())
 
 

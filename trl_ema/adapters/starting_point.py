@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 
-from ..sharding import drop_stale_copy, is_sharded, local_shard, reshard, take_shard
+from ..sharding import cpu_copy, drop_stale_copy, is_sharded, local_shard, reshard, take_shard
 from .fitness import adapter_changes_nothing
 from .names import trained_names
 from .switching import Switch, base_switches, nothing_random, switched
@@ -48,7 +48,12 @@ class StartingPoint:
         for name in trained_names(self.model):
             parameter = self.model.get_parameter(name)
             # Sharding may come later, or be there already, as that of a copied head under ZeRO-3.
-            self._kept[name] = local_shard(parameter).cpu().clone(), is_sharded(parameter)
+            self._kept[name] = cpu_copy(local_shard(parameter)), is_sharded(parameter)
+
+    @property
+    def bytes_kept(self) -> int:
+        """Of what is kept on the CPU, by each rank; none where the start is the base."""
+        return sum(tensor.numel() * tensor.element_size() for tensor, _ in self._kept.values())
 
     @contextmanager
     def activate(self) -> Iterator[None]:

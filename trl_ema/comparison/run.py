@@ -28,8 +28,8 @@ from ..evaluation.generation import PACKAGES as GENERATION_PACKAGES
 from ..evaluation.models import (
     adapter_fingerprint,
     fingerprint,
-    is_adapter,
     load_base,
+    missing_of_adapter,
     vocabulary,
     with_adapter,
 )
@@ -113,6 +113,7 @@ def run_comparison(
         for stage, arm, seed in todo:
             _check_launch(stage, arm.name, seed, launch, parsed[stage.at][arm.name, seed])
     _check_same_tokenizer({arm: config for (arm, _), (_, config, _) in parsed[0].items()})
+    _check_same_model({arm: model_args for (arm, _), (_, _, model_args) in parsed[0].items()})
     check_same_split(parsed[0])
     _write(comparison, parsed, [] if evaluate_only else todo, evaluate_only)
     evaluator = _Evaluator(comparison, first, manager)
@@ -133,7 +134,7 @@ def run_comparison(
 def _evaluate(stage: Comparison, arm: Arm, seed: int, evaluator: "_Evaluator") -> None:
     for adapter, folder, scale in stage.evaluations(arm, seed).values():
         # A run may be kept with its figures and without its weights.
-        if is_adapter(adapter):
+        if missing_of_adapter(adapter) is None:
             evaluator.adapter(adapter, folder, scale, curve=stage.is_traced(arm))
 
 
@@ -250,6 +251,12 @@ def _check_trainings(todo: Sequence[tuple[Comparison, Arm, int]], read: RunData)
             raise ValueError(f"{run}, cannot be trained: {error}") from error
 
 
+def _check_same_model(settings: dict[str, ModelConfig]) -> None:
+    """Raises `ValueError` unless all arms begin with one base, which is measured once and carries each adapter."""
+    names = ("model_name_or_path", "model_revision")
+    check_same(settings, names, "its adapter would be measured on a base that it was not trained on")
+
+
 def _check_same_tokenizer(settings: dict[str, MeanTeacherConfig]) -> None:
     """Raises `ValueError` unless base and arms can be measured on the same tokens: `settings` are the arms' training options."""
     check_same(settings, ("eos_token", "chat_template_path"), "their losses would be of different tokens")
@@ -353,7 +360,8 @@ def _check_order(stage: Comparison, earlier: Comparison, arm: str, seed: int, no
                 "adapter than the one that was gone on from. Put it back, or delete the folder of the later stage too."
             )
         started = Path(folder, START)
-        if is_adapter(before) and started.is_file() and read_json(started)["adapter"] != adapter_fingerprint(before):
+        is_there = missing_of_adapter(before) is None
+        if is_there and started.is_file() and read_json(started)["adapter"] != adapter_fingerprint(before):
             raise ValueError(
                 f"{folder} holds {run}, which went on from another adapter of the stage {name!r} than {before} holds now. Delete "
                 "the folder of the later stage to train it anew, or put the earlier adapter back."
@@ -365,10 +373,11 @@ def _check_order(stage: Comparison, earlier: Comparison, arm: str, seed: int, no
             f"Stages out of order: {run}, goes on from stage {name!r}, whose run in {before} is not done. Train that first, or both "
             f"together: `--stages {name} {stage.stage and stage.stage.name}`."
         )
-    if earlier.is_trained(arm, seed) and not is_adapter(before):
+    missing = missing_of_adapter(before) if earlier.is_trained(arm, seed) else None
+    if missing is not None:
         raise ValueError(
-            f"{run}, goes on from stage {name!r}, which was kept without its weights ({before} holds no adapter). Put them back, or "
-            "delete its metrics.json to train it again."
+            f"{run}, goes on from stage {name!r}, which was kept without its weights: {before} {missing}. Put them back, or delete its "
+            "metrics.json to train it again."
         )
 
 
@@ -405,12 +414,12 @@ def _check_weights(comparison: Comparison, arm: Arm, seed: int) -> None:
     """Raises `ValueError` if a run that is done has still to be evaluated, and its weights are not there."""
     source = arm.interpolate or arm.name
     for adapter, folder, _ in comparison.evaluations(arm, seed).values():
-        missing = comparison.suite.missing_files(folder, curve=comparison.is_traced(arm))
-        if comparison.is_trained(source, seed) and not is_adapter(adapter) and missing:
+        unmeasured = comparison.suite.missing_files(folder, curve=comparison.is_traced(arm))
+        missing = missing_of_adapter(adapter) if comparison.is_trained(source, seed) and unmeasured else None
+        if missing is not None:
             raise ValueError(
-                f"{missing[0]} is to be measured, but the run in {comparison.folder(source, seed)} was kept without its "
-                f"weights ({adapter} holds no adapter). Delete its metrics.json to train it again, or leave it out by `--arms` "
-                "and `--seeds`."
+                f"{unmeasured[0]} is to be measured, but the run in {comparison.folder(source, seed)} was kept without its "
+                f"weights: {adapter} {missing}. Delete its metrics.json to train it again, or leave it out by `--arms` and `--seeds`."
             )
 
 

@@ -33,6 +33,16 @@ def is_adapter(path: str) -> bool:
     return os.path.isfile(os.path.join(path, CONFIG_NAME))
 
 
+def missing_of_adapter(folder: str) -> str | None:
+    """In words, what keeps `folder` from being one of an adapter with its weights; `None` where it is one."""
+    if not is_adapter(folder):
+        whole = os.path.isfile(os.path.join(folder, "config.json"))
+        return f"holds {'a whole model and ' if whole else ''}no adapter (adapter_config.json is missing)"
+    if not any(Path(folder).glob("adapter_model.*")):
+        return "holds no weights of its adapter (adapter_model.safetensors is missing)"
+    return None
+
+
 def adapter_base(folder: str, base: str | None = None) -> str:
     """
     The base model of the adapter in `folder`.

@@ -105,5 +105,16 @@ class Regularizer:
         """What [`save`] writes, all ranks together."""
         return 0
 
+    def bytes_on_device(self) -> int:
+        """What it keeps on the device of each rank while it trains, beside the model and its adapters."""
+        return 0
+
+    def bytes_on_cpu(self, steps: int, sharded: bool) -> int:
+        """
+        What it keeps at most in the memory of the machine, on each rank, in a run of so many optimizer steps; `sharded` where
+        a rank has but a part of the model.
+        """
+        return 0
+
     def remove(self) -> None:
         """Take it off the model again."""

@@ -19,16 +19,33 @@ MOST_BYTES = 2**30
 _BATCH_SIZE = 8  # always the same: another one would change the last bits of a resumed run
 
 
+def bytes_of_states(model: Any, num_texts: int, num_tokens: int, taken: int, sharded: bool) -> int:
+    """
+    Of what [`states_before`] keeps, at most (in float32); 0 where it keeps nothing.
+
+    That is where a rank takes no more texts (`taken`) than there are, where weights are sharded (all ranks would have to pass
+    as often), where the LM head is trained on (it is another one before training), or where they would take more than
+    [`MOST_BYTES`].
+
+    Args:
+        model (`torch.nn.Module`): About to be trained.
+        num_texts, num_tokens (`int`): Of the texts, all together.
+        taken (`int`): Texts that a rank takes in the whole run.
+        sharded (`bool`): Whether a rank keeps but a part of the model.
+    """
+    head = base_of(model).get_output_embeddings()
+    if taken <= num_texts or sharded or any(p.requires_grad for p in head.parameters()):
+        return 0
+    needed = num_tokens * head.weight.shape[-1] * 4
+    return needed if needed <= MOST_BYTES else 0
+
+
 def states_before(
     trainer: Any, start: StartingPoint, ids: list[list[int]], pad: int, taken: int
 ) -> list[torch.Tensor] | None:
     """
     Hidden states of the model before training at every prediction of each text, on the CPU; `None` where its pass in each
-    micro-batch is no more work, or is needed.
-
-    That is where a rank takes no more texts (`taken`) than there are, where weights are sharded (all ranks would have to pass
-    as often), where the LM head is trained on (it is another one before training), or where they would take more than
-    [`MOST_BYTES`].
+    micro-batch is no more work, or is needed: see [`bytes_of_states`].
 
     Args:
         trainer ([`EMARegularizedSFTTrainer`]): About to train.
@@ -41,10 +58,8 @@ def states_before(
         `list[torch.Tensor]`: `(len(text) - 1, hidden_size)` of each text, in the type the model computes them in.
     """
     base = base_of(trainer.model)
-    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if taken <= len(ids) or trainer.shards_weights or any(p.requires_grad for p in head.parameters()):
-        return None
-    if sum(map(len, ids)) * head.weight.shape[-1] * 4 > MOST_BYTES:
+    embeddings = base.get_input_embeddings()
+    if not bytes_of_states(trainer.model, len(ids), sum(map(len, ids)), taken, trainer.shards_weights):
         return None
     logger.info("The model before training passes over %d texts, once", len(ids))
     states = []

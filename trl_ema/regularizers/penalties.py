@@ -17,7 +17,7 @@ from ..adapters.names import trained_names
 from ..adapters.switching import switched
 from ..losses import IGNORE_INDEX
 from ..processes import refuse_fisher
-from ..sharding import any_sharded, whole_weights
+from ..sharding import any_sharded, cpu_copy, whole_weights
 from ..texts import drawn_labels
 from ..workarounds import keep_4bit_layers_trainable
 from .base import Gather, Regularizer
@@ -43,7 +43,7 @@ class WeightPenalty(Regularizer):
     def __init__(self, model: PeftModel, weight: float):
         self.model, self.weight = model, weight
         with torch.no_grad(), whole_weights(*self.trained()) as parameters:
-            copies = [precise(parameter).cpu().clone() for parameter in parameters]
+            copies = [cpu_copy(precise(parameter)) for parameter in parameters]
         self.start: dict[str, Tensor] = dict(zip(trained_names(model), copies, strict=True))
         self._sum, self._steps = torch.zeros(()), 0  # of what is to be logged
 
@@ -108,6 +108,9 @@ class WeightPenalty(Regularizer):
 
     def bytes_to_save(self) -> int:
         return len(self.kept) * sum(start.numel() * start.element_size() for start in self.start.values())
+
+    def bytes_on_device(self) -> int:
+        return self.bytes_to_save()  # whole on every rank, whatever is sharded
 
     def _file(self, directory: str) -> str:
         return os.path.join(directory, f"{self.name}.safetensors")

@@ -20,7 +20,8 @@ from ..schedules import BudgetedWeight, RampedWeight, SmoothedMean
 from ..texts import Texts
 from .base import Gather, Inputs, Regularizer
 from .given_texts import given_texts
-from .known_states import states_before, to_device
+from .joined_texts import may_join
+from .known_states import bytes_of_states, states_before, to_device
 from .micro_batch import TokenMean
 from .own_texts import FILE, OwnTexts
 
@@ -81,6 +82,7 @@ class Rehearsal(Regularizer):
         self.texts: Texts | None = None
         self.digest = ""  # of the texts
         self._known: list[torch.Tensor] | None = None  # of the model before training, for each text
+        self._joins = False  # texts, to as few rows as hold them
         self._start_anew()
         self.own: OwnTexts | None = None
         if given is not None:
@@ -91,7 +93,7 @@ class Rehearsal(Regularizer):
         if self.own.at_hand is not None:
             self.use(self.own.at_hand)
         else:
-            self._check(args.rehearsal_num_texts, float(args.rehearsal_num_tokens))
+            self.per_micro_batch = self._check(args.rehearsal_num_texts, float(args.rehearsal_num_tokens))
 
     def _start_anew(self) -> None:
         self.weight, self.taken = make_weight(self.args), 0
@@ -134,6 +136,8 @@ class Rehearsal(Regularizer):
             self.own.keep_beside(trainer)
         self._start_anew()
         self._control = trainer.control
+        assert self.texts is not None
+        self._joins = may_join(trainer, self.texts.ids)
         self._know_before(trainer)
         if state is not None:
             self._go_on(state)
@@ -142,9 +146,20 @@ class Rehearsal(Regularizer):
         self._known = None
         if self.args.rehearsal_loss == "kl":
             assert self.start is not None and self.texts is not None
-            of_step = sum(_spread(self.per_micro_batch, self.args.gradient_accumulation_steps))
-            taken = of_step * trainer.state.max_steps
+            taken = self._taken_in(trainer.state.max_steps)
             self._known = states_before(trainer, self.start, self.texts.ids, self.pad, taken)
+
+    def _taken_in(self, steps: int) -> int:
+        """Texts that each rank takes in so many optimizer steps."""
+        return steps * sum(_spread(self.per_micro_batch, self.args.gradient_accumulation_steps))
+
+    def bytes_on_cpu(self, steps: int, sharded: bool) -> int:
+        if self.args.rehearsal_loss != "kl" or self.start is None:
+            return 0
+        number, tokens = self.args.rehearsal_num_texts, self.args.rehearsal_num_texts * self.args.rehearsal_num_tokens
+        if self.texts is not None:
+            number, tokens = len(self.texts.ids), sum(map(len, self.texts.ids))
+        return bytes_of_states(self.start.model, number, tokens, self._taken_in(steps), sharded)
 
     def _go_on(self, state: dict) -> None:
         self.taken = state["taken"]
@@ -211,12 +226,17 @@ class Rehearsal(Regularizer):
         times = torch.as_tensor(num_labels, dtype=torch.int64).clamp(
             min=1
         )  # not read here, where the host would wait for it
-        packed = "attention_mask" not in inputs
-        batch = _with_documents(inputs, texts) if packed else _with_rows(inputs, texts, self.pad)
+        packed, joined, number = "attention_mask" not in inputs, False, len(texts)
+        if packed:
+            batch = _with_documents(inputs, texts)
+        elif joined := self._joins and "position_ids" not in inputs:
+            batch, number = _with_joined_rows(inputs, texts, self.pad)
+        else:
+            batch = _with_rows(inputs, texts, self.pad)
         teacher = self.start if self.args.rehearsal_loss == "kl" else None
-        chosen = list(range(own, own + len(texts)))
+        chosen = list(range(own, own + number))
         multiple = int(self.args.pad_to_multiple_of or 1)
-        length = None if packed else -(-max(map(len, texts)) // multiple) * multiple
+        length = None if packed or joined else -(-max(map(len, texts)) // multiple) * multiple
         hidden = None
         if self._known is not None:
             hidden = to_device(torch.cat([self._known[number] for number in taken]), inputs["input_ids"].device)
@@ -334,6 +354,23 @@ def _with_rows(inputs: Inputs, texts: list[list[int]], pad: int) -> Inputs:
         own = torch.nn.functional.pad(value, (0, longest - length), value=fill)
         batch[name] = torch.cat([own, _to(more, value)])
     return batch
+
+
+def _with_joined_rows(inputs: Inputs, texts: list[list[int]], pad: int) -> tuple[Inputs, int]:
+    """A padded micro-batch with the texts one after another in as few further rows as hold them in their order, and their number."""
+    width = max(inputs["input_ids"].shape[1], *map(len, texts))
+    rows: list[list[list[int]]] = [[]]
+    for text in texts:
+        if sum(map(len, rows[-1])) + len(text) > width:
+            rows.append([])
+        rows[-1].append(text)
+    batch = _with_rows(inputs, [[token for text in row for token in text] for row in rows], pad)
+    positions = torch.arange(width).repeat(len(batch["input_ids"]), 1)
+    for i, row in enumerate(rows, start=len(inputs["input_ids"])):
+        counted = [place for text in row for place in range(len(text))]
+        positions[i] = torch.tensor([*counted, *range(len(row[-1]), len(row[-1]) + width - len(counted))])
+    batch["position_ids"] = _to(positions, inputs["input_ids"])
+    return batch | {"joined": True}, len(rows)
 
 
 def _of_text(name: str, ids: list[int]) -> list[int]:
