@@ -132,7 +132,7 @@ NAMED = {
     "lm_eval.tasks.TaskManager": "all_tasks include_path load task_index",
     "lm_eval.tasks._index": "cfg tags yaml_path",
     "peft.LoraConfig": (
-        "alpha_pattern bias ensure_weight_tying init_lora_weights kasa_config layer_replication lora_bias modules_to_save "
+        "alora_invocation_tokens alpha_pattern bias ensure_weight_tying init_lora_weights kasa_config layer_replication lora_bias modules_to_save "
         "target_modules target_parameters trainable_token_indices use_dora use_rslora"
     ),
     "peft.PeftConfig": "inference_mode is_adaption_prompt is_prompt_learning peft_type",
@@ -157,7 +157,7 @@ NAMED = {
     "transformers.BitsAndBytesConfig": "bnb_4bit_quant_type",
     "transformers.CohereConfig": "logit_scale",
     "transformers.FalconH1Config": "lm_head_multiplier",
-    "transformers.Gemma2Config": "final_logit_softcapping",
+    "transformers.Gemma2Config": "final_logit_softcapping layer_types",
     "transformers.GraniteConfig": "logits_scaling",
     "transformers.GenerationConfig": "eos_token_id",
     "transformers.LlamaConfig": "bos_token_id max_position_embeddings num_hidden_layers",

@@ -165,6 +165,28 @@ def test_of_equally_likely_tokens_each_is_a_hit(device, engine):
     assert sums[4] == N
 
 
+def test_a_label_of_no_word_is_told_and_no_other_row_is_touched(device, engine):
+    if engine == "torch":
+        return  # whose `gather` refuses it
+    student, teacher, weight, labels, head, transform = inputs(device)
+    labels = labels.clamp(min=0)
+    right = run(fused_linear_cross_entropy_kl, student, teacher, weight, labels, head, transform)[1][0]
+    labels[3] = V + 40
+    sums, (gradient, _) = run(fused_linear_cross_entropy_kl, student, teacher, weight, labels, head, transform)
+    assert not sums[0].isfinite() and not gradient[3].isfinite().any()
+    others = torch.arange(N, device=device) != 3
+    torch.testing.assert_close(gradient[others], right[others], rtol=0, atol=0)
+
+
+def test_only_minus_100_is_no_label(device, engine):
+    student, teacher, weight, labels, head, transform = inputs(device)
+    labels[1] = -1
+    sums, _ = run(fused_linear_cross_entropy_kl, student, teacher, weight, labels, head, transform)
+    labels[1] = 0
+    as_first, _ = run(fused_linear_cross_entropy_kl, student, teacher, weight, labels, head, transform)
+    assert sums[1] == as_first[1]
+
+
 @pytest.mark.parametrize("vocabulary", [1, 8, 15, 16, 17, 64, 100])
 def test_any_vocabulary_equals_the_dense_reference(device, engine, vocabulary):
     given = inputs(device, vocabulary=vocabulary, bias=True)
@@ -228,9 +250,13 @@ from trl_ema import kernels
 function, names = kernels._loss_and_gradient, kernels._loss_and_gradient.arg_names
 block, words = kernels._BLOCK, kernels._WORDS_OF_THREAD
 ROOM = {80: 163, 89: 99, 90: 227}  # KiB of shared memory
+CASES = [
+    ("forward", "bf16", False, 49153), ("reverse", "fp16", True, 49153), ("jsd", "fp32", True, 49153),
+    ("jsd", "bf16", False, 151552), ("jsd", "bf16", False, 99),  # whole blocks alone, and none
+]
 for arch, room in ROOM.items():
-    for direction, dtype, odd in (("forward", "bf16", False), ("reverse", "fp16", True), ("jsd", "fp32", True)):
-        constants = dict(vocabulary=49153, DIRECTION=direction, THREADS=block // words, WORDS=words)
+    for direction, dtype, odd, vocabulary in CASES:
+        constants = dict(vocabulary=vocabulary, DIRECTION=direction, THREADS=block // words, WORDS=words)
         constants |= dict(TAUGHT=True, GAP=not odd, NEED_GRAD=True)
         constants |= {name: odd for name in ("TEMPERED", "SCALED", "SOFTCAP", "DFT", "BIAS", "TEACHER_BIAS")}
         constants |= dict(WEIGHTED=not odd)

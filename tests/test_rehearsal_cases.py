@@ -244,16 +244,57 @@ def test_on_a_gpu_texts_stand_in_as_few_rows_as_hold_them(rehearsing, on_a_gpu, 
         check(trainer)
     assert of(trainer)._joins
     # Beside those of the reference: the student's own rows, a text by itself or, where they are written, five; two for a trial.
-    of_reference = {(4, length), (1, 24), *((number, tokens) for number in (1, 5) for tokens in range(13))}
+    of_reference = {(4, length), (2, 24), *((number, tokens) for number in (1, 5) for tokens in range(13))}
     assert set(shapes) - of_reference == expected
 
 
-def test_where_positions_do_not_keep_texts_apart_they_are_not_joined(rehearsing, on_a_gpu):  # noqa: F811
-    model = dict(model_type="falcon_h1") | FAMILIES["falcon_h1"]
-    trainer, _ = rehearsing_rows_of(
-        rehearsing, 40, dict(model=model, peft_config=lora(target_modules=["q_proj", "v_proj"]))
-    )
+NOT_APART = {
+    "falcon_h1": dict(model_type="falcon_h1") | FAMILIES["falcon_h1"],
+    "lfm2": dict(model_type="lfm2", layer_types=["conv", "full_attention"]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", NOT_APART)
+def test_where_positions_do_not_keep_texts_apart_they_are_not_joined(rehearsing, on_a_gpu, family, dtype):  # noqa: F811
+    model = tiny_model(**NOT_APART[family]).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    trainer = rehearsing(model=model, peft_config=lora(target_modules=["q_proj", "v_proj"]), max_steps=1)
+    trainer.train()
+    assert not of(trainer)._joins
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_they_do_no_rounding_refuses_it(rehearsing, on_a_gpu, family, dtype):  # noqa: F811
+    model = tiny_model(**dict(model_type=family) | FAMILIES[family]).to(dtype)
+    trainer = rehearsing(model=model, peft_config=lora(**{"target_modules": "all-linear"}), max_steps=1)
+    trainer.train()
+    assert of(trainer)._joins
+
+
+class FromTheLeft(DataCollatorForLanguageModeling):
+    def torch_call(self, examples):
+        batch = super().torch_call(examples)
+        for i, mask in enumerate(batch["attention_mask"].bool()):
+            for value in batch.values():
+                value[i] = torch.cat([value[i][~mask], value[i][mask]])
+        return batch
+
+
+def test_rows_that_a_collator_of_ones_own_fills_are_masked_as_it_says(rehearsing, on_a_gpu):  # noqa: F811
+    trainer = rehearsing()
+    trainer.data_collator = FromTheLeft(pad_token_id=0)
     check(trainer)
+    assert not of(trainer)._joins
+
+
+def test_an_adapter_that_begins_within_a_row_has_one_text_in_it(rehearsing, on_a_gpu):  # noqa: F811
+    trainer = rehearsing(max_steps=1)
+    trainer.model.peft_config["default"].alora_invocation_tokens = [7, 8]
+    trainer.train()
     assert not of(trainer)._joins
 
 

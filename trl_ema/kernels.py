@@ -18,6 +18,8 @@ _WARPS = 8
 _BLOCK = 32 * _WARPS * _WORDS_OF_THREAD
 # What stands for a logit beyond the vocabulary: its probability is 0, and 0 times it is not NaN.
 _NONE = tl.constexpr(-1e30)
+_NAN = tl.constexpr(math.nan)
+_IGNORE_INDEX = tl.constexpr(-100)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Exponentials are to the base of 2, which a GPU has an instruction for: exp(z − h) = 2^(z·log₂e − h·log₂e), one more with the
 # product in it. Highest logits and logarithms below are in these units, log₂e times theirs.
@@ -161,6 +163,7 @@ def _loss_and_gradient(
     student_ptr += row * stride
     other_ptr += row * stride
     label = tl.load(labels_ptr + row)
+    word = tl.minimum(tl.maximum(label, 0), vocabulary - 1)
     BLOCK: tl.constexpr = THREADS * WORDS
     # Whole blocks, and whether there is a rest at the end, of which alone words are masked.
     WHOLE: tl.constexpr = vocabulary // BLOCK
@@ -168,9 +171,10 @@ def _loss_and_gradient(
     within = tl.arange(0, THREADS)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     # The label's word is looked at by itself, not sought in every block.
     z_label, t_label = _logits(
-        student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, tl.maximum(label, 0), vocabulary, scale, softcap,
+        student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, word, vocabulary, scale, softcap,
         False, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
     )  # fmt: skip
+    z_label = tl.where(label < vocabulary, z_label, _NAN)  # of no word: loss and gradient are not finite, which is told
 
     # Each thread has its own highest logit and sums relative to it, so that nothing waits within the loop.
     # s: student; d: student of the divergence, at its temperature; t: teacher
@@ -197,7 +201,7 @@ def _loss_and_gradient(
     shrunk = tl.exp2(s_top - top)
     total = tl.sum(s_sum * shrunk, axis=0)
     log_total = tl.log2(total)
-    labelled = tl.where(label >= 0, 1.0, 0.0)
+    labelled = tl.where(label == _IGNORE_INDEX, 0.0, 1.0)
     ce = labelled * (((top - z_label * _LOG2E) + log_total) * _LN2)
     entropy = labelled * ((top + log_total) * _LN2 - tl.sum(s_mean * shrunk, axis=0) / total)
     ce_weight = labelled
@@ -277,7 +281,7 @@ def _loss_and_gradient(
         if SOFTCAP:
             slope *= 1.0 - (z_label / softcap) * (z_label / softcap)
         tl.debug_barrier()  # what another thread wrote there comes first
-        tl.store(student_ptr + label, (grad - slope).to(student_ptr.dtype.element_ty), mask=label >= 0)
+        tl.store(student_ptr + word, (grad - slope).to(student_ptr.dtype.element_ty), mask=label != _IGNORE_INDEX)
 
 
 def loss_and_gradient_(
