@@ -485,7 +485,7 @@ def test_a_model_that_could_not_write_is_refused_before_the_training(rehearsing)
 def test_a_start_that_zero3_could_not_put_back_is_refused(rehearsing):
     model = get_peft_model(tiny_model(), lora(init_lora_weights=False))
     rehearsal = of(rehearsing(model=model, peft_config=None))
-    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3, deepspeed_config={}))
     with pytest.raises(ValueError, match="Under ZeRO-3 the model before training is a base alone"):
         rehearsal.begin(SimpleNamespace(accelerator=SimpleNamespace(state=state)))
 

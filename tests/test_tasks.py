@@ -498,7 +498,7 @@ def test_tasks_are_not_asked_of_a_sharded_model_nor_every_0_steps(make_trainer):
         TasksCallback(trainer, {}, 0, None)
     for plugins in (
         dict(fsdp_plugin=SimpleNamespace(fsdp_version=2)),
-        dict(deepspeed_plugin=SimpleNamespace(zero_stage=3)),
+        dict(deepspeed_plugin=SimpleNamespace(zero_stage=3, deepspeed_config={})),
     ):
         sharded = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(**plugins)))
         with pytest.raises(

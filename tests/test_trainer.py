@@ -979,7 +979,10 @@ def test_layers_that_preparing_has_put_under_another_name_are_refused(make_train
     ("plugins", "match"),
     [
         (dict(fsdp_plugin=SimpleNamespace(fsdp_version=1)), "FSDP version 1, .*Set `fsdp_version: 2`"),
-        (dict(deepspeed_plugin=SimpleNamespace(zero_stage=0)), "`zero_stage: 0`, .*Set a stage of 1, 2 or 3"),
+        (
+            dict(deepspeed_plugin=SimpleNamespace(zero_stage=0, deepspeed_config={})),
+            "`zero_stage: 0`, .*Set a stage of 1, 2 or 3",
+        ),
         (
             dict(
                 deepspeed_plugin=SimpleNamespace(
