@@ -113,7 +113,7 @@ def evaluate(*arguments, **options):
 def test_evaluate_compares_with_an_earlier_evaluation(adapter, tiny_folder, tmp_path):
     rows_file = tiny_folder / "data.jsonl"
     before = evaluate("--model", tiny_folder / "model", "--sample", 12, "--output_dir", tmp_path / "before")
-    assert "95 % interval" not in before.stdout
+    assert "change" not in before.stdout
     after = evaluate(
         "--model", adapter, "--sample", 12, "--output_dir", tmp_path / "after", "--against", tmp_path / "before",
         "--dataset_name", rows_file, "--dataset_samples", 4, "--generation_tokens", 3,
@@ -122,7 +122,7 @@ def test_evaluate_compares_with_an_earlier_evaluation(adapter, tiny_folder, tmp_
         [row["score"] for row in read_jsonl(tmp_path / folder / "arc_easy.jsonl")] for folder in ("before", "after")
     ]
     lost = sum(a > b for a, b in zip(*scores, strict=True))
-    table = after.stdout[after.stdout.index("95 % interval") :]
+    table = after.stdout[after.stdout.index("change") :]
     assert f"{sum(scores[0]) / 12:9.4f}{sum(scores[1]) / 12:9.4f}" in table and f"{lost:6d}" in table
     assert "Mean relative drop (FG" in table
     text = read_json(tmp_path / "after" / "text.json")
