@@ -155,7 +155,11 @@ def measured(tmp_path):
     shutil.copytree(KEPT, folder)
     plan = {
         "training": {"report_to": ["trackio", "tensorboard"], "learning_rate": 1e-3},
-        "arms": {"sft": {"teacher": "none"}, "ema": {}, "half": {"interpolate": "ema", "scales": [0.5]}},
+        "arms": {
+            "sft": {"teacher": "none", "run_name": "plain"},
+            "ema": {},
+            "half": {"interpolate": "ema", "scales": [0.5]},
+        },
         "evaluation": {"retention_tasks": {"chosen": None}, "generation_tokens": 0},
         "plain_sft": ["sft"],
         "averaged": ["ema"],
@@ -184,10 +188,10 @@ def test_a_comparison_logs_each_arms_figures_to_its_run_once(trackio, measured):
 
     log_comparison(str(measured))
     runs = {run.name: run for run in trackio.Api().runs("arms")}
-    assert sorted(runs) == ["ema-seed_0", "half-seed_0", "report", "sft-seed_0"]
+    assert sorted(runs) == ["ema-seed_0", "half-seed_0", "plain", "report"]
     groups = {name: run.config["_Group"] for name, run in runs.items()}
-    assert groups == {"ema-seed_0": "ema", "half-seed_0": "half", "sft-seed_0": "sft", "report": None}
-    assert runs["ema-seed_0"].config["kl_weight"] == 2.0 and runs["sft-seed_0"].config["learning_rate"] == 1e-3
+    assert groups == {"ema-seed_0": "ema", "half-seed_0": "half", "plain": "sft", "report": None}
+    assert runs["ema-seed_0"].config["kl_weight"] == 2.0 and runs["plain"].config["learning_rate"] == 1e-3
     before, found = logs_of(trackio, runs["ema-seed_0"])
     assert before["train/loss"] == 1.0 and found["train/global_step"] == 6 and found["step"] > before["step"]
     expected = {
@@ -211,10 +215,10 @@ def test_a_comparison_logs_each_arms_figures_to_its_run_once(trackio, measured):
     log_comparison(str(measured))
     again = {run.name: run for run in trackio.Api().runs("arms")}
     assert {name: len(logs_of(trackio, run)) for name, run in again.items()} == {
-        "ema-seed_0": 2, "half-seed_0": 1, "sft-seed_0": 2, "report": 1,
+        "ema-seed_0": 2, "half-seed_0": 1, "plain": 2, "report": 1,
     }  # fmt: skip
-    assert [row["eval/student_chosen"] for row in logs_of(trackio, again["sft-seed_0"])] == [0.75, 0.5]
-    assert again["sft-seed_0"].config["learning_rate"] == 1e-3
+    assert [row["eval/student_chosen"] for row in logs_of(trackio, again["plain"])] == [0.75, 0.5]
+    assert again["plain"].config["learning_rate"] == 1e-3
 
 
 def test_compare_logs_what_it_found_where_its_runs_are_tracked(measured, monkeypatch):

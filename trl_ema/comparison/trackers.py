@@ -52,7 +52,7 @@ def log_comparison(folder: str) -> None:
     """
     comparison = kept_comparison(folder)
     log_runs(comparison)
-    log_report(folder, comparison.trackers, comparison.project, _space(comparison))
+    log_report(folder, comparison.trackers, comparison.project, _space(comparison.training))
 
 
 def log_runs(comparison: Comparison) -> None:
@@ -107,20 +107,21 @@ def _measured(stage: Comparison, arm: Arm, seed: int) -> dict[str, float]:
 def _to_trackio(stage: Comparison, arm: Arm, seed: int, figures: dict[str, float]) -> None:
     import trackio
 
-    name, made = stage.tracking(arm, seed)["run_name"], _provenance(stage, arm, seed)
+    options, made = stage.options(arm, seed), _provenance(stage, arm, seed)
+    project, name = options["project"], options["run_name"]
     try:
-        runs = [run for run in trackio.Api().runs(stage.project) if run.name == name]
+        runs = [run for run in trackio.Api().runs(project) if run.name == name]
     except ValueError:  # no such project on this machine
         runs = []
     # Whoever goes on with a run gives its configuration anew.
     kept = (runs[-1].config if runs else made.get("arguments")) or {}
     trackio.init(
-        project=stage.project,
+        project=project,
         name=name,
         group=kept.get("_Group") or arm.name,
         resume="allow",
         config={key: value for key, value in kept.items() if not key.startswith("_")},  # those are trackio's own
-        **_space(stage),
+        **_space(options),
     )
     trackio.log(figures | {"train/global_step": made.get("steps", 0)})
     trackio.finish()
@@ -143,10 +144,10 @@ def _provenance(stage: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
     return read_json(path).get("provenance", {}) if path.is_file() else {}
 
 
-def _space(comparison: Comparison) -> dict[str, Any]:
-    """Where trackio's runs are, as transformers tells it of a training; by default in a folder on this machine."""
+def _space(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Where trackio's runs are, as transformers tells it by the options of a training; by default in a folder on this machine."""
     names = {"space_id": "trackio_space_id", "bucket_id": "trackio_bucket_id", "private": "hub_private_repo"}
-    return {name: comparison.training.get(option) for name, option in names.items()}
+    return {name: training.get(option) for name, option in names.items()}
 
 
 def log_report(folder: str, trackers: Sequence[str], project: str, space: Mapping[str, Any] | None = None) -> None:
