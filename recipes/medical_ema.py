@@ -44,6 +44,7 @@ from trl_ema.model_card import write_model_card
 from trl_ema.noise import hide_noise
 from trl_ema.options import changed
 from trl_ema.script import describe_run, parse, resume_from, sources
+from trl_ema.tracking import final_figures, group_run, log_when_ended
 
 
 def main(arguments: list[str], subspace: type | None = None) -> None:
@@ -96,6 +97,7 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
             quantization_config=quantization(model_args, training_args) if isinstance(model, str) else None,
             peft_config=peft_config,
         )
+    group_run(trainer)
     if args.drift_steps:
         trainer.add_callback(DriftCallback(trainer, args.drift_steps))
     elif str(training_args.metric_for_best_model).endswith("drift"):
@@ -138,6 +140,7 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
         path = os.path.join(training_args.output_dir, "metrics.json")
         write_model_card(trainer, training_args.output_dir)
         write_json(path, metrics)
+        log_when_ended(trainer, final_figures(metrics))
         if args.measure:
             say(samples_and_table(metrics))
         if asked is not None and (folders := asked.first_and_last()) is not None:

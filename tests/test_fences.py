@@ -74,6 +74,7 @@ CALLED = {
     "torch.clear_autocast_cache": None,
     "torch.distributed.fsdp.FSDPModule.reshard": "",
     "torch.nn.Module.register_state_dict_post_hook": "hook",
+    "trackio.init": "project | name group resume config space_id bucket_id private",
     "transformers.PreTrainedModel.get_input_embeddings": "",
     "transformers.PreTrainedModel.get_output_embeddings": "",
     "transformers.Trainer._load_scaler": "checkpoint",
@@ -84,6 +85,9 @@ CALLED = {
     "transformers.Trainer.push_to_hub": "| commit_message revision",
     "transformers.Trainer.set_initial_training_values": "args dataloader",
     "transformers.generation.GenerationMixin.generate": "| generation_config logits_processor",
+    "transformers.integrations.TensorBoardCallback.on_log": "args state control | logs",
+    "transformers.integrations.TrackioCallback.on_log": "args state control | model logs",
+    "transformers.integrations.TrackioCallback.setup": "args state model",
     "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func": (
         "gate_logits num_experts top_k attention_mask"
     ),
@@ -154,6 +158,8 @@ NAMED = {
     "torch.nn.modules.module._IncompatibleKeys": "missing_keys unexpected_keys",
     "torch.distributed.fsdp.MixedPrecisionPolicy": "output_dtype",
     "torch.distributed.tensor.DTensor": "device_mesh from_local full_tensor placements to_local",
+    "trackio.Run": "config group name",
+    "trackio.context_vars": "current_run",
     "transformers.BitsAndBytesConfig": "bnb_4bit_quant_type",
     "transformers.CohereConfig": "logit_scale",
     "transformers.FalconH1Config": "lm_head_multiplier",
@@ -209,6 +215,7 @@ WRITTEN = {
         "_optim_states.pt",
     ],
     "peft.PeftModel.save_pretrained": ['kwargs.get("state_dict"'],
+    "trackio.Run.__init__": ['self.config["_Group"] = self.group'],
     "transformers.Trainer._save_rng_state": ['"rng_state.pth"', 'f"rng_state_{self.args.process_index}.pth"'],
     "transformers.TrainingArguments._process_fsdp_args": ['{"fsdp_version": ', '["activation_checkpointing"] = '],
 }

@@ -211,7 +211,7 @@ MODULES_OF = {"PyYAML": "yaml"}
 # Parts that need an extra: they may import what it brings.
 OF_EXTRAS = {
     "deepspeed", "gguf", "obonet", "lm_eval", "nltk", "rouge_score", "sacrebleu", "sentence_transformers", "jinja2",
-    "matplotlib", "scipy",
+    "matplotlib", "scipy", "trackio",
 }  # fmt: skip
 
 

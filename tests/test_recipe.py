@@ -84,6 +84,31 @@ def test_main_job_trains_measures_and_writes_its_files(workplace, run):
         assert again[who] == metrics[who]
 
 
+def test_the_figures_before_and_after_are_in_the_runs_trackers(workplace, run, monkeypatch):
+    import trackio
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from trackio.sqlite_storage import SQLiteStorage
+
+    monkeypatch.setenv("WANDB_RUN_GROUP", "study")
+    arguments = ["--model_name_or_path", "model", "--dataset_name", "data.jsonl", "--eval_fraction", "0.2", *QUICK]
+    (workplace / "tracked.yaml").write_text("{report_to: [trackio, tensorboard], run_name: one, project: recipe}")
+    arguments.remove("--report_to"), arguments.remove("none")
+    tracked = ["--config", "tracked.yaml", "--max_steps", "1"]
+    run(*arguments, *tracked, "--generations", "0", "--output_dir", "tracked")
+    metrics = json.loads((workplace / "tracked" / "metrics.json").read_text())
+    (found,) = trackio.Api().runs("recipe")
+    assert (found.name, found.config["_Group"], found.config["max_steps"]) == ("one", "study", 1)
+    *_, last = SQLiteStorage.get_logs("recipe", "one")
+    (folder,) = (workplace / "tracked" / "runs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    for who in ("before", "student", "teacher"):
+        for text in ("domain", "general"):
+            for name, key in (("loss", "loss"), ("drift", "kl_base_model")):
+                tag, value = f"eval/{who}_{text}_{name}", metrics[who][text][key]
+                assert last[tag] == value and events.Scalars(tag)[-1].value == pytest.approx(value)
+    assert not any("before_domain_loss" in name for row in metrics["log"] for name in row)
+
+
 @pytest.mark.parametrize("name", ["qwen2_1.5b_qlora", "qwen2_1.5b_qlora_study"])
 def test_a_shipped_config_runs_on_its_architecture(workplace, run, name):
     """The YAML of Qwen2-1.5B, with the model, the data, the size and the device of this machine in its place."""

@@ -481,7 +481,7 @@ def compare(arguments: list[str]) -> None:
     from .comparison.plan import DEFAULT_CONFIG, load_comparison
     from .comparison.report import write_report
     from .comparison.run import run_comparison
-    from .comparison.trackers import check_trackers, log_report
+    from .comparison.trackers import check_trackers, log_comparison
     from .extras import require
     from .files import check_output_dir
 
@@ -512,7 +512,7 @@ def compare(arguments: list[str]) -> None:
     run_comparison(comparison, args.arms, args.seeds, args.evaluate_only, args.jobs, args.stages)
     print(f"Report: {write_report(comparison.output_dir)}")
     if comparison.trackers:
-        log_report(comparison.output_dir, comparison.trackers, comparison.project)
+        log_comparison(comparison.output_dir)
 
 
 def report(arguments: list[str]) -> None:

@@ -18,6 +18,7 @@ from ..evaluation.models import adapter_fingerprint
 from ..files import write_json
 from ..launch import launch_of, launcher_settings, take_accelerate_config
 from ..processes import Launch
+from ..tracking import RUN_GROUP
 from .plan import Arm, Comparison
 
 
@@ -85,8 +86,8 @@ def train(comparison: Comparison, arm: Arm, seed: int, log: Path | None = None, 
     config = os.path.join(folder, "config.yaml")
     launch = _words(comparison)
     command = [sys.executable, "-m", "trl_ema", "train", *launch, "--config", config]
-    # Weights & Biases takes these from nowhere else.
-    groups = {"WANDB_PROJECT": comparison.project, "WANDB_RUN_GROUP": arm.name} | os.environ | environment
+    # Weights & Biases takes these from nowhere else; the group is that of a run in trackio, too.
+    groups = {"WANDB_PROJECT": comparison.project, RUN_GROUP: arm.name} | os.environ | environment
     if not (launch or environment) and len(_devices()) > 1:  # one process, which TRL refuses several GPUs
         groups |= _share(0, 1)
     if log is None:
