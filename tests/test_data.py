@@ -21,7 +21,7 @@ from trl_ema.data import (
     to_prompt_completion,
 )
 from trl_ema.data.faults import FILE_FORMATS
-from trl_ema.inputs import load_data
+from trl_ema.inputs import load_data, load_held_out
 from trl_ema.script import TrainingScriptArguments
 
 
@@ -546,7 +546,7 @@ def test_a_split_without_answers_that_was_named_is_refused(hub, tokenizer):
     with pytest.raises(NoAnswersError, match="use `train` or `validation`"):
         load_data(args, tokenizer)
     args = TrainingScriptArguments("openlifescienceai/medmcqa", dataset_test_split="train")
-    assert len(load_data(args, tokenizer)[1]) == 20
+    assert len(load_held_out(args, tokenizer)) == 20
 
 
 @pytest.mark.parametrize("streaming", [False, True])

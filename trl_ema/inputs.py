@@ -29,7 +29,7 @@ from .versions import check_versions
 
 logger = logging.getLogger(__name__)
 
-# Of the rows that data sets of a mixture share, by the key that an entry of [`without_held_out`] of that kind has.
+# Of the rows that data sets share, or the splits of one, by the key that an entry of [`without_held_out`] of that kind has.
 _SHARED = {
     "also_trained": "%(rows)d of the %(of)d training rows of %(also_trained)r are training rows of %(trained)r too: with both in the "
     "mixture a model sees them twice.",
@@ -43,14 +43,12 @@ def load_parts(
     args: TrainingScriptArguments, tokenizer: PreTrainedTokenizerBase, text_field: str = "text"
 ) -> list[LoadedPart]:
     """
-    All that is trained on, by data set; each holds out its own rows, and no other one trains on them.
+    All that is trained on, by data set; each holds out its own rows, and none trains on what it or another one holds out.
 
     Raises:
         ValueError: Of one of them no row is left to train on, or to hold out.
     """
     parts = _load_parts(args, tokenizer, text_field)
-    if len(parts) == 1:
-        return parts
     names, train, held_out = zip(*((part.name, part.train, part.held_out) for part in parts), strict=True)
     left, shared = data.without_held_out(names, train, held_out, text_field)
     for entry in itertools.chain(*shared):
