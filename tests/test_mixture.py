@@ -563,6 +563,33 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are(files):
     assert "`trl_ema.data.load_split(path, columns={'prompt': 'YOURS', 'completion': 'YOURS'})`" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (
+            {"prompt": "Frage"},
+            "has `prompt` and no `completion`. Its columns are ['Antwort', 'Frage', 'Nr.']: say which",
+        ),
+        (
+            {"completion": "Antwort"},
+            "has `completion` and no `prompt`. Its columns are ['Antwort', 'Frage', 'Nr.']: say",
+        ),
+        (
+            {"body": "Frage"},
+            "has `body` and no `prompt` and `completion`, no `messages` and no `text`. Its columns are [",
+        ),
+        (["Frage", "Nr."], "has `Frage`, `Nr.` and no `prompt` and `completion`, no `messages` and no `text`. Its"),
+    ],
+)
+def test_a_mapping_that_lacks_a_column_is_refused_with_those_that_are_there(files, told, message):
+    path = str(files / "odd.csv")
+    with pytest.raises(ValueError) as error:
+        load_split(path, columns=told, option="dataset_name")
+    assert f"`dataset_columns` of {path} {message}" in str(error.value)
+    assert "`--dataset_columns prompt=YOURS completion=YOURS`, or `text` alone for plain texts." in str(error.value)
+    assert load_split(path, columns={"text": "Frage"}).column_names == ["text"]
+
+
 def test_a_row_that_cannot_be_tokenized_is_named_and_of_a_stream_raised(tokenizer, make_trainer):
     tokenizer.chat_template = "{{ raise_exception('no system turn') if messages[0]['role'] == 'system' else 'what' }}"
     bad = Dataset.from_list([{"messages": [{"role": "system", "content": "a"}]}])
