@@ -213,7 +213,10 @@ def test_after_4_bits_it_is_merged_into_16_and_compared_on_the_rows_of_the_run(b
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert "quantization_config" not in read_json(tmp_path / "out" / "config.json")
-    assert "on 3 rows (held out by the run)" in done.stdout and "It was trained over 4-bit weights" in done.stdout
+    assert (
+        "on 51 rows (3 held out by the run, 48 general)" in done.stdout
+        and "It was trained over 4-bit weights" in done.stdout
+    )
 
 
 def test_generation_ends_at_the_token_that_was_trained_with(base, run, tmp_path):

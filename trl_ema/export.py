@@ -31,7 +31,7 @@ from .evaluation.scaling import LARGEST_SCALE, adapter_at, check_run, read_adapt
 from .evaluation.vllm_backend import check_vllm_reads
 from .extras import require
 from .files import OutputError, check_output_dir, new_folder, write_json, write_text
-from .inputs import held_out_rows
+from .inputs import FEW_ROWS, held_out_rows
 from .options import RowsArguments, plain_count, plain_number, take_booleans, take_columns, warn_about_ignored
 from .provenance import provenance
 from .script import options_of_run
@@ -41,6 +41,7 @@ from .tune_scale import check_began_as_base, settings_unknown
 TARGETS = ("adapter", "merged", "gguf")
 RECORD = "export.json"
 _HELP = "Folder that `trl-ema train` wrote: the adapter in it, the teacher's below, if there is one."
+_HELD_OUT = "held out by the run"
 # Options that only some exports read: of rows by name, of what is merged and compared on rows, of llama.cpp's form.
 _OF_NAMED_ROWS = ("dataset_config", "dataset_split", "drop_incomplete_rows", "seed")
 _OF_MERGING = ("dtype", "device", "max_kl", "dataset_name", "dataset_columns", "dataset_samples", "batch_size")
@@ -247,18 +248,25 @@ class _Export:
             ) from error
 
     def _rows(self, options: Any) -> tuple[str, list[dict]]:
-        """What the rows to compare on are, and their batches."""
+        """What the rows to compare on are, and their batches. To few held-out ones general ones are added."""
         args, what = self.args, self.args.dataset_name
+        general = data.as_chat(Dataset.from_list(general_rows()), self.tokenizer)
+        more = general.select([])
         if what is not None:
             rows = sampled_rows(args, self.tokenizer)
         elif options is not None:
-            what, rows = "held out by the run", held_out_rows(self.run, options)
+            what, rows = _HELD_OUT, held_out_rows(self.run, options)
         else:
-            what, rows = "general", data.as_chat(Dataset.from_list(general_rows()), self.tokenizer)
+            what, rows = "general", general
         rows = rows.select(range(min(args.dataset_samples, len(rows))))
-        length = self.settings.max_length
-        batches = tokenized_batches(rows, self.tokenizer, length, args.batch_size, self.settings)
-        return f"{len(rows)} rows ({what})", batches
+        if what == _HELD_OUT and len(rows) < FEW_ROWS:
+            more = general.select(range(min(args.dataset_samples - len(rows), len(general))))
+            what = f"{len(rows)} {what}, {len(more)} general" if len(more) else what
+        length, batches = self.settings.max_length, []
+        for some in (rows, more):  # of different columns, it may be
+            if len(some):
+                batches += tokenized_batches(some, self.tokenizer, length, args.batch_size, self.settings)
+        return f"{len(rows) + len(more)} rows ({what})", batches
 
     def write(self, scratch: str, folder: str) -> list[str]:
         """
