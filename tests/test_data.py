@@ -673,13 +673,23 @@ def test_a_damaged_file_is_named_with_the_line_and_what_mends_it(tmp_path, name,
             "prompt,completion\nq1,a1,x\nq2,a2,y\n",
             "has more cells in its first row than columns in its header. A cell with a comma",
         ),
+        ("prompt,completion,prompt\nq,a,p\n", "has two columns of the name 'prompt'. Rename one of them, or leave"),
+        ('\ufeff"prompt",completion,prompt\nq,a,p\n', "has two columns of the name 'prompt'. Rename one of them, or"),
     ],
 )
-def test_a_table_with_other_separators_or_more_of_them_is_refused(tmp_path, content, message):
+def test_a_table_with_other_separators_more_of_them_or_two_columns_of_a_name_is_refused(tmp_path, content, message):
     (tmp_path / "data.csv").write_text(content)
     for name in (tmp_path / "data.csv", tmp_path):
         with pytest.raises(ValueError, match=f"data.csv {message}"):
             load_rows(str(name))
+
+
+def test_columns_without_a_name_are_not_of_one_name(tmp_path):
+    (tmp_path / "data.csv").write_text("prompt,completion,,\nq,a,,\n")  # as spreadsheets write them
+    assert load_split(str(tmp_path / "data.csv")).select_columns(["prompt", "completion"])[:] == {
+        "prompt": ["q"],
+        "completion": ["a"],
+    }
 
 
 def test_an_error_about_no_line_names_the_files(tmp_path):
