@@ -5,6 +5,7 @@ import re
 import shlex
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from trl_ema.evaluation.drift import tokenized_batches
 from trl_ema.evaluation.merging import merged_and_compared
 from trl_ema.evaluation.models import load_base, with_adapter
 from trl_ema.evaluation.scaling import adapter_at, read_adapter, save_adapter
-from trl_ema.export import ExportArguments
+from trl_ema.export import ExportArguments, _Export, _generation_config
 from trl_ema.files import new_folder, read_json
 
 
@@ -101,6 +102,25 @@ def test_an_exported_adapter_is_whole_and_says_what_serves_it(run, base, tmp_pat
     assert "Ollama:     takes whole models" in done.stdout and "KL(" not in done.stdout
     told = read_json(tmp_path / "out" / "export.json")
     assert (told["adapter"], told["scale"], told["to"], told["figures"]) == ("mix=0.5", 0.85, "adapter", None)
+
+
+def test_the_lines_for_vllm_name_the_revision_and_the_code_that_the_run_had(run, tmp_path):
+    lora(base_model_name_or_path="org/base").save_pretrained(tmp_path)
+    export = _Export.__new__(_Export)
+    export.args, export.base = ExportArguments(to="adapter"), "org/base"
+    for revision, trusts, expected in [
+        ("main", False, ""),
+        ("v1.1", False, " --revision v1.1"),
+        ("v1.1", True, " --revision v1.1 --trust-remote-code"),
+    ]:
+        export.revision, export.settings = revision, SimpleNamespace(trust_remote_code=trusts)
+        assert export._serving_adapter("own", str(tmp_path), "out")[0] == (
+            f"vLLM:       vllm serve org/base{expected} --enable-lora --max-lora-rank 8 --lora-modules own=out"
+        )
+    export.base = str(run)  # a folder has no revisions
+    assert "--revision" not in export._serving_adapter("own", str(tmp_path), "out")[0]
+    export.args, export.run = ExportArguments(), "run"
+    assert export._serving("", "out")[0].endswith("--served-model-name run-student --trust-remote-code")
 
 
 def test_by_default_it_lies_below_the_run_and_keeps_the_weights(base, tmp_path):

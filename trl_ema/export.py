@@ -390,7 +390,7 @@ class _Export:
             return self._serving_adapter(name, scratch, folder)
         ollama = f"Ollama:     ollama create {name} -f {_quoted(folder, 'Modelfile')} && ollama run {name}"
         if self.args.to == "merged":
-            return [f"vLLM:       vllm serve {_quoted(folder)} --served-model-name {name}", ollama]
+            return [f"vLLM:       vllm serve {_quoted(folder)} --served-model-name {name}{self._trust}", ollama]
         lines = [f"llama.cpp:  llama-server -m {_quoted(folder, 'model.gguf')}"]
         if os.path.isfile(os.path.join(scratch, "adapter.gguf")):
             lines.append(
@@ -398,12 +398,20 @@ class _Export:
             )
         return [*lines, ollama, "vLLM:       serves merged models: `--to merged`"]
 
+    @property
+    def _trust(self) -> str:
+        """For vLLM, of a model with code of its own."""
+        return " --trust-remote-code" if self.settings.trust_remote_code else ""
+
     def _serving_adapter(self, name: str, scratch: str, folder: str) -> list[str]:
         try:
             rank = check_vllm_reads(scratch)
         except ValueError:
             return ["vLLM and Ollama take plain LoRA alone: for them export `--to merged` or `--to gguf`."]
-        vllm = f"vLLM:       vllm serve {_quoted(self.base)} --enable-lora --max-lora-rank {rank} --lora-modules {name}={_quoted(folder)}"
+        of_hub = self.revision not in (None, "main") and not os.path.isdir(self.base)
+        which = f" --revision {shlex.quote(self.revision)}" if of_hub else ""
+        vllm = f"vLLM:       vllm serve {_quoted(self.base)}{which}{self._trust}"
+        vllm += f" --enable-lora --max-lora-rank {rank} --lora-modules {name}={_quoted(folder)}"
         if os.path.isfile(os.path.join(scratch, CHAT_TEMPLATE_FILE)):
             vllm += f" --chat-template {_quoted(folder, CHAT_TEMPLATE_FILE)}"
         return [vllm, "Ollama:     takes whole models: `--to merged` or `--to gguf`"]
