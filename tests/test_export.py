@@ -253,6 +253,26 @@ def test_generation_ends_at_the_token_that_was_trained_with(base, run, tmp_path)
         assert sorted(found) == sorted([tokenizer.eos_token_id, before])
 
 
+@pytest.mark.parametrize("known", ["in the cache", "not there", "unknown", "a folder"])
+def test_a_generation_config_that_is_out_of_reach_is_not_taken_for_none(tmp_path, monkeypatch, caplog, known):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model, commit = tmp_path / "models--org--base", 40 * "a"
+    for folder in ("refs", f"snapshots/{commit}", f".no_exist/{commit}"):
+        (model / folder).mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    (model / "snapshots" / commit / "config.json").write_text("{}")
+    if known == "in the cache":
+        GenerationConfig(top_k=7).save_pretrained(model / "snapshots" / commit)
+    if known == "not there":
+        (model / ".no_exist" / commit / "generation_config.json").touch()
+    base = str(model / "snapshots" / commit) if known == "a folder" else "org/base"
+    found = _generation_config(base, "main", tiny_model("qwen2").config, qwen2_tokenizer())
+    assert (found.top_k == 7) == (known == "in the cache")
+    said = "Whether 'org/base' has a generation config could not be known (We couldn't connect"
+    assert (said in caplog.text) == (known == "unknown") == bool(caplog.text)
+
+
 # GGUF
 
 

@@ -1,5 +1,6 @@
 """The command `trl-ema export`: a run's adapter as others load it, alone, merged into its base, or as GGUF."""
 
+import logging
 import math
 import os
 import re
@@ -17,7 +18,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import align_special_tokens
-from transformers.utils import CHAT_TEMPLATE_FILE
+from transformers.utils import CHAT_TEMPLATE_FILE, GENERATION_CONFIG_NAME
 from trl import TrlParser
 
 from . import data, gguf_files
@@ -37,6 +38,8 @@ from .provenance import provenance
 from .script import options_of_run
 from .tune_scale import check_began_as_base, settings_unknown
 
+
+logger = logging.getLogger(__name__)
 
 TARGETS = ("adapter", "merged", "gguf")
 RECORD = "export.json"
@@ -426,7 +429,14 @@ def _generation_config(base: str, revision: str, config: Any, tokenizer: PreTrai
     """The base's, with the special tokens of the tokenizer that was trained with."""
     try:
         generation = GenerationConfig.from_pretrained(base, revision=revision)
-    except OSError:  # it has none
+    except OSError as error:
+        # So it is where there is none, in a folder or as the hub says or once said. Out of reach of the hub a cache may merely lack it.
+        if "does not appear to have a file named" not in str(error):
+            logger.warning(
+                "Whether %r has a generation config could not be known (%s). If it has one, what it says of sampling is not in the export: "
+                "export again where the hub is in reach, or copy its %s there.",
+                base, " ".join(str(error).split()), GENERATION_CONFIG_NAME,
+            )  # fmt: skip
         generation = GenerationConfig.from_model_config(config)
     align_special_tokens(SimpleNamespace(config=config, generation_config=generation), tokenizer)
     return generation
