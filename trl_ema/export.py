@@ -265,7 +265,7 @@ class _Export:
         if what == _HELD_OUT and len(rows) < FEW_ROWS:
             more = general.select(range(min(args.dataset_samples - len(rows), len(general))))
             what = f"{len(rows)} {what}, {len(more)} general" if len(more) else what
-        length, batches = self.settings.max_length, []
+        length, batches = self.settings.max_length, list[dict]()
         for some in (rows, more):  # of different columns, it may be
             if len(some):
                 batches += tokenized_batches(some, self.tokenizer, length, args.batch_size, self.settings)
