@@ -551,11 +551,13 @@ def test_a_split_without_answers_that_was_named_is_refused(hub, tokenizer):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_one_row_without_an_answer_is_named_and_does_not_hide_its_split(monkeypatch, tokenizer, streaming):
-    def questions(unanswered=()):
-        found = [MEDMCQA | {"question": f"what is {i}", "cop": -1 if i in unanswered else 2} for i in range(20)]
+    def questions(split, unanswered=()):
+        found = [MEDMCQA | {"question": f"{split} {i}", "cop": -1 if i in unanswered else 2} for i in range(20)]
         return Dataset.from_list(found).to_iterable_dataset() if streaming else Dataset.from_list(found)
 
-    splits = {"train": questions(), "test": questions(range(20)), "validation": questions([7])}
+    splits = {
+        name: questions(name, without) for name, without in (("train", ()), ("test", range(20)), ("validation", [7]))
+    }
     made = IterableDatasetDict(splits) if streaming else DatasetDict(splits)
     monkeypatch.setattr(loading, "load_dataset", lambda *_, **__: made)
     monkeypatch.setattr(loading, "load_dataset_builder", of_parquet)
@@ -583,7 +585,7 @@ def test_a_test_split_whose_answers_are_hidden_is_not_used(tmp_path, tokenizer):
     assert len(train) == 8 and len(held_out) == 2  # of the training rows
     jsonl_file(tmp_path, questions[:3], "validation.jsonl")
     train, held_out = load(str(tmp_path), tokenizer)
-    assert len(train) == 10 and len(held_out) == 3
+    assert len(train) == 7 and len(held_out) == 3
 
 
 # Files and names
