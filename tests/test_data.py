@@ -21,7 +21,7 @@ from trl_ema.data import (
     to_prompt_completion,
 )
 from trl_ema.data.faults import FILE_FORMATS
-from trl_ema.inputs import load_data
+from trl_ema.inputs import load_data, load_held_out
 from trl_ema.script import TrainingScriptArguments
 
 
@@ -546,16 +546,18 @@ def test_a_split_without_answers_that_was_named_is_refused(hub, tokenizer):
     with pytest.raises(NoAnswersError, match="use `train` or `validation`"):
         load_data(args, tokenizer)
     args = TrainingScriptArguments("openlifescienceai/medmcqa", dataset_test_split="train")
-    assert len(load_data(args, tokenizer)[1]) == 20
+    assert len(load_held_out(args, tokenizer)) == 20
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_one_row_without_an_answer_is_named_and_does_not_hide_its_split(monkeypatch, tokenizer, streaming):
-    def questions(unanswered=()):
-        found = [MEDMCQA | {"question": f"what is {i}", "cop": -1 if i in unanswered else 2} for i in range(20)]
+    def questions(split, unanswered=()):
+        found = [MEDMCQA | {"question": f"{split} {i}", "cop": -1 if i in unanswered else 2} for i in range(20)]
         return Dataset.from_list(found).to_iterable_dataset() if streaming else Dataset.from_list(found)
 
-    splits = {"train": questions(), "test": questions(range(20)), "validation": questions([7])}
+    splits = {
+        name: questions(name, without) for name, without in (("train", ()), ("test", range(20)), ("validation", [7]))
+    }
     made = IterableDatasetDict(splits) if streaming else DatasetDict(splits)
     monkeypatch.setattr(loading, "load_dataset", lambda *_, **__: made)
     monkeypatch.setattr(loading, "load_dataset_builder", of_parquet)
@@ -583,7 +585,7 @@ def test_a_test_split_whose_answers_are_hidden_is_not_used(tmp_path, tokenizer):
     assert len(train) == 8 and len(held_out) == 2  # of the training rows
     jsonl_file(tmp_path, questions[:3], "validation.jsonl")
     train, held_out = load(str(tmp_path), tokenizer)
-    assert len(train) == 10 and len(held_out) == 3
+    assert len(train) == 7 and len(held_out) == 3
 
 
 # Files and names
@@ -673,13 +675,21 @@ def test_a_damaged_file_is_named_with_the_line_and_what_mends_it(tmp_path, name,
             "prompt,completion\nq1,a1,x\nq2,a2,y\n",
             "has more cells in its first row than columns in its header. A cell with a comma",
         ),
+        ("prompt,completion,prompt\nq,a,p\n", "has two columns of the name 'prompt'. Rename one of them, or leave"),
+        ('\ufeff"prompt",completion,prompt\nq,a,p\n', "has two columns of the name 'prompt'. Rename one of them, or"),
     ],
 )
-def test_a_table_with_other_separators_or_more_of_them_is_refused(tmp_path, content, message):
+def test_a_table_with_other_separators_more_of_them_or_two_columns_of_a_name_is_refused(tmp_path, content, message):
     (tmp_path / "data.csv").write_text(content)
     for name in (tmp_path / "data.csv", tmp_path):
         with pytest.raises(ValueError, match=f"data.csv {message}"):
             load_rows(str(name))
+
+
+def test_columns_without_a_name_are_not_of_one_name(tmp_path):
+    (tmp_path / "data.csv").write_text("prompt,completion,,\nq,a,,\n")  # as spreadsheets write them
+    found = load_rows(str(tmp_path / "data.csv"))
+    assert (found["prompt"][:], found["completion"][:]) == (["q"], ["a"])
 
 
 def test_an_error_about_no_line_names_the_files(tmp_path):

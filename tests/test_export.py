@@ -5,6 +5,7 @@ import re
 import shlex
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from trl_ema.evaluation.drift import tokenized_batches
 from trl_ema.evaluation.merging import merged_and_compared
 from trl_ema.evaluation.models import load_base, with_adapter
 from trl_ema.evaluation.scaling import adapter_at, read_adapter, save_adapter
-from trl_ema.export import ExportArguments
+from trl_ema.export import ExportArguments, _Export, _generation_config
 from trl_ema.files import new_folder, read_json
 
 
@@ -101,6 +102,23 @@ def test_an_exported_adapter_is_whole_and_says_what_serves_it(run, base, tmp_pat
     assert "Ollama:     takes whole models" in done.stdout and "KL(" not in done.stdout
     told = read_json(tmp_path / "out" / "export.json")
     assert (told["adapter"], told["scale"], told["to"], told["figures"]) == ("mix=0.5", 0.85, "adapter", None)
+
+
+def test_the_lines_for_vllm_name_the_revision_and_the_code_that_the_run_had(run):
+    export = _Export.__new__(_Export)
+    export.args, export.base = ExportArguments(to="adapter"), "org/base"
+    for revision, trusts, expected in [
+        ("main", False, ""),
+        ("v1.1", False, " --revision v1.1"),
+        ("v1.1", True, " --revision v1.1 --trust-remote-code"),
+    ]:
+        export.revision, export.settings = revision, SimpleNamespace(trust_remote_code=trusts)
+        line, _ = export._serving_adapter("own", str(run), "out")
+        assert line.startswith(f"vLLM:       vllm serve org/base{expected} --enable-lora --max-lora-rank 8 --lora-mod")
+    export.base = str(run)  # a folder has no revisions
+    assert "--revision" not in export._serving_adapter("own", str(run), "out")[0]
+    export.args, export.run = ExportArguments(), "run"
+    assert export._serving("", "out")[0].endswith("--served-model-name run-student --trust-remote-code")
 
 
 def test_by_default_it_lies_below_the_run_and_keeps_the_weights(base, tmp_path):
@@ -213,7 +231,10 @@ def test_after_4_bits_it_is_merged_into_16_and_compared_on_the_rows_of_the_run(b
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert "quantization_config" not in read_json(tmp_path / "out" / "config.json")
-    assert "on 3 rows (held out by the run)" in done.stdout and "It was trained over 4-bit weights" in done.stdout
+    assert (
+        "on 51 rows (3 held out by the run, 48 general)" in done.stdout
+        and "It was trained over 4-bit weights" in done.stdout
+    )
 
 
 def test_generation_ends_at_the_token_that_was_trained_with(base, run, tmp_path):
@@ -228,6 +249,26 @@ def test_generation_ends_at_the_token_that_was_trained_with(base, run, tmp_path)
         export(another, "--to", form, "--output_dir", tmp_path / form, *bound)
         found = GenerationConfig.from_pretrained(tmp_path / form).eos_token_id
         assert sorted(found) == sorted([tokenizer.eos_token_id, before])
+
+
+@pytest.mark.parametrize("known", ["in the cache", "not there", "unknown", "a folder"])
+def test_a_generation_config_that_is_out_of_reach_is_not_taken_for_none(tmp_path, monkeypatch, caplog, known):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model, commit = tmp_path / "models--org--base", 40 * "a"
+    for folder in ("refs", f"snapshots/{commit}", f".no_exist/{commit}"):
+        (model / folder).mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    (model / "snapshots" / commit / "config.json").write_text("{}")
+    if known == "in the cache":
+        GenerationConfig(do_sample=True, top_k=7).save_pretrained(model / "snapshots" / commit)
+    if known == "not there":
+        (model / ".no_exist" / commit / "generation_config.json").touch()
+    base = str(model / "snapshots" / commit) if known == "a folder" else "org/base"
+    found = _generation_config(base, "main", tiny_model("qwen2").config, qwen2_tokenizer())
+    assert (found.top_k == 7) == (known == "in the cache")
+    said = "Whether 'org/base' has a generation config could not be known (We couldn't connect"
+    assert (said in caplog.text) == (known == "unknown") == ("could not be known" in caplog.text)
 
 
 # GGUF

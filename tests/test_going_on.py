@@ -63,7 +63,7 @@ def test_a_training_goes_on_and_measures_from_the_adapter(start, tiny_folder, tm
     done = trl_ema("export", out, "--scale", 0.5, check=False)
     assert done.returncode == 1 and f"went on from the adapter {str(start)!r}" in done.stderr
     done = trl_ema("export", out, "--to", "merged", "--dtype", "float32", "--output_dir", tmp_path / "merged")
-    assert "on 6 rows (held out by the run)" in done.stdout
+    assert "on 54 rows (6 held out by the run, 48 general)" in done.stdout
     merged, _ = load_base(str(tmp_path / "merged"), dtype=torch.float32)
     again = measure_drift(merged, tokenized_batches(held_out, tokenizer, 48))
     assert again["loss"] == pytest.approx(student["loss"], rel=1e-4)

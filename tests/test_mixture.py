@@ -397,6 +397,30 @@ def test_what_one_data_set_holds_out_no_other_one_trains_on(tmp_path, tokenizer,
     assert said["shared_rows"] == [*cards.shared, *both.shared]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_does_not_train_on_rows_that_its_own_test_split_repeats(tmp_path, tokenizer, caplog, streaming):
+    own, held = list(rows(30)), list(rows(6, seed=1))
+    for split, found in (("train", own), ("test", [*held, *own[:4]])):
+        Dataset.from_list(found).to_json(tmp_path / f"{split}.jsonl")
+    args = TrainingScriptArguments(str(tmp_path), dataset_streaming=streaming)
+    (part,) = load_parts(args, tokenizer)
+    assert sorted(row["prompt"][0]["content"] for row in part.train) == sorted(row["prompt"] for row in own[4:])
+    assert len(part.held_out) == 10
+    if streaming:
+        return
+    assert part.shared == [{"trained": part.name, "held_out": part.name, "rows": 4, "of": 30}]
+    assert f"4 of the 30 training rows of {part.name!r} are left out: they are held out of" in caplog.text
+    told = SimpleNamespace(
+        train_dataset=[],
+        args=MeanTeacherConfig(str(tmp_path), use_cpu=True, bf16=False),
+        state=SimpleNamespace(global_step=0),
+    )
+    assert describe_run(told, args, trl.ModelConfig("model"), [part])["shared_rows"] == part.shared
+    Dataset.from_list(own).to_json(tmp_path / "test.jsonl")
+    with pytest.raises(ValueError, match="all of its 30 are held out too, .* another one with `--dataset_test_split`"):
+        load_parts(args, tokenizer)
+
+
 def test_questions_of_held_out_rows_are_no_other_ones_to_train_on_but_preambles_are():
     first = pairs(("q1", "a"), ("sum up", "b")), pairs(("q2", "c"), ("sum up", "d"))
     second = (
@@ -537,6 +561,33 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are(files):
     assert "Unknown data set columns ['Antwort', 'Frage', 'Nr.']" in str(error.value)
     assert "question, answer" in str(error.value).replace("answer, question", "question, answer")
     assert "`trl_ema.data.load_split(path, columns={'prompt': 'YOURS', 'completion': 'YOURS'})`" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (
+            {"prompt": "Frage"},
+            "has `prompt` and no `completion`. Its columns are ['Antwort', 'Frage', 'Nr.']: say which",
+        ),
+        (
+            {"completion": "Antwort"},
+            "has `completion` and no `prompt`. Its columns are ['Antwort', 'Frage', 'Nr.']: say",
+        ),
+        (
+            {"body": "Frage"},
+            "has `body` and no `prompt` and `completion`, no `messages` and no `text`. Its columns are [",
+        ),
+        (["Frage", "Nr."], "has `Frage`, `Nr.` and no `prompt` and `completion`, no `messages` and no `text`. Its"),
+    ],
+)
+def test_a_mapping_that_lacks_a_column_is_refused_with_those_that_are_there(files, told, message):
+    path = str(files / "odd.csv")
+    with pytest.raises(ValueError) as error:
+        load_split(path, columns=told, option="dataset_name")
+    assert f"`dataset_columns` of {path} {message}" in str(error.value)
+    assert "`--dataset_columns prompt=YOURS completion=YOURS`, or `text` alone for plain texts." in str(error.value)
+    assert load_split(path, columns={"text": "Frage"}).column_names == ["text"]
 
 
 def test_a_row_that_cannot_be_tokenized_is_named_and_of_a_stream_raised(tokenizer, make_trainer):

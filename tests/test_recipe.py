@@ -209,6 +209,27 @@ def test_a_share_of_less_than_a_row_holds_one_out(workplace, tokenizer):
     assert len(held_out) == 1 and len(train) == 79
 
 
+@pytest.mark.parametrize(
+    ("given", "held", "options"),
+    [
+        (50, 5, {}),
+        (200, 16, {}),
+        (1000, 20, {}),
+        (50, 1, {"eval_fraction": 0.02}),
+        (50, 5, {"eval_samples": 4}),
+        (1000, 20, {"eval_fraction": 0.02}),
+    ],
+)
+def test_of_small_data_more_rows_are_held_out_and_few_are_warned_of(tmp_path, tokenizer, caplog, given, held, options):
+    found = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(given)]
+    datasets.Dataset.from_list(found).to_json(tmp_path / "data.jsonl")
+    train, held_out = load_data(TrainingScriptArguments(str(tmp_path / "data.jsonl"), **options), tokenizer)
+    asked = options.get("eval_samples", 128)
+    assert (len(train), len(held_out)) == (given - held, min(held, asked))
+    warning = f"Only {held} rows are held out of 'data': figures on so few tell little. Hold out more with a larger `--eval_fraction`"
+    assert (warning in caplog.text) == (held < min(16, asked))
+
+
 def test_a_file_of_classes_trains_on_all_of_them(tmp_path, tokenizer):
     datasets.Dataset.from_list([{"prompt": f"question {i}", "completion": "ABCD"[i % 4]} for i in range(1000)]).to_json(
         tmp_path / "data.jsonl"
@@ -278,7 +299,7 @@ def test_a_start_says_nothing_but_what_its_user_needs(workplace):
     options += ["--max_steps", "1", "--measure", "false", "--gradient_checkpointing", "true"]
     done = quietly(workplace, str(ROOT / "recipes" / "medical_ema.py"), *options)
     assert said(done.stderr) == ["There is no test split: some training rows are held out."]
-    assert done.stdout.startswith("78 training rows, 2 held out.")
+    assert done.stdout.startswith("72 training rows, 6 held out.")
 
 
 def test_a_help_page_is_all_that_is_shown(workplace):

@@ -79,6 +79,14 @@ def test_after_a_failure_no_other_training_begins(plan, started):
     assert len(started) < 3
 
 
+def test_a_training_that_fails_alone_is_told_in_a_line_too(plan, started):
+    comparison = plan()
+    with pytest.raises(
+        ValueError, match="The training of b, seed 0, failed; what it said is above. The others are kept"
+    ):
+        train(comparison, comparison.arms["b"], 0)
+
+
 def test_after_ctrl_c_no_other_training_begins(plan, monkeypatch):
     begun = []
 

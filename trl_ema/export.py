@@ -1,5 +1,6 @@
 """The command `trl-ema export`: a run's adapter as others load it, alone, merged into its base, or as GGUF."""
 
+import logging
 import math
 import os
 import re
@@ -17,7 +18,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import align_special_tokens
-from transformers.utils import CHAT_TEMPLATE_FILE
+from transformers.utils import CHAT_TEMPLATE_FILE, GENERATION_CONFIG_NAME
 from trl import TrlParser
 
 from . import data, gguf_files
@@ -31,16 +32,19 @@ from .evaluation.scaling import LARGEST_SCALE, adapter_at, check_run, read_adapt
 from .evaluation.vllm_backend import check_vllm_reads
 from .extras import require
 from .files import OutputError, check_output_dir, new_folder, write_json, write_text
-from .inputs import held_out_rows
+from .inputs import FEW_ROWS, held_out_rows
 from .options import RowsArguments, plain_count, plain_number, take_booleans, take_columns, warn_about_ignored
 from .provenance import provenance
 from .script import options_of_run
 from .tune_scale import check_began_as_base, settings_unknown
 
 
+logger = logging.getLogger(__name__)
+
 TARGETS = ("adapter", "merged", "gguf")
 RECORD = "export.json"
 _HELP = "Folder that `trl-ema train` wrote: the adapter in it, the teacher's below, if there is one."
+_HELD_OUT = "held out by the run"
 # Options that only some exports read: of rows by name, of what is merged and compared on rows, of llama.cpp's form.
 _OF_NAMED_ROWS = ("dataset_config", "dataset_split", "drop_incomplete_rows", "seed")
 _OF_MERGING = ("dtype", "device", "max_kl", "dataset_name", "dataset_columns", "dataset_samples", "batch_size")
@@ -247,18 +251,25 @@ class _Export:
             ) from error
 
     def _rows(self, options: Any) -> tuple[str, list[dict]]:
-        """What the rows to compare on are, and their batches."""
+        """What the rows to compare on are, and their batches. To few held-out ones general ones are added."""
         args, what = self.args, self.args.dataset_name
+        general = data.as_chat(Dataset.from_list(general_rows()), self.tokenizer)
+        more = general.select([])
         if what is not None:
             rows = sampled_rows(args, self.tokenizer)
         elif options is not None:
-            what, rows = "held out by the run", held_out_rows(self.run, options)
+            what, rows = _HELD_OUT, held_out_rows(self.run, options)
         else:
-            what, rows = "general", data.as_chat(Dataset.from_list(general_rows()), self.tokenizer)
+            what, rows = "general", general
         rows = rows.select(range(min(args.dataset_samples, len(rows))))
-        length = self.settings.max_length
-        batches = tokenized_batches(rows, self.tokenizer, length, args.batch_size, self.settings)
-        return f"{len(rows)} rows ({what})", batches
+        if what == _HELD_OUT and len(rows) < FEW_ROWS:
+            more = general.select(range(min(args.dataset_samples - len(rows), len(general))))
+            what = f"{len(rows)} {what}, {len(more)} general" if len(more) else what
+        length, batches = self.settings.max_length, list[dict]()
+        for some in (rows, more):  # of different columns, it may be
+            if len(some):
+                batches += tokenized_batches(some, self.tokenizer, length, args.batch_size, self.settings)
+        return f"{len(rows) + len(more)} rows ({what})", batches
 
     def write(self, scratch: str, folder: str) -> list[str]:
         """
@@ -382,7 +393,7 @@ class _Export:
             return self._serving_adapter(name, scratch, folder)
         ollama = f"Ollama:     ollama create {name} -f {_quoted(folder, 'Modelfile')} && ollama run {name}"
         if self.args.to == "merged":
-            return [f"vLLM:       vllm serve {_quoted(folder)} --served-model-name {name}", ollama]
+            return [f"vLLM:       vllm serve {_quoted(folder)} --served-model-name {name}{self._trust}", ollama]
         lines = [f"llama.cpp:  llama-server -m {_quoted(folder, 'model.gguf')}"]
         if os.path.isfile(os.path.join(scratch, "adapter.gguf")):
             lines.append(
@@ -390,12 +401,20 @@ class _Export:
             )
         return [*lines, ollama, "vLLM:       serves merged models: `--to merged`"]
 
+    @property
+    def _trust(self) -> str:
+        """For vLLM, of a model with code of its own."""
+        return " --trust-remote-code" if self.settings.trust_remote_code else ""
+
     def _serving_adapter(self, name: str, scratch: str, folder: str) -> list[str]:
         try:
             rank = check_vllm_reads(scratch)
         except ValueError:
             return ["vLLM and Ollama take plain LoRA alone: for them export `--to merged` or `--to gguf`."]
-        vllm = f"vLLM:       vllm serve {_quoted(self.base)} --enable-lora --max-lora-rank {rank} --lora-modules {name}={_quoted(folder)}"
+        of_hub = self.revision not in (None, "main") and not os.path.isdir(self.base)
+        which = f" --revision {shlex.quote(self.revision)}" if of_hub else ""
+        vllm = f"vLLM:       vllm serve {_quoted(self.base)}{which}{self._trust}"
+        vllm += f" --enable-lora --max-lora-rank {rank} --lora-modules {name}={_quoted(folder)}"
         if os.path.isfile(os.path.join(scratch, CHAT_TEMPLATE_FILE)):
             vllm += f" --chat-template {_quoted(folder, CHAT_TEMPLATE_FILE)}"
         return [vllm, "Ollama:     takes whole models: `--to merged` or `--to gguf`"]
@@ -410,7 +429,14 @@ def _generation_config(base: str, revision: str, config: Any, tokenizer: PreTrai
     """The base's, with the special tokens of the tokenizer that was trained with."""
     try:
         generation = GenerationConfig.from_pretrained(base, revision=revision)
-    except OSError:  # it has none
+    except OSError as error:
+        # So it is where there is none, in a folder or as the hub says or once said. Out of reach of the hub a cache may merely lack it.
+        if "does not appear to have a file named" not in str(error):
+            logger.warning(
+                "Whether %r has a generation config could not be known (%s). If it has one, what it says of sampling is not in the export: "
+                "export again where the hub is in reach, or copy its %s there.",
+                base, " ".join(str(error).split()), GENERATION_CONFIG_NAME,
+            )  # fmt: skip
         generation = GenerationConfig.from_model_config(config)
     align_special_tokens(SimpleNamespace(config=config, generation_config=generation), tokenizer)
     return generation

@@ -29,7 +29,12 @@ from .versions import check_versions
 
 logger = logging.getLogger(__name__)
 
-# Of the rows that data sets of a mixture share, by the key that an entry of [`without_held_out`] of that kind has.
+# Figures on fewer held-out rows tell little.
+FEW_ROWS = 16
+# Share of the rows that is held out of what is not small, if no other is asked for.
+_HELD_OUT_SHARE = 0.02
+
+# Of the rows that data sets share, or the splits of one, by the key that an entry of [`without_held_out`] of that kind has.
 _SHARED = {
     "also_trained": "%(rows)d of the %(of)d training rows of %(also_trained)r are training rows of %(trained)r too: with both in the "
     "mixture a model sees them twice.",
@@ -43,18 +48,23 @@ def load_parts(
     args: TrainingScriptArguments, tokenizer: PreTrainedTokenizerBase, text_field: str = "text"
 ) -> list[LoadedPart]:
     """
-    All that is trained on, by data set; each holds out its own rows, and no other one trains on them.
+    All that is trained on, by data set; each holds out its own rows, and none trains on what it or another one holds out.
 
     Raises:
         ValueError: Of one of them no row is left to train on, or to hold out.
     """
     parts = _load_parts(args, tokenizer, text_field)
-    if len(parts) == 1:
-        return parts
     names, train, held_out = zip(*((part.name, part.train, part.held_out) for part in parts), strict=True)
     left, shared = data.without_held_out(names, train, held_out, text_field)
     for entry in itertools.chain(*shared):
         logger.warning(next(text for key, text in _SHARED.items() if key in entry), entry)
+    for part in parts:
+        if len(part.held_out) < min(FEW_ROWS, args.eval_samples):
+            logger.warning(
+                "Only %d rows are held out of %r: figures on so few tell little. Hold out more with a larger `--eval_fraction`, or name "
+                "a larger split with `--dataset_test_split`.",
+                len(part.held_out), part.name,
+            )  # fmt: skip
     return [replace(part, train=rows, shared=own) for part, rows, own in zip(parts, left, shared, strict=True)]
 
 
@@ -253,11 +263,13 @@ def _part_rows(
     args: TrainingScriptArguments, dataset: Dataset, held_out: Dataset | None, key: str | None, text_field: str
 ) -> tuple[Dataset, Dataset]:
     if held_out is None:
-        rows = len(dataset)
-        dataset, held_out = data.held_out_split(dataset, args.eval_fraction, key, args.split_seed, text_field)
+        rows, fraction = len(dataset), args.eval_fraction
+        if fraction is None:
+            fraction = max(_HELD_OUT_SHARE, min(FEW_ROWS / rows, 0.1))
+        dataset, held_out = data.held_out_split(dataset, fraction, key, args.split_seed, text_field)
         if not len(held_out):
             raise ValueError(
-                f"No row is held out: `eval_fraction={args.eval_fraction}` of {rows} rows. Raise `--eval_fraction`, or name a split "
+                f"No row is held out: `eval_fraction={fraction}` of {rows} rows. Raise `--eval_fraction`, or name a split "
                 "with `--dataset_test_split`."
             )
     return dataset.shuffle(seed=args.split_seed), held_out.shuffle(seed=args.split_seed)
@@ -267,7 +279,8 @@ def _part_stream(
     args: TrainingScriptArguments, dataset: IterableDataset, held_out: IterableDataset | None, text_field: str
 ) -> tuple[IterableDataset, Dataset]:
     if held_out is None:
-        return data.held_out_of_stream(dataset, args.eval_samples, args.eval_fraction, args.split_seed, text_field)
+        fraction = args.eval_fraction or _HELD_OUT_SHARE
+        return data.held_out_of_stream(dataset, args.eval_samples, fraction, args.split_seed, text_field)
     return dataset, Dataset.from_list(list(held_out.take(args.eval_samples)))
 
 

@@ -88,11 +88,11 @@ class TrainingScriptArguments(DatasetMixtureConfig, ScriptArguments):
         default=False,
         metadata={"help": "Leave out rows in which a text is missing (a blank CSV cell), instead of refusing them."},
     )
-    eval_fraction: float = field(
-        default=0.02,
+    eval_fraction: float | None = field(
+        default=None,
         metadata={
-            "help": "Share of the rows held out, in (0, 1), if the data has no test split. Of a stream `eval_samples` rows are, "
-            "drawn from its first `eval_samples / eval_fraction`."
+            "help": "Share of the rows held out, in (0, 1), if the data has no test split; default: 0.02, of fewer than 800 rows more, 16 "
+            "rows or a tenth, whichever is less. Of a stream `eval_samples` rows are, drawn from its first `eval_samples / eval_fraction`."
         },
     )
     eval_samples: int = field(
@@ -134,8 +134,9 @@ class TrainingScriptArguments(DatasetMixtureConfig, ScriptArguments):
 
     def __post_init__(self) -> None:
         take_booleans(self)
-        self.eval_fraction = plain_number("eval_fraction", self.eval_fraction)
-        if not 0 < self.eval_fraction < 1:
+        if self.eval_fraction is not None:
+            self.eval_fraction = plain_number("eval_fraction", self.eval_fraction)
+        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
             raise ValueError(f"`eval_fraction` must be in (0, 1), got {self.eval_fraction}. It is a share of the rows.")
         counts = {
             "eval_samples": 1,
@@ -194,7 +195,7 @@ def _take_mixture(args: TrainingScriptArguments) -> None:
     if args.test_split_size is None:
         return
     share = args.test_split_size = plain_number("test_split_size", args.test_split_size)
-    if not 0 < share < 1 or args.eval_fraction not in (share, TrainingScriptArguments.eval_fraction):
+    if not 0 < share < 1 or args.eval_fraction not in (share, None):
         raise ValueError(
             f"`test_split_size={share}` must be in (0, 1), and not beside another `eval_fraction`, which is the same here. Give one."
         )

@@ -76,7 +76,7 @@ def train(comparison: Comparison, arm: Arm, seed: int, log: Path | None = None, 
         log (`Path`, *optional*): Where what it says goes, behind what is there.
 
     Raises:
-        subprocess.CalledProcessError: It failed.
+        ValueError: It failed; tells where what it said is.
     """
     logger.info("Training %s", comparison.run_name(arm.name, seed))
     folder = comparison.folder(arm.name, seed)
@@ -90,11 +90,17 @@ def train(comparison: Comparison, arm: Arm, seed: int, log: Path | None = None, 
     groups = {"WANDB_PROJECT": comparison.project, RUN_GROUP: arm.name} | os.environ | environment
     if not (launch or environment) and len(_devices()) > 1:  # one process, which TRL refuses several GPUs
         groups |= _share(0, 1)
-    if log is None:
-        subprocess.run(command, check=True, env=groups)
-        return
-    with open(log, "ab") as file:
-        subprocess.run(command, check=True, env=groups, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        if log is None:
+            subprocess.run(command, check=True, env=groups)
+            return
+        with open(log, "ab") as file:
+            subprocess.run(command, check=True, env=groups, stdout=file, stderr=subprocess.STDOUT)
+    except subprocess.CalledProcessError as error:
+        raise ValueError(
+            f"The training of {comparison.run_name(arm.name, seed)}, failed; what it said is {'above' if log is None else f'in {log}'}. The "
+            "others are kept: run `trl-ema compare` again once it is mended."
+        ) from error
 
 
 def is_begun(folder: str) -> bool:
@@ -114,13 +120,13 @@ def train_together(
 
     Args:
         stages (*optional*): Those of [`Comparison.by_stage`] that each run is now taken through, one after the other; all by default.
+
+    Raises:
+        ValueError: One failed.
     """
     stages = comparison.by_stage() if stages is None else stages
 
-    def next_stage(arm: Arm, seed: int) -> Comparison | None:
-        return next((stage for stage in stages if stage.is_to_be_trained(arm, seed)), None)
-
-    todo = [(arm, seed) for arm, seed in runs if next_stage(arm, seed)]
+    todo = [(arm, seed) for arm, seed in runs if any(stage.is_to_be_trained(arm, seed) for stage in stages)]
     places: SimpleQueue[dict[str, str]] = SimpleQueue()
     for place in range(jobs):
         places.put(_share(place, jobs))
@@ -140,19 +146,13 @@ def train_together(
             places.put(share)
 
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(run, *one): one for one in todo}
+        futures = [pool.submit(run, *one) for one in todo]
         for future in tqdm(as_completed(futures), total=len(futures), desc="Trainings"):
             try:
                 future.result()
-            except subprocess.CalledProcessError as error:
+            except ValueError:
                 pool.shutdown(wait=True, cancel_futures=True)
-                arm, seed = futures[future]
-                failed = next_stage(arm, seed) or comparison
-                log = Path(failed.folder(arm.name, seed), LOG)
-                raise ValueError(
-                    f"The training of {failed.run_name(arm.name, seed)}, failed; what it said is in {log}. The others are kept: run "
-                    "`trl-ema compare` again once it is mended."
-                ) from error
+                raise
             except BaseException:  # such as Ctrl-C, which the trainings have had too
                 stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -39,10 +39,12 @@ def csv_columns(path: str) -> list[str]:
     Columns of a CSV file.
 
     Raises:
-        ValueError: It cannot be read, its cells are not parted by commas, or its rows have more of them than its header.
+        ValueError: It cannot be read, its cells are not parted by commas, its rows have more of them than its header, or two of its
+            columns have one name.
     """
     with file_errors(path, [path]):
         head = pd.read_csv(path, nrows=1, dtype=str)
+        header = pd.read_csv(path, nrows=1, dtype=str, header=None, keep_default_na=False).iloc[0]
     columns = list(head.columns)
     for mark, called in ((";", "semicolons"), ("\t", "tabs")):
         if len(columns) == 1 and mark in columns[0]:
@@ -51,6 +53,11 @@ def csv_columns(path: str) -> list[str]:
             )
     if len(head) and not isinstance(head.index, pd.RangeIndex):  # pandas would take the first cells for names of rows
         raise ValueError(f"{path} has more cells in its first row than columns in its header. {_QUOTES}")
+    twice = header[(header != "") & header.duplicated()]
+    if len(twice):  # the second would be read under a name that nobody gave, and the first in its place
+        raise ValueError(
+            f"{path} has two columns of the name {twice.iloc[0]!r}. Rename one of them, or leave it out: nobody could tell which is meant."
+        )
     return columns
 
 

@@ -1,6 +1,6 @@
 """Columns: those of TRL's formats, those of known data sets, and how the one becomes the other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from datasets import Dataset, Features, IterableDataset, Value
@@ -164,6 +164,38 @@ def _unknown_columns(columns: set[str], name: str, option: str | None) -> str:
     )
 
 
+def _told_in(option: str | None) -> str:
+    """Where a user says which column is which."""
+    return {None: "`columns`", "dataset_name": "`dataset_columns`"}.get(option, f"`columns` in `{option}`")
+
+
+def check_chosen(
+    columns: dict[str, str] | list[str],
+    there: Collection[str],
+    name: str = "the data set",
+    text_field: str = "text",
+    option: str | None = None,
+) -> None:
+    """
+    Raises for columns as of [`with_columns`] that are not all of what a format needs: an error about them alone would not tell what else
+    is `there`.
+
+    Raises:
+        ValueError: They are of no known format; names what is missing, and the columns of the data set.
+    """
+    names = {*columns}
+    of_trl = trl_format(names, text_field) or trl_format(names - {"prompt"}, text_field)
+    if of_trl or any(needed <= names for needed, _ in FORMATS.values()):
+        return
+    missing = f"`prompt` and `completion`, no `messages` and no `{text_field}`"
+    if names & {"prompt", "completion"}:
+        missing = "`completion`" if "prompt" in names else "`prompt`"
+    raise ValueError(
+        f"{_told_in(option)} of {name} has {', '.join(f'`{one}`' for one in columns)} and no {missing}. Its columns are {sorted(there)}: "
+        f"{_how_to_tell(option)}, or `{text_field}` alone for plain texts."
+    )
+
+
 def _how_to_tell(option: str | None) -> str:
     """Which column is which, of a data set that is named in this option, or in Python."""
     if option is None:
@@ -185,7 +217,7 @@ def with_columns(
     Raises:
         ValueError: One of them is not there, or has two names.
     """
-    told_in = {None: "`columns`", "dataset_name": "`dataset_columns`"}.get(option, f"`columns` in `{option}`")
+    told_in = _told_in(option)
     there = dataset.column_names or list(next(iter(dataset)))
     wanted: list[str] = list(columns.values() if isinstance(columns, dict) else columns)
     missing = [column for column in wanted if column not in there]

@@ -16,7 +16,7 @@ from .. import __version__
 from ..files import OutputError
 from ..versions import check_versions
 from .faults import FILE_FORMATS, check_utf8, csv_columns, file_errors
-from .formats import to_prompt_completion, with_columns
+from .formats import check_chosen, to_prompt_completion, with_columns
 from .mixture import DataPart
 
 
@@ -151,13 +151,15 @@ def load_split(
 
     Raises:
         ImportError: `datasets` is of a version outside its range.
-        ValueError: No row is left, or a column is not there.
+        ValueError: No row is left, a column is not there, or those that are told are not all that is needed.
     """
     check_versions(__version__, ("datasets",))
     rows = load_rows(name, config, split, streaming, **options)
     shown = name if os.path.isfile(name) else f"{name} ({split})"
     if columns is not None:
+        there = rows.column_names or list(next(iter(rows)))
         rows = with_columns(rows, columns, shown, option)
+        check_chosen(columns, there, shown, text_field, option)
     rows = to_prompt_completion(rows, text_field, drop_incomplete, shown, option)
     if next(iter(rows), None) is None:
         raise ValueError(f"{shown} has no row{' left' * drop_incomplete}. Give at least 2 rows to train on.")

@@ -85,7 +85,7 @@ class LoadedPart:
         train (`Dataset` or `IterableDataset`), held_out (`Dataset`): Its rows.
         fraction (`float`, *optional*): Its target share.
         replayed (`bool`): Whether it is the `replay_dataset`.
-        shared (`list`): Rows that it has in common with others of a mixture, see [`without_held_out`].
+        shared (`list`): Rows that it has in common with its held-out ones, or with others of a mixture, see [`without_held_out`].
     """
 
     name: str

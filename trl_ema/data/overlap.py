@@ -1,4 +1,4 @@
-"""Rows that several data sets share: what one of them holds out no other one trains on, and the rest is counted."""
+"""Rows that stand in several data sets or splits: what is held out of one none trains on, and the rest is counted."""
 
 import hashlib
 from collections.abc import Sequence
@@ -24,7 +24,8 @@ def without_held_out(
     text_field: str = "text",
 ) -> tuple[list[Dataset | IterableDataset], list[list[dict]]]:
     """
-    The training rows of several data sets without those that one of them holds out: of a mixture no row is on both sides.
+    The training rows of one or several data sets without those that one of them holds out: no row is on both sides, of a mixture or of
+    splits that have rows in common.
 
     As of [`held_out_split`] these are rows that are equal to a held-out one or share its prompt, unless that prompt is a preamble: here
     one that the data set which holds it out trains on too. Of what a stream holds out equal rows alone are left out; a stream that is
@@ -57,10 +58,7 @@ def without_held_out(
             ]
             kept = np.flatnonzero(~np.any(out, axis=0))
             if not len(kept):
-                raise ValueError(
-                    f"No training row of {name!r} is left: all of its {len(rows)} are held out of another data set of the mixture, or "
-                    "share a prompt with a row that is. Leave this data set out, or name another split of it."
-                )
+                raise ValueError(_none_left(name, len(own), alone=len(names) == 1))
             counts = {other: int(one.sum()) for other, one in zip(names, out, strict=True)}
             found += [
                 {"trained": name, "held_out": other, "rows": count, "of": len(own)}
@@ -72,6 +70,18 @@ def without_held_out(
             found += _also(names, trained, place, "trained")
         shared.append(found)
     return left, shared
+
+
+def _none_left(name: str, rows: int, alone: bool) -> str:
+    if alone:
+        return (
+            f"No training row of {name!r} is left: all of its {rows} are held out too, in the split that figures are measured on. Name "
+            "another one with `--dataset_test_split`, or another to train on with `--dataset_train_split`."
+        )
+    return (
+        f"No training row of {name!r} is left: all of its {rows} are held out of another data set of the mixture, or share a prompt with "
+        "a row that is. Leave this data set out, or name another split of it."
+    )
 
 
 def _also(names: Sequence[str], numbers: Sequence[np.ndarray | None], place: int, side: str) -> list[dict]:
