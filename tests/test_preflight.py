@@ -179,6 +179,48 @@ def test_a_mixture_with_odd_columns_is_looked_at_part_by_part(workplace):
     assert refused.returncode == 1 and "`max_train_samples=150` with these fractions takes" in refused.stdout
 
 
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A machine without a GPU, also where there is one."""
+    monkeypatch.setattr(preflight, "has_accelerator", lambda: False)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+
+
+# As the shipped configurations: nothing is said of a CPU.
+SHIPPED = {
+    "model_name_or_path": "model", "dataset_name": "data.jsonl", "output_dir": "out", "teacher": "none", "lora_r": 4,
+    "num_train_epochs": 1, "per_device_train_batch_size": 8, "max_length": 48, "eval_fraction": 0.2, "report_to": "none",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("precision", "reason"),
+    [
+        ({"bf16": True}, "Your setup doesn't support bf16/gpu."),
+        ({}, "Your setup doesn't support bf16/gpu."),  # TRL's default
+        ({"fp16": True}, "`fp16=True` needs a GPU."),
+        ({"bf16": False, "tf32": True}, "--tf32 requires Ampere"),
+    ],
+)
+def test_a_machine_without_a_gpu_is_told_apart_from_the_options(workplace, no_gpu, precision, reason):
+    (workplace / "shipped.yaml").write_text(yaml.safe_dump(SHIPPED | precision))
+    done = trl_ema("check", "--config", "shipped.yaml", cwd=workplace)
+    assert done.returncode == 0
+    assert f"This machine has no GPU: `trl-ema train` would refuse here. {reason}" in said(done)
+    assert said(done).endswith("`trl-ema train` would start on a machine with a GPU.")
+    assert done.stdout.count("--- row ") == 3 and "8 optimizer steps of 8 rows" in done.stdout
+    assert "Memory of each of 1 process(es), ddp" in done.stdout and "MiB" in done.stdout
+
+
+def test_what_is_wrong_with_the_options_is_refused_without_a_gpu_too(workplace, no_gpu):
+    (workplace / "shipped.yaml").write_text(yaml.safe_dump(SHIPPED | {"bf16": True}))
+    done = trl_ema("check", "--config", "shipped.yaml", "--generations", "-1", cwd=workplace, check=False)
+    assert done.returncode == 1 and told_reasons(done) == ["`generations` must be"]
+    assert "This machine has no GPU" in done.stdout and "8 optimizer steps of 8 rows" in done.stdout
+    done = trl_ema("check", "--config", "shipped.yaml", "--use_cpu", "true", cwd=workplace)
+    assert "no GPU" not in done.stdout and said(done).endswith("`trl-ema train` would start.")
+
+
 # What it refuses
 
 
@@ -745,6 +787,7 @@ def test_under_zero3_a_training_that_goes_on_is_refused_where_it_is_measured(wor
 
 def test_each_process_of_a_launch_has_one_of_several_gpus(workplace, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(preflight, "has_accelerator", lambda: True)
     arguments = ["--dataset_name", "data.jsonl", "--output_dir", "out", "--max_steps", "2", "--use_cpu", "false"]
     done = check(workplace, *arguments, check=False)
     assert done.returncode == 1 and "does not support `nn.DataParallel`" in done.stdout  # as the training itself

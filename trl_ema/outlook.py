@@ -282,8 +282,11 @@ def print_end(refusals: Refusals) -> None:
     print(f"\n{_NOT_SEEN}")
     for reason in refusals.unseen:
         print(f"Nor was the trainer looked at to its end: {reason}")
+    for reason in refusals.of_machine:
+        print(f"\nThis machine has no GPU: `trl-ema train` would refuse here. {reason}")
+        print("On a machine with a GPU that is no reason, and all else was looked at as it would be there.")
     if not refusals.found:
-        print("\n`trl-ema train` would start.")
+        print(f"\n`trl-ema train` would start{' on a machine with a GPU' if refusals.of_machine else ''}.")
         return
     print(f"\n`trl-ema train` would refuse, for {len(refusals.found)} reason(s):")
     for reason in refusals.found:

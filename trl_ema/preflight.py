@@ -4,6 +4,7 @@ import itertools
 import logging
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
@@ -18,6 +19,7 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 from huggingface_hub import get_token
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import is_torch_xla_available
 from trl import ModelConfig
 
 from .adapters.fitness import base_changed_by
@@ -53,6 +55,8 @@ from .trainer import EMARegularizedSFTTrainer
 # Rows that are looked at, at most: of the largest data set so many, of the others in proportion; and of a stream.
 _ROWS = 5_000
 _STREAM_ROWS = 1_000
+# Without them transformers refuses to read, on a machine without a GPU, what one with a GPU can train.
+_WITHOUT_GPU = ("--use_cpu", "true", "--tf32", "false")
 # Options by which the rows are other ones; of some that are not, rows show nothing.
 _OF_DATA = {f.name for f in fields(TrainingScriptArguments)} - {
     "adapter_name_or_path", "drift_steps", "eval_tasks", "eval_tasks_include_path", "eval_tasks_steps", "generations",
@@ -115,8 +119,41 @@ def _parsed(arguments: list[str], refusals: Refusals) -> tuple[tuple[Any, ...] |
         given = Given.on(arguments, file)
         deepspeed = given.value("deepspeed")
         given = given if deepspeed is None else given.without("deepspeed")
-        return as_far_as_it_goes(lambda some: parse(some.arguments(scratch)), given, refusals), deepspeed
+        return _parsed_here(given, scratch, refusals), deepspeed
     return None, None
+
+
+def has_accelerator() -> bool:
+    """Whether this machine has what weights are trained on elsewhere, of any kind."""
+    return torch.accelerator.is_available() or is_torch_xla_available()
+
+
+def _parsed_here(given: Given, scratch: str, refusals: Refusals) -> tuple[Any, ...] | None:
+    """
+    What [`parse`] makes of the options, also on a machine without a GPU, such as a login node: what the machine alone cannot do is kept
+    apart in `refusals`, and the options are read as one with a GPU reads them.
+    """
+
+    def made(some: Given, *others: str) -> tuple[Any, ...]:
+        return parse([*some.arguments(scratch), *others])
+
+    if has_accelerator():
+        return as_far_as_it_goes(made, given, refusals)
+    parsed = as_far_as_it_goes(lambda some: made(some, *_WITHOUT_GPU), given, refusals)
+    if parsed is None:
+        return None
+    for name in refusals.left_out:
+        given = given.without(name)
+    on_cpu = False
+    with warnings.catch_warnings(action="ignore"):  # said already
+        try:
+            on_cpu = made(given)[1].use_cpu
+        except ValueError as error:
+            refusals.of_machine.append(str(error))
+        if parsed[1].fp16 and not on_cpu:  # which accelerate refuses; bfloat16 takes as many bytes
+            refusals.of_machine.append("`fp16=True` needs a GPU.")
+            parsed = made(given, *_WITHOUT_GPU, "--fp16", "false", "--bf16", "true")
+    return parsed
 
 
 def _check(

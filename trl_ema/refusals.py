@@ -31,11 +31,13 @@ class Refusals:
         found: The refusals.
         unseen: What could not be looked at, since an operation takes values that a model without weights does not have.
         left_out: Options that are refused, and without which the others are looked at.
+        of_machine: What would be refused on this machine, which has no GPU, and on one with a GPU would not: no refusal of the options.
     """
 
     found: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    of_machine: list[str] = field(default_factory=list)
 
     @contextmanager
     def collected(self) -> Iterator[None]:
