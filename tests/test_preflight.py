@@ -165,6 +165,22 @@ def test_a_large_data_set_is_looked_at_in_part_and_a_stream_at_its_beginning(wor
     assert refused.returncode == 1 and "steps must be known in advance" in refused.stdout
 
 
+def test_a_mixture_is_told_by_the_rows_that_are_taken_and_not_by_those_looked_at(workplace, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    columns = {"prompt": "Frage", "completion": "Antwort"}
+    block = [{"path": "data.jsonl", "fraction": 0.8}, {"path": "odd.csv", "fraction": 0.2, "columns": columns}]
+    (workplace / "shares.yaml").write_text(yaml.safe_dump({"datasets": block, "output_dir": "out"}))
+    expected = "data 64 of 64 rows, 80 % of all odd 16 of 24 rows, 20 % of all"
+    assert f"The mixture, shuffled: {expected}" in said(check(workplace, "--config", "shares.yaml"))
+    monkeypatch.setattr(preflight, "_ROWS", 20)
+    told = said(check(workplace, "--config", "shares.yaml"))
+    assert f"looked at tell: {expected}" in told and "; 80 rows an epoch" in told
+    replay = json.dumps({"path": "odd.csv", "columns": columns})
+    arguments = ["--dataset_name", "data.jsonl", "--replay_dataset", replay, "--output_dir", "out"]
+    assert f"data 64 of 64 rows, {6400 / 71:.4g} % of all odd 7 of 24 rows" in said(check(workplace, *arguments))
+    assert "% of the mixture" not in caplog.text
+
+
 def test_a_mixture_with_odd_columns_is_looked_at_part_by_part(workplace):
     block = {
         "datasets": [

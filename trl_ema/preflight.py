@@ -26,7 +26,7 @@ from .adapters.fitness import base_changed_by
 from .checkpointing.resuming import check_checkpoint
 from .checks import check_best_metric, check_drift_is_watched, check_free_space
 from .config import MeanTeacherConfig
-from .data import LoadedPart, as_chat, hub_errors, mixture_counts, tokenize_rows
+from .data import LoadedPart, as_chat, hub_errors, mixture, mixture_counts, tokenize_rows
 from .evaluation.drift import general_rows
 from .evaluation.runner import tasks_to_ask
 from .files import check_output_dir, read_yaml
@@ -41,7 +41,7 @@ from .launch import (
 )
 from .measurement import DriftCallback, Measurement, TrainedDrift
 from .options import changed
-from .outlook import RowFigures, print_data, print_end, print_memory, print_run, total_steps
+from .outlook import RowFigures, print_data, print_end, print_memory, print_mixture, print_run, total_steps
 from .processes import Launch
 from .refusals import Given, Refusals, as_far_as_it_goes, is_hollow
 from .regularizers.own_texts import may_be_at_hand, sampling_of
@@ -188,6 +188,9 @@ def _check(
             as_trained_with(tokenizer, training_args)  # as the trainer does later
         figures = [figures_of(*both, tokenizer, training_args) for both in zip(parts, samples, strict=True)]
     print_data(parts, figures, tokenizer)
+    with refusals.collected():
+        if len(figures) > 1 and all(found.size is not None for found in figures):
+            print_mixture(figures, _counts(args, parts, [found.trained for found in figures]))
     _look_at_launch(launch, args, training_args, tokenizer, bool(checkpoint), refusals)
     trainer = None
     scratch = nullcontext(None) if writable else tempfile.TemporaryDirectory()
@@ -452,7 +455,8 @@ def trainer_without_weights(
     limit = args.max_train_samples if whole else None
     train, evals = general, {"domain": general, "general": general}
     if samples:
-        with changed(args, max_train_samples=limit):
+        # Its log is of the rows that are looked at.
+        with changed(args, max_train_samples=limit), changed(mixture.logger, disabled=True):
             train, evals = training_sets(samples, general, args, tokenizer, training_args)  # type: ignore[assignment]
     quantization(model_args, training_args)
     model = model_without_weights(name, model_args, training_args)
