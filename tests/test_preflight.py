@@ -728,6 +728,21 @@ def test_a_best_metric_and_a_push_that_cannot_be_are_refused(workplace, monkeypa
     assert said(check(workplace, *arguments, *push)).endswith("would start.")  # of the domain, as in the training
 
 
+@pytest.mark.parametrize("rows_looked_at", [5_000, 20])
+def test_evaluation_sets_are_those_of_the_training_however_many_rows_are_looked_at(
+    workplace, monkeypatch, rows_looked_at
+):
+    """The domain is all but what is replayed, and a single data set beside that has no set of its own."""
+    monkeypatch.setattr(preflight, "_ROWS", rows_looked_at)
+    replay = json.dumps({"path": "odd.csv", "columns": {"prompt": "Frage", "completion": "Antwort"}})
+    arguments = ["--dataset_name", "data.jsonl", "--replay_dataset", replay, "--output_dir", "out", "--save_steps", "1"]
+    arguments += ["--max_steps", "2", "--eval_strategy", "steps", "--eval_steps", "1", "--metric_for_best_model"]
+    done = check(workplace, *arguments, "eval_data_loss", check=False)
+    assert done.returncode == 1
+    assert "evaluation of this run: eval_domain_loss, eval_general_loss, eval_odd_loss. Give one" in said(done)
+    assert said(check(workplace, *arguments, "eval_odd_loss")).endswith("would start.")
+
+
 def refused(launch, begun=False, has_texts=False, teacher="none", words=4, **options):
     """First words of what a training with these options would refuse of its launch."""
     own = {f.name for f in fields(TrainingScriptArguments)}

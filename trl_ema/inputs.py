@@ -154,6 +154,7 @@ def training_sets(
     args: TrainingScriptArguments,
     tokenizer: PreTrainedTokenizerBase,
     settings: MeanTeacherConfig,
+    all_rows: bool = False,
 ) -> tuple[Dataset | IterableDataset, dict[str, Dataset]]:
     """
     What the trainer trains on, and what it evaluates by name: `domain`, the held-out rows of all parts but the replayed one; `general`;
@@ -161,6 +162,9 @@ def training_sets(
 
     A single data set stays as it is. The rows of a mixture come as tokens with labels: a part of questions and answers is trained on
     its answers, one of plain text on all of it, as if each were alone; and rows without a label are gone before shares are counted.
+
+    Args:
+        all_rows (`bool`): Take all rows of the parts of a mixture: these are samples, which the shares need not fit.
 
     Raises:
         ValueError: The fractions take more rows than there are, or a row cannot be tokenized.
@@ -172,6 +176,8 @@ def training_sets(
     fractions = [part.fraction for part in parts if not part.replayed]
     replay = args.replay_fraction if parts[-1].replayed else None
     names = [part.name for part in parts]
+    if all_rows:
+        fractions, replay = [None] * len(parts), None
     train = data.mixed(rows, names, fractions, replay, args.max_train_samples, args.split_seed)
     held_out: dict[str, Any] = {part.name: data.rows_to_mix(part.held_out, tokenizer, settings) for part in parts}
     own = [part.name for part in parts if not part.replayed]

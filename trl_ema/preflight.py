@@ -325,9 +325,7 @@ def sampled(parts: list[LoadedPart]) -> list[LoadedPart]:
     def some(part: LoadedPart) -> LoadedPart:
         if not isinstance(part.train, Dataset):
             return part
-        # Without shares, which these rows may not have exactly.
-        rows = part.train.select(range(max(1, round(share * len(part.train)))))
-        return replace(part, train=rows, fraction=None, replayed=False)
+        return replace(part, train=part.train.select(range(max(1, round(share * len(part.train))))))
 
     return [some(part) for part in parts]
 
@@ -457,18 +455,19 @@ def trainer_without_weights(
     if samples:
         # Its log is of the rows that are looked at.
         with changed(args, max_train_samples=limit), changed(mixture.logger, disabled=True):
-            train, evals = training_sets(samples, general, args, tokenizer, training_args)  # type: ignore[assignment]
+            made = training_sets(samples, general, args, tokenizer, training_args, all_rows=not whole)
+            train, evals = made  # type: ignore[assignment]
     quantization(model_args, training_args)
     model = model_without_weights(name, model_args, training_args)
     peft_config: PeftConfig | None = lora(model_args)
     if args.adapter_name_or_path is not None:  # that of the adapter counts
         warn_of_other_lora(args.adapter_name_or_path, model_args)
         model, peft_config = with_trained_adapter(model, args.adapter_name_or_path), None
-    made: dict[str, Any] = {"assistant_only_loss": False} if args.is_mixture else {}
+    options: dict[str, Any] = {"assistant_only_loss": False} if args.is_mixture else {}
     if training_args.metric_for_best_model in ("loss", "eval_loss"):  # as the recipe
         training_args.metric_for_best_model = "eval_domain_loss"
-    made |= {"fsdp": None, "fsdp_plugin_args": None}  # nothing is sharded here, see [`checks_of_launch`]
-    with changed(training_args, push_to_hub=False, model_init_kwargs=None, **made):
+    options |= {"fsdp": None, "fsdp_plugin_args": None}  # nothing is sharded here, see [`checks_of_launch`]
+    with changed(training_args, push_to_hub=False, model_init_kwargs=None, **options):
         return TrainerWithoutWeights(
             model,
             args=training_args,
