@@ -79,10 +79,12 @@ CALLED = {
     "transformers.Trainer._load_scaler": "checkpoint",
     "transformers.Trainer._move_model_to_device": "model device",
     "transformers.Trainer._save": "output_dir state_dict",
+    "transformers.Trainer.get_optimizer_cls_and_kwargs": "args model",
     "transformers.Trainer.log": "logs",
     "transformers.Trainer.pop_callback": "callback",
     "transformers.Trainer.push_to_hub": "| commit_message revision",
     "transformers.Trainer.set_initial_training_values": "args dataloader",
+    "transformers.get_scheduler": "name optimizer num_warmup_steps num_training_steps scheduler_specific_kwargs",
     "transformers.generation.GenerationMixin.generate": "| generation_config logits_processor",
     "transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func": (
         "gate_logits num_experts top_k attention_mask"

@@ -21,7 +21,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig
 
 from trl_ema import MeanTeacherConfig, memory, preflight
-from trl_ema.checks import bytes_to_write
+from trl_ema.checks import bytes_to_write, check_optimizer
 from trl_ema.data import tokenize_rows
 from trl_ema.fingerprint import tokenizer_fingerprint
 from trl_ema.launch import checks_of_launch, launch_of, launcher_settings, sees_one_device, with_options_of_training
@@ -741,6 +741,51 @@ def test_evaluation_sets_are_those_of_the_training_however_many_rows_are_looked_
     assert done.returncode == 1
     assert "evaluation of this run: eval_domain_loss, eval_general_loss, eval_odd_loss. Give one" in said(done)
     assert said(check(workplace, *arguments, "eval_odd_loss")).endswith("would start.")
+
+
+NO_SCHEDULE = "`lr_scheduler_type='{}'` with `lr_scheduler_kwargs={}` makes no schedule: "
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optim", "galore_adamw"], "You need to install `galore_torch`"),
+        (["--optim", "rmsprop", "--optim_args", "alpha"], "`optim='rmsprop'` with `optim_args='alpha'` makes no optimizer: not enough values"),
+        (
+            ["--lr_scheduler_type", "cosine_with_min_lr"],
+            NO_SCHEDULE.format("cosine_with_min_lr", "None") + "One of min_lr or min_lr_rate",
+        ),
+        (
+            ["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"nonsense": 1}'],
+            NO_SCHEDULE.format("cosine", "{'nonsense': 1}") + "get_cosine_schedule_with_warmup() got an unexpected keyword",
+        ),
+    ],
+)  # fmt: skip
+def test_an_optimizer_or_schedule_that_cannot_be_made_is_refused_as_by_the_training_before_its_model(
+    workplace, monkeypatch, options, message
+):
+    arguments = ["--dataset_name", "data.jsonl", "--output_dir", "out", *options]
+    done = check(workplace, *arguments, check=False)
+    assert done.returncode == 1 and "would refuse, for 1 reason(s)" in done.stdout and message in said(done)
+    monkeypatch.setattr("trl_ema.inputs.load_tokenizer", None)
+    done = trl_ema("train", "--model_name_or_path", "model", *QUICK, *arguments, cwd=workplace, check=False)
+    assert done.returncode == 1 and message in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, dict(optim="adafactor"), dict(optim="sgd", optim_args="momentum=0.9"),
+        dict(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}),
+        dict(lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 5}, warmup_steps=0.1),
+        dict(lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1), dict(lr_scheduler_type="polynomial"),
+    ],
+)  # fmt: skip
+def test_optimizers_and_schedules_that_can_be_made_are_taken(options):
+    settings = MeanTeacherConfig("out", use_cpu=True, bf16=False, **options)
+    before = settings.optim_target_modules
+    check_optimizer(settings)
+    assert settings.optim_target_modules == before
 
 
 def refused(launch, begun=False, has_texts=False, teacher="none", words=4, **options):

@@ -24,7 +24,7 @@ from trl import ModelConfig
 
 from .adapters.fitness import base_changed_by
 from .checkpointing.resuming import check_checkpoint
-from .checks import check_best_metric, check_drift_is_watched, check_free_space
+from .checks import check_best_metric, check_drift_is_watched, check_free_space, check_optimizer
 from .config import MeanTeacherConfig
 from .data import LoadedPart, as_chat, hub_errors, mixture, mixture_counts, tokenize_rows
 from .evaluation.drift import general_rows
@@ -219,6 +219,8 @@ def _look_at_places(args: TrainingScriptArguments, training_args: MeanTeacherCon
     with refusals.collected():
         check_login(training_args)
     with refusals.collected():
+        check_optimizer(training_args)
+    with refusals.collected():
         if args.eval_tasks:
             tasks_to_ask(args.eval_tasks, tuple(args.eval_tasks_include_path or ()))
     return writable
@@ -272,6 +274,7 @@ def check_training(
     """
     if training_args.n_gpu > 1:
         training_args._n_gpu = 1  # as in that process
+    check_optimizer(training_args)
     name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code, args.adapter_name_or_path)
     samples = sampled(parts)
     if samples is not parts and all(isinstance(part.train, Dataset) for part in parts):
