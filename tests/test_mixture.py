@@ -286,6 +286,23 @@ def test_a_single_entry_of_datasets_is_that_data_set(files, tokenizer):
     assert [list(side) for side in load_data(args, tokenizer)] == [list(side) for side in alone]
 
 
+@pytest.mark.parametrize(("fraction", "replay"), [(0.3, {}), (0.3, {"replay_dataset": "old.jsonl"})])
+def test_the_fraction_of_a_single_entry_is_said_to_be_ignored(tmp_path, fraction, replay):
+    block = {"datasets": [{"path": "one.jsonl", "fraction": fraction}], "use_cpu": True, "bf16": False, **replay}
+    config = str(tmp_path / "config.yaml")
+
+    def read(**changes):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(block | changes))
+        parse(["--config", config, "--model_name_or_path", "model", "--output_dir", str(tmp_path)])
+
+    with pytest.warns(
+        UserWarning, match=r"single entry of `datasets`, 'one.jsonl': `fraction=0.3`.*`max_train_samples`"
+    ):
+        read()
+    for fits in (1.0, *([0.9] if replay else [])):
+        read(datasets=[{"path": "one.jsonl", "fraction": fits}])
+
+
 def test_the_split_that_is_trained_on_is_not_measured_on(files, tokenizer):
     folder = files / "folder"
     folder.mkdir()
