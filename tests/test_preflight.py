@@ -37,7 +37,7 @@ from trl_ema.outlook import (
 )
 from trl_ema.preflight import TrainerWithoutWeights, with_trained_adapter
 from trl_ema.processes import Launch, refuse_sharding
-from trl_ema.refusals import Given, Refusals, as_far_as_it_goes
+from trl_ema.refusals import Given, Refusals, as_far_as_it_goes, is_hollow
 from trl_ema.script import TrainingScriptArguments
 from trl_ema.texts import Sampling, texts_path
 
@@ -412,6 +412,20 @@ def test_an_error_is_told_once():
     with refusals.collected():
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
     assert refusals.found == ["no"] and len(refusals.unseen) == 1
+
+
+def test_what_torch_says_of_missing_values_is_no_refusal_and_metadata_is_one():
+    meta = torch.empty(2, device="meta")
+    asked = (meta.tolist, meta.nonzero, lambda: meta.to("cpu"), lambda: meta[0].item(), lambda: meta + torch.ones(2))
+    for ask in asked:
+        with pytest.raises(RuntimeError) as error:
+            ask()
+        assert is_hollow(error.value), error.value
+    refusals = Refusals()
+    for message in ("Error while reading the metadata of x.safetensors", "meta-llama/x needs a newer release"):
+        with refusals.collected():
+            raise RuntimeError(message)
+    assert len(refusals.found) == 2 and not refusals.unseen
 
 
 # Numbers, beside those of a real training

@@ -18,6 +18,8 @@ from .options import changed
 Made = TypeVar("Made")
 
 _REFUSING = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+# How torch speaks of a tensor that has no values; "metadata" and the like are of others.
+_OF_META = re.compile(r"\b[Mm]eta tensors?\b|device='?meta\b|device meta\b|'Meta' backend")
 # Without them it would be another training that is looked at.
 _KEPT = ("config", "model_name_or_path", "adapter_name_or_path")
 
@@ -55,7 +57,7 @@ class Refusals:
 
 def is_hollow(error: Exception) -> bool:
     """Whether it is of the missing weights, and none of a training."""
-    return isinstance(error, RuntimeError) and "meta" in str(error)
+    return isinstance(error, RuntimeError) and _OF_META.search(str(error)) is not None
 
 
 @dataclass(frozen=True)
