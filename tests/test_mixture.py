@@ -303,6 +303,16 @@ def test_the_fraction_of_a_single_entry_is_said_to_be_ignored(tmp_path, fraction
         read(datasets=[{"path": "one.jsonl", "fraction": fits}])
 
 
+def test_it_is_said_of_each_data_set_what_it_is_measured_on(files, tokenizer, caplog):
+    caplog.set_level("INFO")
+    (files / "folder").mkdir()
+    for seed, split in enumerate(("train", "test")):
+        rows(20, seed=seed).to_json(files / "folder" / f"{split}.jsonl")
+    load_parts(arguments(files, ("folder", {}), ("answers.jsonl", {})), tokenizer)
+    assert f"Figures are measured on the split 'test' of {files}/folder." in caplog.messages
+    assert f"{files}/answers.jsonl has no test split: some of its training rows are held out." in caplog.messages
+
+
 def test_the_split_that_is_trained_on_is_not_measured_on(files, tokenizer):
     folder = files / "folder"
     folder.mkdir()

@@ -286,21 +286,22 @@ def _load_held_out(args: TrainingScriptArguments, part: data.DataPart, option: s
     The split for the figures, or `None` if there is none. The default `test`, named or not, need not be there, nor have answers; one that
     was named has to, but of rows to replay, which figures are not for.
     """
-    named, default = args.dataset_test_split, TrainingScriptArguments.dataset_test_split
-    if named != default and option != "replay_dataset":
-        return _load_split(args, part, option, named, text_field)
-    for split in dict.fromkeys((named, default, "validation")):
+    asked, default = args.dataset_test_split, TrainingScriptArguments.dataset_test_split
+    named = part.data_files or part.path
+    if asked != default and option != "replay_dataset":
+        return _load_split(args, part, option, asked, text_field)
+    for split in dict.fromkeys((asked, default, "validation")):
         if split == part.split:
             continue  # which is trained on
         try:
             rows = _load_split(args, part, option, split, text_field)
         except (data.NoSplitError, data.NoAnswersError) as error:
             if isinstance(error, data.NoAnswersError):
-                logger.info("The split %r has no answers: it is not used.", split)
+                logger.info("The split %r of %s has no answers: it is not used.", split, named)
             continue
-        logger.info("Figures are measured on the split %r.", split)
+        logger.info("Figures are measured on the split %r of %s.", split, named)
         return rows
-    logger.info("There is no test split: some training rows are held out.")
+    logger.info("%s has no test split: some of its training rows are held out.", named)
     return None
 
 
