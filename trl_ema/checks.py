@@ -247,8 +247,8 @@ def check_optimizer(args: MeanTeacherConfig) -> None:
             Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.ModuleList([layer]))  # type: ignore[arg-type]
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"`optim={_value(args.optim)!r}` with `optim_args={args.optim_args!r}` makes no optimizer: {error} Correct "
-                "`optim_args`, such as `beta1=0.9,eps=1e-8`, or take another `optim`."
+                f"`optim={_value(args.optim)!r}` with `optim_args={args.optim_args!r}` makes no optimizer: {str(error).rstrip('.')}. "
+                "Correct `optim_args`, such as `beta1=0.9,eps=1e-8`, or take another `optim`."
             ) from error
     optimizer = torch.optim.SGD(layer.parameters(), lr=args.learning_rate)
     steps = args.max_steps if args.max_steps > 0 else 1000  # no schedule refuses a number of them
@@ -257,8 +257,8 @@ def check_optimizer(args: MeanTeacherConfig) -> None:
         get_scheduler(kind, optimizer, warmup, steps, options)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"`lr_scheduler_type={_value(kind)!r}` with `lr_scheduler_kwargs={options!r}` makes no schedule: {error}. Give what this "
-            "schedule takes, such as `{'min_lr_rate': 0.1}` for `cosine_with_min_lr`, or take another one."
+            f"`lr_scheduler_type={_value(kind)!r}` with `lr_scheduler_kwargs={options!r}` makes no schedule: {str(error).rstrip('.')}. "
+            "Give what this schedule takes, such as `{'min_lr_rate': 0.1}` for `cosine_with_min_lr`, or take another one."
         ) from error
 
 
