@@ -24,7 +24,7 @@ import time
 from datasets import Dataset
 
 from trl_ema import EMARegularizedSFTTrainer
-from trl_ema.checks import check_free_space
+from trl_ema.checks import check_free_space, check_optimizer
 from trl_ema.comparison.changes import changes_table
 from trl_ema.data import as_chat, hub_errors
 from trl_ema.evaluation.drift import general_rows
@@ -57,6 +57,7 @@ def main(arguments: list[str], subspace: type | None = None) -> None:
     if others and args.adapter_name_or_path is not None:
         raise ValueError("A sub-space makes an adapter of its own. Leave out `--adapter_name_or_path` or `--subspace`.")
     check_output_dir(training_args.output_dir)
+    check_optimizer(training_args)
     checkpoint = resume_from(training_args)
     manager, tasks = None, {}
     if args.eval_tasks:

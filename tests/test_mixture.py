@@ -4,6 +4,7 @@ import itertools
 import json
 from collections import Counter
 from dataclasses import asdict
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -66,9 +67,16 @@ def test_each_part_gives_its_share(sizes, fractions, replay, limit, expected):
 def test_counts_are_within_a_row_of_their_shares_and_of_the_data(parts, replayed):
     sizes, weights = zip(*parts, strict=True)
     fractions, replay = [weight / 100 for weight in weights], replayed / 10 or None
-    *own, last = mixture_counts(["x"] * (len(parts) + 1), [*sizes, 10**6], fractions, replay) if replay else [
-        *mixture_counts(["x"] * len(parts), sizes, fractions), 0,
-    ]  # fmt: skip
+    most = min(Fraction(size * sum(weights), weight) for size, weight in zip(sizes, weights, strict=True))
+    shares = [int(most) * Fraction(weight, sum(weights)) for weight in weights]
+    names, all_sizes = ["x"] * (len(parts) + bool(replay)), [*sizes, *[10**6] * bool(replay)]
+    try:
+        *own, last = [*mixture_counts(names, all_sizes, fractions, replay), *[0] * (not replay)]
+    except ValueError as error:
+        assert "The mixture would have no row of 'x'" in str(error)
+        assert min(shares) < 1 or (replay and int(most) * replay / (1 - replay) <= 0.5)
+        return
+    assert min(own) > 0 and (last > 0) == bool(replay)
     total = sum(own)
     for count, size, weight in zip(own, sizes, weights, strict=True):
         assert count <= size and abs(count - total * weight / sum(weights)) < 1
@@ -93,6 +101,12 @@ def test_a_mixture_has_the_rows_that_trl_gives_it(tmp_path):
          "train on. Ask for at most 60, change its `fraction`, or give more data."),
         ([90, 4], [None], 0.1, None, "`replay_fraction=0.1` beside 90 rows takes 10 rows of 'b', which has 4 to train on. Lower it "
          "to 0.042, train on fewer rows"),
+        ([3, 1000], [0.9, 0.01], None, None, "The mixture would have no row of 'b': of its 3 rows the share of 'b' is less than one. "
+         "Raise that share (`fraction`, or `replay_fraction` of what is replayed), give more rows of 'a' or lower its share, or leave "
+         "'b' out."),
+        ([9000, 9], [None, None], None, 100, "no row of 'b': of its 100 rows the share of 'b' is less than one. Raise that share "
+         "(`fraction`, or `replay_fraction` of what is replayed), raise `max_train_samples=100`, or leave 'b' out."),
+        ([4, 9], [None], 0.1, None, "no row of 'b': of its 4 rows the share of 'b' is less than one."),
         ([90, 0], [None, None], None, None, "No row of 'b' is left to train on. Look at its answers and at `max_length`."),
     ],
 )  # fmt: skip
@@ -270,6 +284,33 @@ def test_a_single_entry_of_datasets_is_that_data_set(files, tokenizer):
     assert not args.is_mixture
     alone = load_data(TrainingScriptArguments(str(files / "answers.jsonl"), eval_fraction=0.2), tokenizer)
     assert [list(side) for side in load_data(args, tokenizer)] == [list(side) for side in alone]
+
+
+@pytest.mark.parametrize(("fraction", "replay"), [(0.3, {}), (0.3, {"replay_dataset": "old.jsonl"})])
+def test_the_fraction_of_a_single_entry_is_said_to_be_ignored(tmp_path, fraction, replay):
+    block = {"datasets": [{"path": "one.jsonl", "fraction": fraction}], "use_cpu": True, "bf16": False, **replay}
+    config = str(tmp_path / "config.yaml")
+
+    def read(**changes):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(block | changes))
+        parse(["--config", config, "--model_name_or_path", "model", "--output_dir", str(tmp_path)])
+
+    with pytest.warns(
+        UserWarning, match=r"single entry of `datasets`, 'one.jsonl': `fraction=0.3`.*`max_train_samples`"
+    ):
+        read()
+    for fits in (1.0, *([0.9] if replay else [])):
+        read(datasets=[{"path": "one.jsonl", "fraction": fits}])
+
+
+def test_it_is_said_of_each_data_set_what_it_is_measured_on(files, tokenizer, caplog):
+    caplog.set_level("INFO")
+    (files / "folder").mkdir()
+    for seed, split in enumerate(("train", "test")):
+        rows(20, seed=seed).to_json(files / "folder" / f"{split}.jsonl")
+    load_parts(arguments(files, ("folder", {}), ("answers.jsonl", {})), tokenizer)
+    assert f"Figures are measured on the split 'test' of {files}/folder." in caplog.messages
+    assert f"{files}/answers.jsonl has no test split: some of its training rows are held out." in caplog.messages
 
 
 def test_the_split_that_is_trained_on_is_not_measured_on(files, tokenizer):

@@ -21,7 +21,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig
 
 from trl_ema import MeanTeacherConfig, memory, preflight
-from trl_ema.checks import bytes_to_write
+from trl_ema.checks import bytes_to_write, check_optimizer
 from trl_ema.data import tokenize_rows
 from trl_ema.fingerprint import tokenizer_fingerprint
 from trl_ema.launch import checks_of_launch, launch_of, launcher_settings, sees_one_device, with_options_of_training
@@ -37,7 +37,7 @@ from trl_ema.outlook import (
 )
 from trl_ema.preflight import TrainerWithoutWeights, with_trained_adapter
 from trl_ema.processes import Launch, refuse_sharding
-from trl_ema.refusals import Given, Refusals, as_far_as_it_goes
+from trl_ema.refusals import Given, Refusals, as_far_as_it_goes, is_hollow
 from trl_ema.script import TrainingScriptArguments
 from trl_ema.texts import Sampling, texts_path
 
@@ -165,6 +165,22 @@ def test_a_large_data_set_is_looked_at_in_part_and_a_stream_at_its_beginning(wor
     assert refused.returncode == 1 and "steps must be known in advance" in refused.stdout
 
 
+def test_a_mixture_is_told_by_the_rows_that_are_taken_and_not_by_those_looked_at(workplace, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    columns = {"prompt": "Frage", "completion": "Antwort"}
+    block = [{"path": "data.jsonl", "fraction": 0.8}, {"path": "odd.csv", "fraction": 0.2, "columns": columns}]
+    (workplace / "shares.yaml").write_text(yaml.safe_dump({"datasets": block, "output_dir": "out"}))
+    expected = "data 64 of 64 rows, 80 % of all odd 16 of 24 rows, 20 % of all"
+    assert f"The mixture, shuffled: {expected}" in said(check(workplace, "--config", "shares.yaml"))
+    monkeypatch.setattr(preflight, "_ROWS", 20)
+    told = said(check(workplace, "--config", "shares.yaml"))
+    assert f"looked at tell: {expected}" in told and "; 80 rows an epoch" in told
+    replay = json.dumps({"path": "odd.csv", "columns": columns})
+    arguments = ["--dataset_name", "data.jsonl", "--replay_dataset", replay, "--output_dir", "out"]
+    assert f"data 64 of 64 rows, {6400 / 71:.4g} % of all odd 7 of 24 rows" in said(check(workplace, *arguments))
+    assert "% of the mixture" not in caplog.text
+
+
 def test_a_mixture_with_odd_columns_is_looked_at_part_by_part(workplace):
     block = {
         "datasets": [
@@ -177,6 +193,48 @@ def test_a_mixture_with_odd_columns_is_looked_at_part_by_part(workplace):
     assert " odd 24 6 24 " in said(done) and "; 60 rows an epoch" in said(done) and "the pain" in done.stdout
     refused = check(workplace, "--config", "mix.yaml", "--output_dir", "out", "--max_train_samples", "150", check=False)
     assert refused.returncode == 1 and "`max_train_samples=150` with these fractions takes" in refused.stdout
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A machine without a GPU, also where there is one."""
+    monkeypatch.setattr(preflight, "has_accelerator", lambda: False)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+
+
+# As the shipped configurations: nothing is said of a CPU.
+SHIPPED = {
+    "model_name_or_path": "model", "dataset_name": "data.jsonl", "output_dir": "out", "teacher": "none", "lora_r": 4,
+    "num_train_epochs": 1, "per_device_train_batch_size": 8, "max_length": 48, "eval_fraction": 0.2, "report_to": "none",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("precision", "reason"),
+    [
+        ({"bf16": True}, "Your setup doesn't support bf16/gpu."),
+        ({}, "Your setup doesn't support bf16/gpu."),  # TRL's default
+        ({"fp16": True}, "`fp16=True` needs a GPU."),
+        ({"bf16": False, "tf32": True}, "--tf32 requires Ampere"),
+    ],
+)
+def test_a_machine_without_a_gpu_is_told_apart_from_the_options(workplace, no_gpu, precision, reason):
+    (workplace / "shipped.yaml").write_text(yaml.safe_dump(SHIPPED | precision))
+    done = trl_ema("check", "--config", "shipped.yaml", cwd=workplace)
+    assert done.returncode == 0
+    assert f"This machine has no GPU: `trl-ema train` would refuse here. {reason}" in said(done)
+    assert said(done).endswith("`trl-ema train` would start on a machine with a GPU.")
+    assert done.stdout.count("--- row ") == 3 and "8 optimizer steps of 8 rows" in done.stdout
+    assert "Memory of each of 1 process(es), ddp" in done.stdout and "MiB" in done.stdout
+
+
+def test_what_is_wrong_with_the_options_is_refused_without_a_gpu_too(workplace, no_gpu):
+    (workplace / "shipped.yaml").write_text(yaml.safe_dump(SHIPPED | {"bf16": True}))
+    done = trl_ema("check", "--config", "shipped.yaml", "--generations", "-1", cwd=workplace, check=False)
+    assert done.returncode == 1 and told_reasons(done) == ["`generations` must be"]
+    assert "This machine has no GPU" in done.stdout and "8 optimizer steps of 8 rows" in done.stdout
+    done = trl_ema("check", "--config", "shipped.yaml", "--use_cpu", "true", cwd=workplace)
+    assert "no GPU" not in done.stdout and said(done).endswith("`trl-ema train` would start.")
 
 
 # What it refuses
@@ -354,6 +412,20 @@ def test_an_error_is_told_once():
     with refusals.collected():
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
     assert refusals.found == ["no"] and len(refusals.unseen) == 1
+
+
+def test_what_torch_says_of_missing_values_is_no_refusal_and_metadata_is_one():
+    meta = torch.empty(2, device="meta")
+    asked = (meta.tolist, meta.nonzero, lambda: meta.to("cpu"), lambda: meta[0].item(), lambda: meta + torch.ones(2))
+    for ask in asked:
+        with pytest.raises(RuntimeError) as error:
+            ask()
+        assert is_hollow(error.value), error.value
+    refusals = Refusals()
+    for message in ("Error while reading the metadata of x.safetensors", "meta-llama/x needs a newer release"):
+        with refusals.collected():
+            raise RuntimeError(message)
+    assert len(refusals.found) == 2 and not refusals.unseen
 
 
 # Numbers, beside those of a real training
@@ -670,6 +742,66 @@ def test_a_best_metric_and_a_push_that_cannot_be_are_refused(workplace, monkeypa
     assert said(check(workplace, *arguments, *push)).endswith("would start.")  # of the domain, as in the training
 
 
+@pytest.mark.parametrize("rows_looked_at", [5_000, 20])
+def test_evaluation_sets_are_those_of_the_training_however_many_rows_are_looked_at(
+    workplace, monkeypatch, rows_looked_at
+):
+    """The domain is all but what is replayed, and a single data set beside that has no set of its own."""
+    monkeypatch.setattr(preflight, "_ROWS", rows_looked_at)
+    replay = json.dumps({"path": "odd.csv", "columns": {"prompt": "Frage", "completion": "Antwort"}})
+    arguments = ["--dataset_name", "data.jsonl", "--replay_dataset", replay, "--output_dir", "out", "--save_steps", "1"]
+    arguments += ["--max_steps", "2", "--eval_strategy", "steps", "--eval_steps", "1", "--metric_for_best_model"]
+    done = check(workplace, *arguments, "eval_data_loss", check=False)
+    assert done.returncode == 1
+    assert "evaluation of this run: eval_domain_loss, eval_general_loss, eval_odd_loss. Give one" in said(done)
+    assert said(check(workplace, *arguments, "eval_odd_loss")).endswith("would start.")
+
+
+NO_SCHEDULE = "`lr_scheduler_type='{}'` with `lr_scheduler_kwargs={}` makes no schedule: "
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optim", "galore_adamw"], "You need to install `galore_torch`"),
+        (["--optim", "rmsprop", "--optim_args", "alpha"], "`optim='rmsprop'` with `optim_args='alpha'` makes no optimizer: not enough values"),
+        (
+            ["--lr_scheduler_type", "cosine_with_min_lr"],
+            NO_SCHEDULE.format("cosine_with_min_lr", "None") + "One of min_lr or min_lr_rate",
+        ),
+        (
+            ["--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"nonsense": 1}'],
+            NO_SCHEDULE.format("cosine", "{'nonsense': 1}") + "get_cosine_schedule_with_warmup() got an unexpected keyword",
+        ),
+    ],
+)  # fmt: skip
+def test_an_optimizer_or_schedule_that_cannot_be_made_is_refused_as_by_the_training_before_its_model(
+    workplace, monkeypatch, options, message
+):
+    arguments = ["--dataset_name", "data.jsonl", "--output_dir", "out", *options]
+    done = check(workplace, *arguments, check=False)
+    assert done.returncode == 1 and "would refuse, for 1 reason(s)" in done.stdout and message in said(done)
+    monkeypatch.setattr("trl_ema.inputs.load_tokenizer", None)
+    done = trl_ema("train", "--model_name_or_path", "model", *QUICK, *arguments, cwd=workplace, check=False)
+    assert done.returncode == 1 and message in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, dict(optim="adafactor"), dict(optim="sgd", optim_args="momentum=0.9"),
+        dict(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}),
+        dict(lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 5}, warmup_steps=0.1),
+        dict(lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1), dict(lr_scheduler_type="polynomial"),
+    ],
+)  # fmt: skip
+def test_optimizers_and_schedules_that_can_be_made_are_taken(options):
+    settings = MeanTeacherConfig("out", use_cpu=True, bf16=False, **options)
+    before = settings.optim_target_modules
+    check_optimizer(settings)
+    assert settings.optim_target_modules == before
+
+
 def refused(launch, begun=False, has_texts=False, teacher="none", words=4, **options):
     """First words of what a training with these options would refuse of its launch."""
     own = {f.name for f in fields(TrainingScriptArguments)}
@@ -745,6 +877,7 @@ def test_under_zero3_a_training_that_goes_on_is_refused_where_it_is_measured(wor
 
 def test_each_process_of_a_launch_has_one_of_several_gpus(workplace, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(preflight, "has_accelerator", lambda: True)
     arguments = ["--dataset_name", "data.jsonl", "--output_dir", "out", "--max_steps", "2", "--use_cpu", "false"]
     done = check(workplace, *arguments, check=False)
     assert done.returncode == 1 and "does not support `nn.DataParallel`" in done.stdout  # as the training itself

@@ -298,7 +298,7 @@ def test_a_start_says_nothing_but_what_its_user_needs(workplace):
     options = ["--model_name_or_path", "model", "--dataset_name", "data.jsonl", "--output_dir", "quiet", *QUICK]
     options += ["--max_steps", "1", "--measure", "false", "--gradient_checkpointing", "true"]
     done = quietly(workplace, str(ROOT / "recipes" / "medical_ema.py"), *options)
-    assert said(done.stderr) == ["There is no test split: some training rows are held out."]
+    assert said(done.stderr) == ["data.jsonl has no test split: some of its training rows are held out."]
     assert done.stdout.startswith("72 training rows, 6 held out.")
 
 

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from trl.trainer.utils import get_config_model_id
 
 from .adapters.fitness import NO_ADAPTER, check_adapter, check_repeatable, refuse_leftovers, student_name, targets_head
@@ -19,6 +19,7 @@ from .config import MeanTeacherConfig
 from .data import check_columns, check_dataset, check_rows, trained_columns
 from .files import OutputError
 from .losses import IGNORE_INDEX
+from .options import changed
 from .ownership import has_earlier_teacher
 from .processes import Launch, parallel_sizes, refuse_parallelism
 from .sharding import whole_shape
@@ -229,6 +230,41 @@ def check_fused_forward(args: MeanTeacherConfig) -> None:
             "A regularizer gives divergences, but `MeanTeacherConfig.needs_fused_forward` is false, so TRL's own forward would "
             "leave them out. Let that property be true with the option that turns the regularizer on."
         )
+
+
+def check_optimizer(args: MeanTeacherConfig) -> None:
+    """
+    Raises, before a model is loaded, for an optimizer or a schedule that `Trainer` could not make once it is.
+
+    Raises:
+        ImportError: The optimizer is of a package that is not installed.
+        ValueError: Their arguments are not those that they take.
+    """
+    layer, targets = torch.nn.Linear(1, 1), args.optim_target_modules
+    # Which layers of the model those are shows with the model; here it is one layer.
+    with changed(args, optim_target_modules=None if targets is None else "all-linear"):
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.ModuleList([layer]))  # type: ignore[arg-type]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"`optim={_value(args.optim)!r}` with `optim_args={args.optim_args!r}` makes no optimizer: {str(error).rstrip('.')}. "
+                "Correct `optim_args`, such as `beta1=0.9,eps=1e-8`, or take another `optim`."
+            ) from error
+    optimizer = torch.optim.SGD(layer.parameters(), lr=args.learning_rate)
+    steps = args.max_steps if args.max_steps > 0 else 1000  # no schedule refuses a number of them
+    kind, warmup, options = args.lr_scheduler_type, args.get_warmup_steps(steps), args.lr_scheduler_kwargs
+    try:
+        get_scheduler(kind, optimizer, warmup, steps, options)  # type: ignore[arg-type]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`lr_scheduler_type={_value(kind)!r}` with `lr_scheduler_kwargs={options!r}` makes no schedule: {str(error).rstrip('.')}. "
+            "Give what this schedule takes, such as `{'min_lr_rate': 0.1}` for `cosine_with_min_lr`, or take another one."
+        ) from error
+
+
+def _value(choice: Any) -> Any:
+    """Of an option that transformers makes an `Enum` of, as it is written."""
+    return getattr(choice, "value", choice)
 
 
 def check_drift_is_watched(trainer: Any) -> None:

@@ -164,6 +164,7 @@ def training_sets(
     args: TrainingScriptArguments,
     tokenizer: PreTrainedTokenizerBase,
     settings: MeanTeacherConfig,
+    all_rows: bool = False,
 ) -> tuple[Dataset | IterableDataset, dict[str, Dataset]]:
     """
     What the trainer trains on, and what it evaluates by name: `domain`, the held-out rows of all parts but the replayed one; `general`;
@@ -171,6 +172,9 @@ def training_sets(
 
     A single data set stays as it is. The rows of a mixture come as tokens with labels: a part of questions and answers is trained on
     its answers, one of plain text on all of it, as if each were alone; and rows without a label are gone before shares are counted.
+
+    Args:
+        all_rows (`bool`): Take all rows of the parts of a mixture: these are samples, which the shares need not fit.
 
     Raises:
         ValueError: The fractions take more rows than there are, or a row cannot be tokenized.
@@ -182,6 +186,8 @@ def training_sets(
     fractions = [part.fraction for part in parts if not part.replayed]
     replay = args.replay_fraction if parts[-1].replayed else None
     names = [part.name for part in parts]
+    if all_rows:
+        fractions, replay = [None] * len(parts), None
     train = data.mixed(rows, names, fractions, replay, args.max_train_samples, args.split_seed)
     held_out: dict[str, Any] = {part.name: data.rows_to_mix(part.held_out, tokenizer, settings) for part in parts}
     own = [part.name for part in parts if not part.replayed]
@@ -293,21 +299,22 @@ def _load_held_out(args: TrainingScriptArguments, part: data.DataPart, option: s
     The split for the figures, or `None` if there is none. The default `test`, named or not, need not be there, nor have answers; one that
     was named has to, but of rows to replay, which figures are not for.
     """
-    named, default = args.dataset_test_split, TrainingScriptArguments.dataset_test_split
-    if named != default and option != "replay_dataset":
-        return _load_split(args, part, option, named, text_field)
-    for split in dict.fromkeys((named, default, "validation")):
+    asked, default = args.dataset_test_split, TrainingScriptArguments.dataset_test_split
+    named = part.data_files or part.path
+    if asked != default and option != "replay_dataset":
+        return _load_split(args, part, option, asked, text_field)
+    for split in dict.fromkeys((asked, default, "validation")):
         if split == part.split:
             continue  # which is trained on
         try:
             rows = _load_split(args, part, option, split, text_field)
         except (data.NoSplitError, data.NoAnswersError) as error:
             if isinstance(error, data.NoAnswersError):
-                logger.info("The split %r has no answers: it is not used.", split)
+                logger.info("The split %r of %s has no answers: it is not used.", split, named)
             continue
-        logger.info("Figures are measured on the split %r.", split)
+        logger.info("Figures are measured on the split %r of %s.", split, named)
         return rows
-    logger.info("There is no test split: some training rows are held out.")
+    logger.info("%s has no test split: some of its training rows are held out.", named)
     return None
 
 

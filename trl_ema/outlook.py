@@ -217,6 +217,14 @@ def print_data(parts: list[LoadedPart], figures: list[RowFigures], tokenizer: Pr
         print(f"\n--- row {number}, {len(ids)} tokens\n{shown_row(ids, labels, tokenizer, colours)}")
 
 
+def print_mixture(figures: list[RowFigures], counts: list[int]) -> None:
+    """How many rows of each data set a mixture takes."""
+    known = all(found.size == len(found.rows) for found in figures)
+    print(f"\nThe mixture, shuffled{'' if known else ', as far as the rows that were looked at tell'}:")
+    for found, count in zip(figures, counts, strict=True):
+        print(f"  {found.name[:19]:20}{count:>11,} of {found.trained:,} rows, {100 * count / sum(counts):.4g} % of all")
+
+
 def print_run(trainer: Any, rows: int | None, steps: int, launch: Launch) -> None:
     """Steps, what is told as a fraction of them, and files."""
     args = trainer.args
@@ -282,8 +290,11 @@ def print_end(refusals: Refusals) -> None:
     print(f"\n{_NOT_SEEN}")
     for reason in refusals.unseen:
         print(f"Nor was the trainer looked at to its end: {reason}")
+    for reason in refusals.of_machine:
+        print(f"\nThis machine has no GPU: `trl-ema train` would refuse here. {reason}")
+        print("On a machine with a GPU that is no reason, and all else was looked at as it would be there.")
     if not refusals.found:
-        print("\n`trl-ema train` would start.")
+        print(f"\n`trl-ema train` would start{' on a machine with a GPU' if refusals.of_machine else ''}.")
         return
     print(f"\n`trl-ema train` would refuse, for {len(refusals.found)} reason(s):")
     for reason in refusals.found:

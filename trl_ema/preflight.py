@@ -4,6 +4,7 @@ import itertools
 import logging
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
@@ -18,13 +19,14 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 from huggingface_hub import get_token
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import is_torch_xla_available
 from trl import ModelConfig
 
 from .adapters.fitness import base_changed_by
 from .checkpointing.resuming import check_checkpoint
-from .checks import check_best_metric, check_drift_is_watched, check_free_space
+from .checks import check_best_metric, check_drift_is_watched, check_free_space, check_optimizer
 from .config import MeanTeacherConfig
-from .data import LoadedPart, as_chat, hub_errors, mixture_counts, tokenize_rows
+from .data import LoadedPart, as_chat, hub_errors, mixture, mixture_counts, tokenize_rows
 from .evaluation.drift import general_rows
 from .evaluation.runner import tasks_to_ask
 from .files import check_output_dir, read_yaml
@@ -39,7 +41,7 @@ from .launch import (
 )
 from .measurement import DriftCallback, Measurement, TrainedDrift
 from .options import changed
-from .outlook import RowFigures, print_data, print_end, print_memory, print_run, total_steps
+from .outlook import RowFigures, print_data, print_end, print_memory, print_mixture, print_run, total_steps
 from .processes import Launch
 from .refusals import Given, Refusals, as_far_as_it_goes, is_hollow
 from .regularizers.own_texts import may_be_at_hand, sampling_of
@@ -53,6 +55,8 @@ from .trainer import EMARegularizedSFTTrainer
 # Rows that are looked at, at most: of the largest data set so many, of the others in proportion; and of a stream.
 _ROWS = 5_000
 _STREAM_ROWS = 1_000
+# Without them transformers refuses to read, on a machine without a GPU, what one with a GPU can train.
+_WITHOUT_GPU = ("--use_cpu", "true", "--tf32", "false")
 # Options by which the rows are other ones; of some that are not, rows show nothing.
 _OF_DATA = {f.name for f in fields(TrainingScriptArguments)} - {
     "adapter_name_or_path", "drift_steps", "eval_tasks", "eval_tasks_include_path", "eval_tasks_steps", "generations",
@@ -115,8 +119,41 @@ def _parsed(arguments: list[str], refusals: Refusals) -> tuple[tuple[Any, ...] |
         given = Given.on(arguments, file)
         deepspeed = given.value("deepspeed")
         given = given if deepspeed is None else given.without("deepspeed")
-        return as_far_as_it_goes(lambda some: parse(some.arguments(scratch)), given, refusals), deepspeed
+        return _parsed_here(given, scratch, refusals), deepspeed
     return None, None
+
+
+def has_accelerator() -> bool:
+    """Whether this machine has what weights are trained on elsewhere, of any kind."""
+    return torch.accelerator.is_available() or is_torch_xla_available()
+
+
+def _parsed_here(given: Given, scratch: str, refusals: Refusals) -> tuple[Any, ...] | None:
+    """
+    What [`parse`] makes of the options, also on a machine without a GPU, such as a login node: what the machine alone cannot do is kept
+    apart in `refusals`, and the options are read as one with a GPU reads them.
+    """
+
+    def made(some: Given, *others: str) -> tuple[Any, ...]:
+        return parse([*some.arguments(scratch), *others])
+
+    if has_accelerator():
+        return as_far_as_it_goes(made, given, refusals)
+    parsed = as_far_as_it_goes(lambda some: made(some, *_WITHOUT_GPU), given, refusals)
+    if parsed is None:
+        return None
+    for name in refusals.left_out:
+        given = given.without(name)
+    on_cpu = False
+    with warnings.catch_warnings(action="ignore"):  # said already
+        try:
+            on_cpu = made(given)[1].use_cpu
+        except ValueError as error:
+            refusals.of_machine.append(str(error))
+        if parsed[1].fp16 and not on_cpu:  # which accelerate refuses; bfloat16 takes as many bytes
+            refusals.of_machine.append("`fp16=True` needs a GPU.")
+            parsed = made(given, *_WITHOUT_GPU, "--fp16", "false", "--bf16", "true")
+    return parsed
 
 
 def _check(
@@ -151,6 +188,9 @@ def _check(
             as_trained_with(tokenizer, training_args)  # as the trainer does later
         figures = [figures_of(*both, tokenizer, training_args) for both in zip(parts, samples, strict=True)]
     print_data(parts, figures, tokenizer)
+    with refusals.collected():
+        if len(figures) > 1 and all(found.size is not None for found in figures):
+            print_mixture(figures, _counts(args, parts, [found.trained for found in figures]))
     _look_at_launch(launch, args, training_args, tokenizer, bool(checkpoint), refusals)
     trainer = None
     scratch = nullcontext(None) if writable else tempfile.TemporaryDirectory()
@@ -178,6 +218,8 @@ def _look_at_places(args: TrainingScriptArguments, training_args: MeanTeacherCon
         writable = True
     with refusals.collected():
         check_login(training_args)
+    with refusals.collected():
+        check_optimizer(training_args)
     with refusals.collected():
         if args.eval_tasks:
             tasks_to_ask(args.eval_tasks, tuple(args.eval_tasks_include_path or ()))
@@ -232,6 +274,7 @@ def check_training(
     """
     if training_args.n_gpu > 1:
         training_args._n_gpu = 1  # as in that process
+    check_optimizer(training_args)
     name, tokenizer = load_tokenizer(model_args, training_args.trust_remote_code, args.adapter_name_or_path)
     samples = sampled(parts)
     if samples is not parts and all(isinstance(part.train, Dataset) for part in parts):
@@ -285,9 +328,7 @@ def sampled(parts: list[LoadedPart]) -> list[LoadedPart]:
     def some(part: LoadedPart) -> LoadedPart:
         if not isinstance(part.train, Dataset):
             return part
-        # Without shares, which these rows may not have exactly.
-        rows = part.train.select(range(max(1, round(share * len(part.train)))))
-        return replace(part, train=rows, fraction=None, replayed=False)
+        return replace(part, train=part.train.select(range(max(1, round(share * len(part.train))))))
 
     return [some(part) for part in parts]
 
@@ -415,19 +456,21 @@ def trainer_without_weights(
     limit = args.max_train_samples if whole else None
     train, evals = general, {"domain": general, "general": general}
     if samples:
-        with changed(args, max_train_samples=limit):
-            train, evals = training_sets(samples, general, args, tokenizer, training_args)  # type: ignore[assignment]
+        # Its log is of the rows that are looked at.
+        with changed(args, max_train_samples=limit), changed(mixture.logger, disabled=True):
+            made = training_sets(samples, general, args, tokenizer, training_args, all_rows=not whole)
+            train, evals = made  # type: ignore[assignment]
     quantization(model_args, training_args)
     model = model_without_weights(name, model_args, training_args)
     peft_config: PeftConfig | None = lora(model_args)
     if args.adapter_name_or_path is not None:  # that of the adapter counts
         warn_of_other_lora(args.adapter_name_or_path, model_args)
         model, peft_config = with_trained_adapter(model, args.adapter_name_or_path), None
-    made: dict[str, Any] = {"assistant_only_loss": False} if args.is_mixture else {}
+    options: dict[str, Any] = {"assistant_only_loss": False} if args.is_mixture else {}
     if training_args.metric_for_best_model in ("loss", "eval_loss"):  # as the recipe
         training_args.metric_for_best_model = "eval_domain_loss"
-    made |= {"fsdp": None, "fsdp_plugin_args": None}  # nothing is sharded here, see [`checks_of_launch`]
-    with changed(training_args, push_to_hub=False, model_init_kwargs=None, **made):
+    options |= {"fsdp": None, "fsdp_plugin_args": None}  # nothing is sharded here, see [`checks_of_launch`]
+    with changed(training_args, push_to_hub=False, model_init_kwargs=None, **options):
         return TrainerWithoutWeights(
             model,
             args=training_args,

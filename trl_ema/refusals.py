@@ -18,6 +18,8 @@ from .options import changed
 Made = TypeVar("Made")
 
 _REFUSING = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+# How torch speaks of a tensor that has no values; "metadata" and the like are of others.
+_OF_META = re.compile(r"\b[Mm]eta tensors?\b|device='?meta\b|device meta\b|'Meta' backend")
 # Without them it would be another training that is looked at.
 _KEPT = ("config", "model_name_or_path", "adapter_name_or_path")
 
@@ -31,11 +33,13 @@ class Refusals:
         found: The refusals.
         unseen: What could not be looked at, since an operation takes values that a model without weights does not have.
         left_out: Options that are refused, and without which the others are looked at.
+        of_machine: What would be refused on this machine, which has no GPU, and on one with a GPU would not: no refusal of the options.
     """
 
     found: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    of_machine: list[str] = field(default_factory=list)
 
     @contextmanager
     def collected(self) -> Iterator[None]:
@@ -53,7 +57,7 @@ class Refusals:
 
 def is_hollow(error: Exception) -> bool:
     """Whether it is of the missing weights, and none of a training."""
-    return isinstance(error, RuntimeError) and "meta" in str(error)
+    return isinstance(error, RuntimeError) and _OF_META.search(str(error)) is not None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 import ast
 import contextlib
 import logging
+import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
@@ -260,10 +262,24 @@ def parse(arguments: list[str], *others: type) -> tuple[Any, ...]:
             f"`max_drift={training_args.max_drift}`, but nothing measures the drift during training. Give `--drift_steps` too, or "
             "`--rehearsal_weight`."
         )
+    _warn_of_lone_fraction(args)
     if args.is_mixture and training_args.completion_only_loss is None:
         # TRL decides by the first row of all whether answers alone count; in a mixture each part decides, which this is.
         training_args.completion_only_loss = True
     return parsed
+
+
+def _warn_of_lone_fraction(args: TrainingScriptArguments) -> None:
+    """A share of nothing but itself is all of it, which is not what it looks like."""
+    fraction = args.datasets[0].fraction if len(args.datasets) == 1 else None
+    rest = 1.0 if args.replay_dataset is None else 1 - args.replay_fraction
+    if fraction is not None and fraction != 1 and not math.isclose(fraction, rest):
+        warnings.warn(
+            f"Ignored with a single entry of `datasets`, {args.datasets[0].path!r}: `fraction={fraction:g}`. Shares are parts of their "
+            "sum, so all of its rows are trained on. For fewer give `max_train_samples`, for rows of another data set a second entry or "
+            "`replay_dataset`.",
+            stacklevel=3,
+        )
 
 
 def with_config_file(arguments: list[str]) -> list[str]:

@@ -151,7 +151,7 @@ def mixture_counts(
         limit (`int`, *optional*): Of all rows together: so many with fractions, at most so many without.
 
     Raises:
-        ValueError: A part has fewer rows than its fraction of the limit, or than are replayed.
+        ValueError: A part has fewer rows than its fraction of the limit, or than are replayed; or its share is no row.
     """
     own, replay = list(sizes[: len(fractions)]), Fraction(str(replay_fraction or 0))
     empty = [name for name, size in zip(names, sizes, strict=True) if not size]
@@ -172,7 +172,9 @@ def mixture_counts(
             )
         total = min(total, most)
     counts = _parted(total, weights)
+    scarce = None if total < most else names[room.index(min(room))]
     if not replay:
+        _check_all_taken(names, counts, scarce, limit)
         return counts
     replayed = limit - total if limit is not None and total < most else round(total * replay / (1 - replay))
     if replayed > sizes[-1]:
@@ -181,7 +183,27 @@ def mixture_counts(
             f"`replay_fraction={replay_fraction:g}` beside {total} rows takes {replayed} rows of {names[-1]!r}, which has "
             f"{sizes[-1]} to train on. Lower it to {largest:g}, train on fewer rows (`--max_train_samples`), or give more to replay."
         )
+    _check_all_taken(names, [*counts, replayed], scarce, limit)
     return [*counts, replayed]
+
+
+def _check_all_taken(names: Sequence[str], counts: Sequence[int], scarce: str | None, limit: int | None) -> None:
+    """
+    Raises `ValueError` if a part gives no row.
+
+    Args:
+        scarce (`str`, *optional*): The part that has too few rows for more of all; `None` where `limit` allows no more.
+    """
+    without = next((name for name, count in zip(names, counts, strict=True) if not count), None)
+    if without is None:
+        return
+    more = (
+        f"raise `max_train_samples={limit}`" if scarce is None else f"give more rows of {scarce!r} or lower its share"
+    )
+    raise ValueError(
+        f"The mixture would have no row of {without!r}: of its {sum(counts)} rows the share of {without!r} is less than one. Raise "
+        f"that share (`fraction`, or `replay_fraction` of what is replayed), {more}, or leave {without!r} out."
+    )
 
 
 def _shares(fractions: Sequence[float | None], sizes: Sequence[int]) -> list[Fraction]:
