@@ -144,15 +144,11 @@ def _parsed_here(given: Given, scratch: str, refusals: Refusals) -> tuple[Any, .
         return None
     for name in refusals.left_out:
         given = given.without(name)
-    on_cpu = False
     with warnings.catch_warnings(action="ignore"):  # said already
         try:
-            on_cpu = made(given)[1].use_cpu
+            made(given)
         except ValueError as error:
             refusals.of_machine.append(str(error))
-        if parsed[1].fp16 and not on_cpu:  # which accelerate refuses; bfloat16 takes as many bytes
-            refusals.of_machine.append("`fp16=True` needs a GPU.")
-            parsed = made(given, *_WITHOUT_GPU, "--fp16", "false", "--bf16", "true")
     return parsed
 
 

@@ -19,7 +19,7 @@ Made = TypeVar("Made")
 
 _REFUSING = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 # How torch speaks of a tensor that has no values; "metadata" and the like are of others.
-_OF_META = re.compile(r"\b[Mm]eta tensors?\b|device='?meta\b|device meta\b|'Meta' backend")
+_OF_META = re.compile(r"\b[Mm]eta tensors?\b|device='?meta\b|device meta\b|'Meta' backend|register_meta function")
 # Without them it would be another training that is looked at.
 _KEPT = ("config", "model_name_or_path", "adapter_name_or_path")
 
