@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from .adapters.names import base_of
-from .adapters.switching import Switch, switched, without_adapter
+from .adapters.switching import evaluating, switched, without_adapter
 from .files import OutputError
 from .fingerprint import Context, model_fingerprint
 from .losses import IGNORE_INDEX
@@ -332,7 +332,7 @@ def _is_chat(number: int, about: dict) -> bool:
 def _ready_to_write(model: Any) -> AbstractContextManager:
     """In eval mode, nothing recomputed, and with none of the model's own settings of generation (penalties, top-p ...)."""
     keep_4bit_layers_trainable(model)
-    switches: list[Switch] = [(module, "training", False) for module in model.modules()]
+    switches = evaluating(model)
     switches += [(m, "gradient_checkpointing", False) for m in model.modules() if hasattr(m, "gradient_checkpointing")]
     return switched([*switches, (base_of(model), "generation_config", GenerationConfig())])
 

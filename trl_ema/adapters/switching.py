@@ -38,6 +38,11 @@ def teacher_switches(model: PeftModel, is_base: bool) -> list[Switch]:
     return switches
 
 
+def evaluating(model: torch.nn.Module) -> list[Switch]:
+    """What puts a whole model in evaluation mode, and back in whatever mode each of its modules was."""
+    return [(module, "training", False) for module in model.modules()]
+
+
 def nothing_random(model: torch.nn.Module) -> list[Switch]:
     """What makes a pass without gradients deterministic."""
     # Checkpointing saves memory for a backward pass that there is none of.

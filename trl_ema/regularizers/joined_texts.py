@@ -6,7 +6,7 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..adapters.names import base_of
-from ..adapters.switching import Switch, switched
+from ..adapters.switching import evaluating, switched
 
 
 # Attention that makes its masks of positions for any number of rows, and layers that see no token but through it.
@@ -53,7 +53,6 @@ def _are_kept_apart(trainer: Any, base: Any, ids: list[list[int]]) -> bool:
     other = (first + 1) % embeddings.num_embeddings
     positions = torch.cat([torch.arange(len(text), device=device) for text in (first, second)])
     alone = torch.arange(len(positions), device=device)
-    evaluating: list[Switch] = [(module, "training", False) for module in trainer.model.modules()]
 
     def states(*texts: torch.Tensor) -> torch.Tensor:
         """Of the second text behind another one, beside a row in which it stands alone; of both rows."""
@@ -63,7 +62,7 @@ def _are_kept_apart(trainer: Any, base: Any, ids: list[list[int]]) -> bool:
             [found.last_hidden_state[0, len(first) :], found.last_hidden_state[1, : len(second)]]
         ).float()
 
-    with torch.no_grad(), trainer.precision(), switched(evaluating):
+    with torch.no_grad(), trainer.precision(), switched(evaluating(trainer.model)):
         try:
             (joined, by_itself), (behind_other, _) = states(first, second), states(other, second)
         except TypeError:  # a model that is given no positions

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from ..adapters.names import base_of
 from ..adapters.starting_point import StartingPoint
-from ..adapters.switching import Switch, switched
+from ..adapters.switching import evaluating, switched
 
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,7 @@ def states_before(
     logger.info("The model before training passes over %d texts, once", len(ids))
     states = []
     shows = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
-    evaluating: list[Switch] = [(module, "training", False) for module in trainer.model.modules()]
-    with torch.no_grad(), trainer.precision(), switched(evaluating), start.activate():
+    with torch.no_grad(), trainer.precision(), switched(evaluating(trainer.model)), start.activate():
         for first in tqdm(range(0, len(ids), _BATCH_SIZE), desc="Reading texts", unit="batch", disable=not shows):
             texts = [torch.tensor(text, device=embeddings.weight.device) for text in ids[first : first + _BATCH_SIZE]]
             rows = pad_sequence(texts, batch_first=True, padding_value=pad)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..adapters.files import ANOTHER
 from ..adapters.names import trained_names
-from ..adapters.switching import switched
+from ..adapters.switching import evaluating, switched
 from ..losses import IGNORE_INDEX
 from ..processes import refuse_fisher
 from ..sharding import any_sharded, cpu_copy, whole_weights
@@ -231,7 +231,7 @@ def squared_scores(
     keep_4bit_layers_trainable(model)
     device = model.get_input_embeddings().weight.device
     sums = [torch.zeros_like(precise(parameter)) for parameter in parameters]
-    with switched([(module, "training", False) for module in model.modules()]), torch.enable_grad():
+    with switched(evaluating(model)), torch.enable_grad():
         for ids, labels in tqdm(texts, desc="Fisher information", unit="text", disable=not progress):
             logits = precise(model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, :-1])
             targets = torch.tensor(labels[1:], device=logits.device)
