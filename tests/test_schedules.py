@@ -31,7 +31,7 @@ def test_sigmoid_ramp_is_that_of_mean_teacher():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_divergence_that_is_not_finite_leaves_a_budgeted_weight_as_it_is(value):
-    weight, other = BudgetedWeight(1.0, budget=0.05), BudgetedWeight(1.0, budget=0.05)
+    weight, other = (BudgetedWeight(1.0, budget=0.05, total_steps=10) for _ in range(2))
     for divergence in (0.1, value, 0.2):
         weight.observe(divergence)
     for divergence in (0.1, 0.2):

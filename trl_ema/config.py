@@ -208,8 +208,9 @@ class MeanTeacherConfig(SFTConfig):
     drift_budget: float | None = field(
         default=None,
         metadata={
-            "help": "Nats per token that the student may be from the model before training on rehearsed texts: "
-            "`rehearsal_weight` is then where its weight begins, and it rises above the budget and falls below. Above 0."
+            "help": "Nats per token that the student may be from the model before training on rehearsed texts at the end, and half "
+            "as much again at the start: `rehearsal_weight` is then where its weight begins, and it rises above that and falls below. "
+            "Above 0."
         },
     )
     max_drift: float | None = field(

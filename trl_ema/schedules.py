@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 
-# Of a weight that is controlled: the widest from where it began, as a factor.
-_WIDEST = 1000.0
+# Of a weight that is controlled: how far it may go from where it began, as factors.
+_LOWEST, _HIGHEST = 1e-3, 1e2
+_EARLY = 0.5  # what is allowed beyond a budget when a run begins, as a share of it
 _LEAST = 1e-9  # of a ratio whose logarithm is taken
 
 
@@ -110,17 +111,21 @@ class SmoothedMean:
 @dataclass
 class BudgetedWeight:
     """
-    A weight λ that keeps a divergence at a budget, a proportional-integral controller of ln λ:
+    A weight λ that brings a divergence to a budget by the end of a run, a proportional-integral controller of ln λ:
 
-        e = ln(m / budget), held within ±1          m ← β·m + (1 − β)·D after each optimizer step
-        ln λ = i + κ·e                              i ← i + η·e
+        b = budget · (1 + ½·(1 − t/T))               m ← β·m + (1 − β)·D after each optimizer step t of T
+        e = ln(m / b), held within ±1                 i ← i + η·e
+        ln λ = i + κ·e
 
-    with λ held within a factor of 1,000 of where it began. Above the budget it rises, below it falls. The integral alone would
-    be late: a student takes some ten steps to follow its weight, and what it diverges falls with the learning rate.
+    with λ held between a thousandth and a hundred times of where it began. Above b it rises, below it falls. The integral alone
+    would be late: a student takes some ten steps to follow its weight. It is pressed down in a few steps and rises again slowly,
+    and a part of D is noise, which goes with the learning rate: so b begins above the budget. Held to the budget from the start,
+    λ would rise to press that noise out, and the student would end far below.
 
     Args:
         weight (`float`): Where λ begins, above 0.
-        budget (`float`): Of D, nats per token.
+        budget (`float`): Of D at the end, nats per token.
+        total_steps (`int`): T.
         rate (`float`): η.
         gain (`float`): κ.
         memory (`float`): β; the mean is corrected for its start at 0.
@@ -128,7 +133,8 @@ class BudgetedWeight:
 
     weight: float
     budget: float
-    rate: float = 0.2
+    total_steps: int
+    rate: float = 0.15
     gain: float = 2.0
     memory: float = 0.9
 
@@ -146,13 +152,15 @@ class BudgetedWeight:
         """After an optimizer step: D over its whole batch, nats per token, the same on all ranks; what is not finite is left out."""
         if not math.isfinite(divergence):  # it would stay in the mean for good
             return
-        error = math.log(max(self.smoothed.add(divergence) / self.budget, _LEAST))
+        mean = self.smoothed.add(divergence)
+        left = max(0.0, 1 - self.smoothed.steps / max(1, self.total_steps))
+        error = math.log(max(mean / (self.budget * (1 + _EARLY * left)), _LEAST))
         error = min(max(error, -1.0), 1.0)
         self.center = self._held(self.center * math.exp(self.rate * error))
         self.weight = self._held(self.center * math.exp(self.gain * error))
 
     def _held(self, weight: float) -> float:
-        return min(max(weight, self.begins / _WIDEST), self.begins * _WIDEST)
+        return min(max(weight, self.begins * _LOWEST), self.begins * _HIGHEST)
 
     def state(self) -> dict[str, float]:
         """What a resumed run must know, as JSON holds it."""

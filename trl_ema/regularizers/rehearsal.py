@@ -83,7 +83,7 @@ class Rehearsal(Regularizer):
         self.digest = ""  # of the texts
         self._known: list[torch.Tensor] | None = None  # of the model before training, for each text
         self._joins = False  # texts, to as few rows as hold them
-        self._start_anew()
+        self._start_anew(0)
         self.own: OwnTexts | None = None
         if given is not None:
             self.use(given_texts(given, args, tokenizer))
@@ -95,8 +95,8 @@ class Rehearsal(Regularizer):
         else:
             self.per_micro_batch = self._check(args.rehearsal_num_texts, float(args.rehearsal_num_tokens))
 
-    def _start_anew(self) -> None:
-        self.weight, self.taken = make_weight(self.args), 0
+    def _start_anew(self, total_steps: int) -> None:
+        self.weight, self.taken = make_weight(self.args, total_steps), 0
         self.loss_of_log, self.loss_of_step, self.smoothed = TokenMean(), TokenMean(), SmoothedMean()
         self._last_weight = self.weight.value(0)
 
@@ -134,7 +134,7 @@ class Rehearsal(Regularizer):
             self.check_state(state)
         if self.own is not None:
             self.own.keep_beside(trainer)
-        self._start_anew()
+        self._start_anew(trainer.state.max_steps)
         self._control = trainer.control
         assert self.texts is not None
         self._joins = may_join(trainer, self.texts.ids)
@@ -318,11 +318,11 @@ def _options(args: MeanTeacherConfig) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def make_weight(args: MeanTeacherConfig) -> RampedWeight | BudgetedWeight:
+def make_weight(args: MeanTeacherConfig, total_steps: int) -> RampedWeight | BudgetedWeight:
     """λ over a run."""
     if args.drift_budget is None:
         return RampedWeight(args.rehearsal_weight)
-    return BudgetedWeight(args.rehearsal_weight, args.drift_budget)
+    return BudgetedWeight(args.rehearsal_weight, args.drift_budget, total_steps)
 
 
 def _texts_of_micro_batch(args: MeanTeacherConfig, mean_length: float) -> float:
