@@ -18,6 +18,13 @@ from trl_ema.model_card import CITATIONS, method_of
 
 
 TEACHERS = ("ema", "frozen", "none")
+OWN_TEXTS = dict(rehearsal_num_texts=4, rehearsal_num_tokens=8)
+GIVEN_TEXTS = OWN_TEXTS | dict(rehearsal_dataset=rows())
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_ema.texts.cache_dir", lambda: tmp_path / "cache")
 
 
 @pytest.fixture
@@ -262,11 +269,42 @@ def cited(text):
         (dict(teacher="none", loss_type="dft"), {"DFT"}),
         (dict(teacher="none", l1_weight=1e-3), {"EMA study"}),
         (dict(teacher="none", l2_weight=1e-3), {"L2-SP"}),
+        (dict(teacher="none", rehearsal_weight=1.0, **OWN_TEXTS), {"self-generated replay"}),
+        (dict(teacher="none", rehearsal_weight=1.0, rehearsal_loss="ce", **GIVEN_TEXTS), {"GeRe"}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 def test_card_cites_what_the_run_used_and_nothing_else(make_trained, card_of, options, used):
     assert cited(card_of(make_trained(**options)).text) == ALWAYS | used
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            OWN_TEXTS,
+            r"KL\(model before training \|\| student\), with a weight of 2, on texts .* wrote itself .*own comparison",
+        ),
+        (
+            dict(OWN_TEXTS, drift_budget=0.1),
+            "with a weight that began at 2 and was steered to 0.1 nats per token, on texts",
+        ),
+        (
+            dict(OWN_TEXTS, rehearsal_loss="ce"),
+            r"the cross-entropy, as of training data, .* wrote itself \(arXiv:2605.26097\).\n",
+        ),
+        (
+            GIVEN_TEXTS,
+            r"student\), with a weight of 2, on general texts that were given \(arXiv:2508.04676\).\n",
+        ),
+    ],
+)
+def test_card_tells_what_was_rehearsed_and_how(make_trained, options, told):
+    """And what was measured of rehearsal, where it is what was measured."""
+    assert re.search(
+        f"Beside it, rehearsal: .*{told}",
+        saved_card(make_trained(teacher="none", rehearsal_weight=2.0, **options)).text,
+    )
 
 
 def test_card_names_the_kinds_of_many_adapted_modules(make_trained):
@@ -319,6 +357,8 @@ def test_every_citation_is_whole_bibtex():
         (dict(teacher="frozen", loss_type="dft"), "ASFT", "2509.23753"),
         (dict(teacher="frozen", kl_tokens="prompt"), "SelfAug", "2509.03934"),
         (dict(teacher="none", entropy_weighting=True), "EAFT", "2601.02151"),
+        (dict(teacher="none", rehearsal_weight=1.0), "SFT with self-generated replay", "2605.26097"),
+        (dict(teacher="none", rehearsal_weight=1.0, rehearsal_dataset="some"), "SFT with general replay", "2508.04676"),
         (dict(teacher="none"), "SFT", None),
         (dict(teacher="none", l1_weight=1e-3), "SFT with an L1 penalty", None),
         (dict(teacher="none", l1_weight=1e-3, l2_weight=1e-3), "SFT with L2-SP", "1802.01483"),

@@ -370,7 +370,7 @@ class Controlled:
     def value(self, step):
         return self.weight
 
-    def observe(self, divergence):
+    def observe(self, divergence, step):
         self.seen.append(divergence)
         self.weight /= 2
 

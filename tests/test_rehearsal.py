@@ -4,6 +4,7 @@ import errno
 import itertools
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -510,11 +511,11 @@ def test_a_disk_that_is_full_for_texts_loses_nothing(rehearsing, tmp_path, monke
 # The budget
 
 
-@pytest.mark.parametrize("begin", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("begin", [0.05, 1.0, 100.0])
 def test_a_budget_is_met_where_the_divergence_falls_with_the_weight(begin):
     weight = BudgetedWeight(begin, budget=0.05, total_steps=400)
     for step in range(400):
-        weight.observe(0.1 / (1.0 + weight.value(step)))
+        weight.observe(0.1 / (1.0 + weight.value(step)), step + 1)
     assert 0.1 / (1.0 + weight.value(400)) == pytest.approx(0.05, rel=0.05)
 
 
@@ -525,7 +526,7 @@ def test_a_budget_is_met_by_a_student_that_follows_late_and_whose_divergence_fal
     for step in range(120):
         follows += (math.log(weight.value(step)) - follows) / 8
         found.append(0.07 * math.exp(-0.5 * follows) * 2 ** (1 - step / 60) * (1 - math.exp(-(step + 1) / 8)) ** 2)
-        weight.observe(found[-1])
+        weight.observe(found[-1], step + 1)
     assert sum(found[-10:]) / 10 == pytest.approx(budget, rel=0.15)
 
 
@@ -542,27 +543,27 @@ def test_a_budget_is_met_by_a_student_that_is_noisy_while_its_learning_rate_is_h
         press = min(8.3 * weight.value(step) * learned**2.38, learned)
         learned, noise = max(learned + rate * (rise - press), 1e-6), noise + (0.02 * rate - noise) / 5
         found.append(learned + noise)
-        weight.observe(found[-1])
+        weight.observe(found[-1], step + 1)
     assert sum(found[-10:]) / 10 == pytest.approx(budget, rel=0.15)
 
 
 def test_the_weight_stays_within_its_bounds():
     low, high = (BudgetedWeight(1.0, budget=0.05, total_steps=1000) for _ in range(2))
-    for _ in range(1000):
-        low.observe(0.0)
-        high.observe(1e9)
-    assert low.value(0) == 1e-3 and high.value(0) == 1e2
+    for step in range(1, 1001):
+        low.observe(0.0, step)
+        high.observe(1e9, step)
+    assert low.value(0) == 1e-3 and high.value(0) == 30
 
 
 def test_a_budgeted_weight_goes_on_from_its_state():
     one, other = BudgetedWeight(1.0, 0.05, 8), BudgetedWeight(1.0, 0.05, 8)
     values = [0.3, 0.01, 0.2, 0.07]
-    for value in values[:2]:
-        one.observe(value)
+    for step, value in enumerate(values[:2], start=1):
+        one.observe(value, step)
     other.load(one.state())
-    for value in values[2:]:
-        one.observe(value)
-        other.observe(value)
+    for step, value in enumerate(values[2:], start=3):
+        one.observe(value, step)
+        other.observe(value, step)
     assert one.value(4) == other.value(4) and math.isfinite(one.value(4))
 
 
@@ -571,6 +572,41 @@ def test_a_run_with_a_budget_logs_a_weight_that_moves(rehearsing):
     trainer.train()
     weights = logged(trainer, "rehearsal_weight")
     assert weights[-1] > weights[0]  # the student is above so small a budget
+
+
+@pytest.mark.parametrize(("budget", "told"), [(1e-4, True), (1e-9, True), (None, False)])
+def test_who_ends_far_from_the_budget_is_told(rehearsing, caplog, budget, told):
+    rehearsing(1.0, drift_budget=budget, max_steps=4).train()
+    assert (
+        re.search(r"ends at \S+ nats per token, `drift_budget` is .* Begin with `rehearsal_weight=", caplog.text)
+        is not None
+    ) == told
+
+
+def test_who_ends_at_the_budget_is_told_nothing(rehearsing, caplog):
+    free = rehearsing(1.0, max_steps=4)
+    free.train()
+    mean = SmoothedMean()
+    found = [mean.add(value) for value in logged(free, "rehearsal_kl")][-1]
+    held = rehearsing(1.0, drift_budget=found, max_steps=4)
+    held.train()
+    assert "nats per token, `drift_budget` is" not in caplog.text
+
+
+@pytest.mark.parametrize(("texts", "told"), [(3, True), (4, False)])
+def test_a_budget_that_is_held_on_texts_seen_before_is_told(rehearsing, caplog, texts, told):
+    options = dict(rehearsal_num_texts=texts, rehearsal_fraction=0.2, max_steps=4)
+    rehearsing(1.0, drift_budget=0.1, **options).train()
+    assert ("The run takes 4 texts and there are 3." in caplog.text) == told
+    caplog.clear()
+    rehearsing(1.0, **options).train()
+    assert "The run takes" not in caplog.text
+
+
+@pytest.mark.parametrize(("fraction", "told"), [(0.1, True), (0.2, False), (0.33, False)])
+def test_a_share_that_is_larger_for_want_of_rows_is_told(rehearsing, caplog, fraction, told):
+    rehearsing(1.0, rehearsal_fraction=fraction, max_steps=1).train()
+    assert ("rehearses one text at least" in caplog.text) == told
 
 
 # A limit

@@ -32,8 +32,15 @@ def test_sigmoid_ramp_is_that_of_mean_teacher():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_divergence_that_is_not_finite_leaves_a_budgeted_weight_as_it_is(value):
     weight, other = (BudgetedWeight(1.0, budget=0.05, total_steps=10) for _ in range(2))
-    for divergence in (0.1, value, 0.2):
-        weight.observe(divergence)
-    for divergence in (0.1, 0.2):
-        other.observe(divergence)
+    for step, divergence in enumerate((0.1, value, 0.2), start=1):
+        weight.observe(divergence, step)
+    for step, divergence in ((1, 0.1), (3, 0.2)):
+        other.observe(divergence, step)
     assert weight.state() == other.state() and weight.value(3) > 1
+
+
+@pytest.mark.parametrize(("step", "allowed"), [(0, 0.15), (5, 0.125), (10, 0.1), (12, 0.1)])
+def test_what_is_allowed_beyond_a_budget_is_of_the_step_also_where_the_budget_came_later(step, allowed):
+    weight = BudgetedWeight(1.0, budget=0.1, total_steps=10)
+    weight.observe(allowed, step)
+    assert weight.value(step) == pytest.approx(1.0)

@@ -8,6 +8,7 @@ from trl import SFTConfig
 from .data import DataPart
 from .losses import KL_DIRECTIONS
 from .options import plain_count, plain_number, take_booleans
+from .schedules import EARLY
 
 
 TEACHERS = ("ema", "frozen", "none")
@@ -403,6 +404,11 @@ def _check_rehearsal(config: MeanTeacherConfig) -> None:
         raise ValueError(
             f"`drift_budget={budget}` is of the KL from the model before training, which `rehearsal_loss={config.rehearsal_loss!r}` "
             "does not compute. Use `rehearsal_loss='kl'`, or leave the budget out."
+        )
+    if budget is not None and config.max_drift is not None and config.max_drift <= (1 + EARLY) * budget:
+        raise ValueError(
+            f"`max_drift={config.max_drift}` would stop a run that keeps `drift_budget={budget}`, which is allowed "
+            f"{(1 + EARLY) * budget:g} nats per token when it begins. Raise the one to twice the other, or leave it out."
         )
 
 

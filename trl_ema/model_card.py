@@ -55,6 +55,18 @@ CITATIONS = {
   journal = {arXiv preprint arXiv:2509.23753},
   year    = {2025}
 }""",
+    "self-generated replay": r"""@article{marek2026forgetting,
+  title   = {Forgetting in Language Models: Capacity, Optimization, and Self-Generated Replay},
+  author  = {Marek, Martin and Cho, Dongkyu and Qiu, Shikai and Chunara, Rumi and Izmailov, Pavel and Wilson, Andrew Gordon},
+  journal = {arXiv preprint arXiv:2605.26097},
+  year    = {2026}
+}""",
+    "GeRe": r"""@article{zhang2025gere,
+  title   = {{GeRe}: Towards Efficient Anti-Forgetting in Continual Learning of {LLM} via General Samples Replay},
+  author  = {Zhang, Yunan and Jiang, Shuoran and Zhao, Mengchen and Li, Yuefeng and Fan, Yang and Wu, Xiangping and Chen, Qingcai},
+  journal = {arXiv preprint arXiv:2508.04676},
+  year    = {2025}
+}""",
     "L2-SP": r"""@inproceedings{li2018explicit,
   title     = {Explicit Inductive Bias for Transfer Learning with Convolutional Networks},
   author    = {Li, Xuhong and Grandvalet, Yves and Davoine, Franck},
@@ -114,11 +126,17 @@ CITATIONS = {
   year         = {2022}
 }""",
 }
-_REHEARSAL = (
-    "Beside it, rehearsal: KL(model before training || student), with a weight that began at {weight:g}, on texts that the model "
-    "before training wrote itself (arXiv:2605.26097). In trl_ema's own comparison, of a model of 135M parameters over 120 steps, "
-    "this kept over nine tenths of plain fine-tuning's gain at about a tenth of its drift on general text, and at more on questions "
-    "like the domain's own; that a model's accuracy is kept was not shown there, and is to be measured on each: `trl-ema evaluate`."
+_REHEARSAL = "Beside it, rehearsal: {loss}, with {weight}, on {texts}."
+_REHEARSAL_LOSSES = {
+    "kl": "KL(model before training || student)",
+    "ce": "the cross-entropy, as of training data",
+}
+_OWN_TEXTS = "texts that the model before training wrote itself (arXiv:2605.26097)"
+_GIVEN_TEXTS = "general texts that were given (arXiv:2508.04676)"
+_OF_REHEARSAL = (
+    "In trl_ema's own comparison, of a model of 135M parameters over 120 steps, this kept over nine tenths of plain fine-tuning's "
+    "gain at about a tenth of its drift on general text, and at more on questions like the domain's own; that a model's accuracy is "
+    "kept was not shown there, and is to be measured on each: `trl-ema evaluate`."
 )
 _PENALTIES = {
     "l1_weight": "a penalty of {weight:g} times the sum of |weights - their start| (L1)",
@@ -186,6 +204,10 @@ def method_of(args: Any) -> tuple[str, dict[str, str]]:
         return "ASFT", {"title": "Anchored Supervised Fine-Tuning", "id": "2509.23753"}
     if args.teacher == "frozen":
         return "SFT with a frozen teacher", {"title": "Learning without Forgetting", "id": "1606.09282"}
+    if args.rehearsal_weight and args.rehearsal_dataset is None:
+        return "SFT with self-generated replay", {"title": "Forgetting in Language Models", "id": "2605.26097"}
+    if args.rehearsal_weight:
+        return "SFT with general replay", {"title": "GeRe: Towards Efficient Anti-Forgetting", "id": "2508.04676"}
     if args.entropy_weighting:
         return "EAFT", {"title": "Entropy-Adaptive Fine-Tuning", "id": "2601.02151"}
     if args.ewc_weight:
@@ -361,7 +383,7 @@ def _method(trainer: Any) -> list[str]:
     if args.teacher != "none" and args.kl_tokens == "prompt":
         lines += [_PROMPTS, ""]
     if args.rehearsal_weight:
-        lines += [_REHEARSAL.format(weight=args.rehearsal_weight), ""]
+        lines += [_rehearsal(trainer), ""]
     for name, text in _PENALTIES.items():
         if getattr(args, name):
             lines += [f"Beside it, {text.format(weight=getattr(args, name))}.", ""]
@@ -374,6 +396,23 @@ def _method(trainer: Any) -> list[str]:
     if trainer.teacher is not None and not trainer.teacher.is_base:
         lines.append("The student is this folder; its teacher, also a PEFT adapter, is in `teacher/`.")
     return lines
+
+
+def _rehearsal(trainer: Any) -> str:
+    args, own = trainer.args, _rehearses_own(trainer)
+    weight = f"a weight of {args.rehearsal_weight:g}"
+    if args.drift_budget is not None:
+        weight = (
+            f"a weight that began at {args.rehearsal_weight:g} and was steered to {args.drift_budget:g} nats per token"
+        )
+    loss, texts = _REHEARSAL_LOSSES[args.rehearsal_loss], _OWN_TEXTS if own else _GIVEN_TEXTS
+    told = _REHEARSAL.format(loss=loss, weight=weight, texts=texts)
+    return f"{told} {_OF_REHEARSAL}" if own and args.rehearsal_loss == "kl" else told
+
+
+def _rehearses_own(trainer: Any) -> bool:
+    """Whether the rehearsed texts are the model's own."""
+    return any(getattr(regularizer, "own", None) is not None for regularizer in trainer.regularizers)
 
 
 def _settings(trainer: Any, base: _Base) -> dict[str, str]:
@@ -399,6 +438,8 @@ def _cited_works(trainer: Any) -> list[str]:
         "mean teacher": args.teacher == "ema",
         "EMA study": args.teacher == "ema" or args.l1_weight > 0,
         "frozen teacher": args.teacher == "frozen",
+        "self-generated replay": args.rehearsal_weight > 0 and _rehearses_own(trainer),
+        "GeRe": args.rehearsal_weight > 0 and not _rehearses_own(trainer),
         "L2-SP": args.l2_weight > 0,
         "EWC": args.ewc_weight > 0,
         "DFT": dft,

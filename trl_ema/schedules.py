@@ -6,8 +6,8 @@ from typing import ClassVar
 
 
 # Of a weight that is controlled: how far it may go from where it began, as factors.
-_LOWEST, _HIGHEST = 1e-3, 1e2
-_EARLY = 0.5  # what is allowed beyond a budget when a run begins, as a share of it
+_LOWEST, _HIGHEST = 1e-3, 30.0
+EARLY = 0.5  # what is allowed beyond a budget when a run begins, as a share of it
 _LEAST = 1e-9  # of a ratio whose logarithm is taken
 
 
@@ -68,8 +68,8 @@ class RampedWeight:
         """λ after `step` optimizer steps."""
         return self.weight * sigmoid_ramp(step, self.ramp_steps)
 
-    def observe(self, divergence: float) -> None:
-        """After an optimizer step: D over its whole batch, nats per token, the same on all ranks. Of no use to a ramp."""
+    def observe(self, divergence: float, step: int) -> None:
+        """After optimizer step `step`: D over its whole batch, nats per token, the same on all ranks. Of no use to a ramp."""
 
     def state(self) -> dict[str, float]:
         """What a resumed run must know, as JSON holds it; a ramp follows from the step."""
@@ -117,7 +117,7 @@ class BudgetedWeight:
         e = ln(m / b), held within ±1                 i ← i + η·e
         ln λ = i + κ·e
 
-    with λ held between a thousandth and a hundred times of where it began. Above b it rises, below it falls. The integral alone
+    with λ held between a thousandth and thirty times of where it began. Above b it rises, below it falls. The integral alone
     would be late: a student takes some ten steps to follow its weight. It is pressed down in a few steps and rises again slowly,
     and a part of D is noise, which goes with the learning rate: so b begins above the budget. Held to the budget from the start,
     λ would rise to press that noise out, and the student would end far below.
@@ -143,18 +143,21 @@ class BudgetedWeight:
     def __post_init__(self) -> None:
         self.begins, self.smoothed = self.weight, SmoothedMean(self.memory)
         self.center = self.weight  # e to the power of i
+        self.found = math.nan  # m
 
     def value(self, step: int) -> float:
         """λ now, whichever step it is."""
         return self.weight
 
-    def observe(self, divergence: float) -> None:
-        """After an optimizer step: D over its whole batch, nats per token, the same on all ranks; what is not finite is left out."""
+    def observe(self, divergence: float, step: int) -> None:
+        """
+        After optimizer step `step`: D over its whole batch, nats per token, the same on all ranks; what is not finite is left out.
+        """
         if not math.isfinite(divergence):  # it would stay in the mean for good
             return
-        mean = self.smoothed.add(divergence)
-        left = max(0.0, 1 - self.smoothed.steps / max(1, self.total_steps))
-        error = math.log(max(mean / (self.budget * (1 + _EARLY * left)), _LEAST))
+        self.found = self.smoothed.add(divergence)
+        left = max(0.0, 1 - step / max(1, self.total_steps))
+        error = math.log(max(self.found / (self.budget * (1 + EARLY * left)), _LEAST))
         error = min(max(error, -1.0), 1.0)
         self.center = self._held(self.center * math.exp(self.rate * error))
         self.weight = self._held(self.center * math.exp(self.gain * error))

@@ -130,7 +130,7 @@ class TeacherDivergence(Regularizer):
     def after_step(self, step: int, gather: Gather) -> None:
         args = self.args
         if self.weight.observes:
-            self.weight.observe(self.kl_of_step.take(gather, args.device))
+            self.weight.observe(self.kl_of_step.take(gather, args.device), step)
         if args.teacher != "ema" or step % args.ema_update_steps:
             return
         decay = float(self.schedule["ema_decay"])

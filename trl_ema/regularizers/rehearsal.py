@@ -28,6 +28,8 @@ from .own_texts import FILE, OwnTexts
 
 logger = logging.getLogger(__name__)
 
+_MUCH = 1.25  # a factor from what was asked for, of which a user is told
+
 
 class Rehearsal(Regularizer):
     r"""
@@ -137,10 +139,28 @@ class Rehearsal(Regularizer):
         self._start_anew(trainer.state.max_steps)
         self._control = trainer.control
         assert self.texts is not None
+        self._tell_texts(trainer.state.max_steps)
         self._joins = may_join(trainer, self.texts.ids)
         self._know_before(trainer)
         if state is not None:
             self._go_on(state)
+
+    def _tell_texts(self, steps: int) -> None:
+        """Warn where another share of rows is rehearsed than asked for, and where a budget is measured on texts that were seen."""
+        assert self.texts is not None
+        asked = self.per_micro_batch * self.args.gradient_accumulation_steps
+        if self._taken_in(1) > _MUCH * asked:
+            logger.warning(
+                "Each of the %d processes rehearses one text at least in an optimizer step, where `rehearsal_fraction=%g` of its rows "
+                "would be %.2g. Give larger batches or more accumulation for this share.",
+                self.args.world_size, self.args.rehearsal_fraction, asked,
+            )  # fmt: skip
+        taken = self._taken_in(steps) * self.args.world_size
+        if self.args.drift_budget is not None and taken > len(self.texts.ids):
+            logger.warning(
+                "The run takes %d texts and there are %d. On those seen before the student is closer than on new ones, and so is "
+                "what `drift_budget` holds; with `rehearsal_num_texts=%d` each is new.", taken, len(self.texts.ids), taken,
+            )  # fmt: skip
 
     def _know_before(self, trainer: Any) -> None:
         self._known = None
@@ -263,7 +283,9 @@ class Rehearsal(Regularizer):
         if not self._watches:
             return
         found = self.loss_of_step.take(gather, self.args.device)
-        self.weight.observe(found)
+        self.weight.observe(found, step)
+        if isinstance(self.weight, BudgetedWeight) and step == self.weight.total_steps:
+            _tell_budget(self.weight)
         if self.watches_drift:
             stop_at_drift(self._control, self.smoothed.add(found), self.args.max_drift, "on rehearsed texts")
 
@@ -300,6 +322,16 @@ def stop_at_drift(control: TrainerControl, drift: float, limit: float | None, wh
         return
     logger.warning("The drift %s is %.4g nats per token, above `max_drift=%g`: saved and stopped.", where, drift, limit)
     control.should_save = control.should_training_stop = True
+
+
+def _tell_budget(weight: BudgetedWeight) -> None:
+    """Warn where a run ends far from its budget."""
+    if not 1 / _MUCH < weight.found / weight.budget < _MUCH:
+        logger.warning(
+            "The drift on rehearsed texts ends at %.3g nats per token, `drift_budget` is %g. Begin with `rehearsal_weight=%.2g`, which it "
+            "came to, and at a lower learning rate if it is above; `trl-ema tune-scale` turns an adapter back to a drift.",
+            weight.found, weight.budget, weight.center,
+        )  # fmt: skip
 
 
 def _num_predicted(texts: list[list[int]]) -> int:
