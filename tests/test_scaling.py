@@ -369,6 +369,10 @@ def test_the_command_draws_the_curves_and_writes_the_adapter_at_the_budget(train
     assert found[1] / found[3] == pytest.approx(point["drift"], rel=1e-3)
     again = tune(trained, "--output_dir", tmp_path / "out", check=False)
     assert again.returncode == 1 and "is there already. Delete it" in again.stderr
+    for file in (tmp_path / "out").glob("adapter_*"):  # as it says
+        file.unlink()
+    tune(trained, "--output_dir", tmp_path / "out", "--max_drift", str(budget))
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
 
 
 def general_chats():
@@ -483,9 +487,9 @@ def test_scales_and_mixtures_have_their_ranges(tmp_path):
         check_scales(str(tmp_path), [1], [0.5])
 
 
-@pytest.mark.parametrize("value", [0.0, -0.1, math.nan])
-def test_a_budget_is_above_zero(value):
-    with pytest.raises(ValueError, match="`max_drift` must be above 0, got"):
+@pytest.mark.parametrize("value", [0.0, -0.1, math.nan, math.inf])
+def test_a_budget_is_above_zero_and_finite(value):
+    with pytest.raises(ValueError, match="`max_drift` must be above 0 and finite, got"):
         ScaleArguments(max_drift=value)
 
 
@@ -494,7 +498,7 @@ def test_a_budget_is_above_zero(value):
     [
         (["nowhere"], "'nowhere' holds no adapter (adapter_config.json is missing)"),
         (["run", "--scales", "3"], "`scales` must be in [0, 2], got 3"),
-        (["run", "--max_drift", "0"], "`max_drift` must be above 0, got 0"),
+        (["run", "--max_drift", "0"], "`max_drift` must be above 0 and finite, got 0"),
         (["run", "--output_dir", "run"], "The folder for the scaled adapter, run, is there already"),
         (["run", "--output_dir", "full"], "The folder for the scaled adapter, full, is there already"),
         (["run"], "run does not tell what it held out"),

@@ -101,9 +101,9 @@ class ScaleArguments(RowsArguments):
             setattr(self, name, plain_count(name, getattr(self, name), least))
         if self.max_drift is not None:
             self.max_drift = float(plain_number("max_drift", self.max_drift))
-            if not self.max_drift > 0:
+            if not 0 < self.max_drift < float("inf"):
                 raise ValueError(
-                    f"`max_drift` must be above 0, got {self.max_drift:g}. It is in nats per token; try 0.05. Only the base itself "
+                    f"`max_drift` must be above 0 and finite, got {self.max_drift:g}. It is in nats per token; try 0.05. Only the base itself "
                     "does not drift."
                 )
         if self.dataset_name is None:
@@ -140,7 +140,8 @@ def _check_free(folder: str) -> None:
     there = os.listdir(folder) if os.path.isdir(folder) else []
     if is_adapter(folder) or (there and FIGURES not in there):
         raise ValueError(
-            f"The folder for the scaled adapter, {folder}, is there already. Delete it, or choose another with `--output_dir`."
+            f"The folder for the scaled adapter, {folder}, is there already. Delete it, or of an earlier scaled adapter its "
+            f"adapter_* files alone ({FIGURES} has the figures, which are not measured again), or choose another with `--output_dir`."
         )
     check_output_dir(folder)
 
