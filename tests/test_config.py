@@ -403,7 +403,7 @@ def test_every_field_has_one_help_text_that_the_docstring_does_not_repeat():
         (dict(rehearsal_weight=1.0, rehearsal_num_texts=0), "`rehearsal_num_texts` must be a whole number of at least 1, got 0"),
         (dict(rehearsal_weight=1.0, rehearsal_num_tokens=3), "`rehearsal_num_tokens` must be a whole number of at least 8, got 3"),
         (dict(rehearsal_weight=1.0, drift_budget=0.0), "`drift_budget` must be above 0 and finite, got 0.0.*try 0.05"),
-        (dict(rehearsal_weight=1.0, drift_budget=0.1, max_drift=0.12), "`max_drift=0.12` would stop a run .* allowed 0.15 nats per"),
+        (dict(rehearsal_weight=1.0, drift_budget=0.1, max_drift=0.2), "`max_drift=0.2` would stop a run .* allowed 0.2 nats per"),
         (dict(rehearsal_weight=1.0, rehearsal_loss="mse"), "`rehearsal_loss` must be one of 'kl', 'ce', got 'mse'"),
         (dict(rehearsal_weight=1.0, rehearsal_loss="ce", drift_budget=0.1), "`drift_budget=0.1` is of the KL .*'ce'` does not compute"),
         (

@@ -530,21 +530,23 @@ def test_a_budget_is_met_by_a_student_that_follows_late_and_whose_divergence_fal
     assert sum(found[-10:]) / 10 == pytest.approx(budget, rel=0.15)
 
 
-@pytest.mark.parametrize(("budget", "total_steps"), [(0.1, 120), (0.05, 120), (0.03, 200), (0.03, 1000)])
+@pytest.mark.parametrize("total_steps", [120, 300, 1000])
+@pytest.mark.parametrize("budget", [0.03, 0.1, 0.2])
 def test_a_budget_is_met_by_a_student_that_is_noisy_while_its_learning_rate_is_high(budget, total_steps):
     """
-    As measured on the demo model: a part of the divergence, here 0.02 nats, is noise that goes with the learning rate and with no
-    weight; the other rises slowly, is pressed down at once, and stays where it is when the learning rate is near zero.
+    As measured on the demo model: a part of the divergence is noise that goes with the learning rate and with no weight; the rest
+    rises slowly, is pressed down at once, and stays where it is when the learning rate is near zero.
     """
     weight, noise, learned, found = BudgetedWeight(4.0, budget, total_steps), 0.0, 1e-6, []
     for step in range(total_steps):
         rate = (1 + math.cos(math.pi * step / total_steps)) / 2
-        rise = 0.006 * (1 - 0.8 * step / total_steps) * max(0.0, 1 - learned / 0.4)
+        rise = 0.006 * math.exp(-step / total_steps) * max(0.0, 1 - learned / 0.45)
         press = min(8.3 * weight.value(step) * learned**2.38, learned)
-        learned, noise = max(learned + rate * (rise - press), 1e-6), noise + (0.02 * rate - noise) / 5
+        learned = max(learned + rate * (rise - press), 1e-6)
+        noise += (rate * (0.01 + 0.6 * learned) - noise) / 5
         found.append(learned + noise)
         weight.observe(found[-1], step + 1)
-    assert sum(found[-10:]) / 10 == pytest.approx(budget, rel=0.15)
+    assert sum(found[-10:]) / 10 == pytest.approx(budget, rel=0.2)
 
 
 def test_the_weight_stays_within_its_bounds():

@@ -209,8 +209,8 @@ class MeanTeacherConfig(SFTConfig):
     drift_budget: float | None = field(
         default=None,
         metadata={
-            "help": "Nats per token that the student may be from the model before training on rehearsed texts at the end, and half "
-            "as much again at the start: `rehearsal_weight` is then where its weight begins, and it rises above that and falls below. "
+            "help": "Nats per token that the student may be from the model before training on rehearsed texts at the end, and twice "
+            "as many at the start: `rehearsal_weight` is then where its weight begins, and it rises above that and falls below. "
             "Above 0."
         },
     )
@@ -408,7 +408,7 @@ def _check_rehearsal(config: MeanTeacherConfig) -> None:
     if budget is not None and config.max_drift is not None and config.max_drift <= (1 + EARLY) * budget:
         raise ValueError(
             f"`max_drift={config.max_drift}` would stop a run that keeps `drift_budget={budget}`, which is allowed "
-            f"{(1 + EARLY) * budget:g} nats per token when it begins. Raise the one to twice the other, or leave it out."
+            f"{(1 + EARLY) * budget:g} nats per token when it begins. Raise the one above that, or leave it out."
         )
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 # Of a weight that is controlled: how far it may go from where it began, as factors.
 _LOWEST, _HIGHEST = 1e-3, 30.0
-EARLY = 0.5  # what is allowed beyond a budget when a run begins, as a share of it
+EARLY = 1.0  # what is allowed beyond a budget when a run begins, as a share of it
 _LEAST = 1e-9  # of a ratio whose logarithm is taken
 
 
@@ -113,7 +113,7 @@ class BudgetedWeight:
     """
     A weight λ that brings a divergence to a budget by the end of a run, a proportional-integral controller of ln λ:
 
-        b = budget · (1 + ½·(1 − t/T))               m ← β·m + (1 − β)·D after each optimizer step t of T
+        b = budget · (2 − t/T)                        m ← β·m + (1 − β)·D after each optimizer step t of T
         e = ln(m / b), held within ±1                 i ← i + η·e
         ln λ = i + κ·e
 
