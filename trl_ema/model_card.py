@@ -11,6 +11,7 @@ from .adapters.names import TEACHER_NAME
 from .data import DataPart
 from .files import read_json
 from .offline import DEMO_MODEL_HUB, is_demo_model
+from .regularizers.rehearsal import Rehearsal
 
 
 _MARK = "<!-- trl_ema -->"
@@ -412,7 +413,8 @@ def _rehearsal(trainer: Any) -> str:
 
 def _rehearses_own(trainer: Any) -> bool:
     """Whether the rehearsed texts are the model's own."""
-    return any(getattr(regularizer, "own", None) is not None for regularizer in trainer.regularizers)
+    rehearsals = (regularizer for regularizer in trainer.regularizers if isinstance(regularizer, Rehearsal))
+    return any(rehearsal.own is not None for rehearsal in rehearsals)
 
 
 def _settings(trainer: Any, base: _Base) -> dict[str, str]:
