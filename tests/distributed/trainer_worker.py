@@ -111,7 +111,7 @@ class _DenseRehearsal:
     """One text beside each micro-batch of each rank, passed alone; its weight keeps the budget, if there is one."""
 
     def __init__(self, trainer):
-        self.args, self.accelerator, self.state = trainer.args, trainer.accelerator, trainer.state
+        self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
         self.texts = load_texts(self.args.rehearsal_texts).ids
         with torch.random.fork_rng():
             self.before = tiny_model()
@@ -146,7 +146,7 @@ class _DenseRehearsal:
         self.mean = 0.9 * self.mean + 0.1 * kl / tokens
         if self.args.drift_budget is not None:
             smoothed = self.mean / (1 - 0.9**self.steps)
-            target = self.args.drift_budget * (2 - self.steps / self.state.max_steps)
+            target = self.args.drift_budget * (2 - self.steps / self.trainer.state.max_steps)
             error = max(min(math.log(max(smoothed / target, 1e-9)), 1.0), -1.0)
             begins = self.args.rehearsal_weight
             self.center = min(max(self.center * math.exp(0.15 * error), begins / 1000), 30 * begins)
