@@ -212,8 +212,19 @@ def of_the_map():
         return f"{number(100 * found['mean'], 0)} % ({span(found, 0, 100)})"
 
     (gemma,) = ways("gemma_seed_0")["rehearsal-4-0.5"]["points"]
+    long = the_map("accuracy_seed_0")
+    lost = {found["label"]: found["forgetting"] for found in long["points"]}
+    assert lost["sft-1"]["low"] < 0 and lost["rehearsal-4-1"]["low"] < 0  # "at 2e-3 neither any"
+    (found,) = [entry for entry in long["map"]["methods"] if entry["method"] == "rehearsal"]
+    assert number(100 * found["drift_at"]["0.98"]["mean"], 0) == "7"  # "300, one seed: 98 % at 7 %"
+
+    def points(label):
+        return f"{number(100 * lost[label]['mean'], 1)}", f"({span(lost[label], 1, 100)})"
 
     return [
+        "in 300 steps at 5e-3 SFT lost {} points {}, rehearsal {} {}".format(
+            *points("sft-2.5"), *points("rehearsal-4-2.5")
+        ),
         f"rehearsal keeps {share(kept)} of what SFT learns, over three seeds; plain SFT, scaled back to there, {share(plain)}",
         f"On a second domain, two seeds, {share(second)} against {share(plain_second)}; a second model kept "
         f"{number(100 * gemma['gain'], 0)} % at {number(100 * gemma['drift'], 0)} % of the drift",
