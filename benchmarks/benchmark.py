@@ -696,7 +696,7 @@ def plot(figures: list[Figure], path: str) -> None:
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_xlabel("ratio, and its median at the right")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=7)
-    plt.savefig(path, dpi=150)
+    plt.savefig(path, dpi=100)
 
 
 STEP_DEFAULTS: dict = dict(
