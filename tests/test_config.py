@@ -242,6 +242,7 @@ def test_what_is_no_number_is_refused(make_config, name, value):
         (dict(kl_direction="reverse", jsd_mixture=0.1), ["jsd_mixture"]),
         (dict(rehearsal_num_texts=64, ewc_num_texts=32), ["rehearsal_num_texts", "ewc_num_texts"]),
         (dict(ewc_weight=1.0, rehearsal_num_texts=64, rehearsal_fraction=0.5), ["rehearsal_fraction"]),
+        (dict(rehearsal_weight=1.0, rehearsal_start="<s>", rehearsal_chat=True), ["rehearsal_start"]),
         *(
             (
                 weight

@@ -287,7 +287,11 @@ def test_card_cites_what_the_run_used_and_nothing_else(make_trained, card_of, op
         ),
         (
             dict(OWN_TEXTS, drift_budget=0.1),
-            "with a weight that began at 2 and was steered to 0.1 nats per token, on texts",
+            r"with a weight that began at 2 and was steered to 0.1 nats per token, on texts .*\(arXiv:2605.26097\).\n",
+        ),
+        (
+            dict(OWN_TEXTS, teacher="ema"),
+            r"with a weight of 2, on texts .* wrote itself \(arXiv:2605.26097\).\n",
         ),
         (
             dict(OWN_TEXTS, rehearsal_loss="ce"),
@@ -303,7 +307,7 @@ def test_card_tells_what_was_rehearsed_and_how(make_trained, options, told):
     """And what was measured of rehearsal, where it is what was measured."""
     assert re.search(
         f"Beside it, rehearsal: .*{told}",
-        saved_card(make_trained(teacher="none", rehearsal_weight=2.0, **options)).text,
+        saved_card(make_trained(**dict(teacher="none", rehearsal_weight=2.0) | options)).text,
     )
 
 
@@ -369,6 +373,11 @@ def test_method_of_a_run_has_a_name_and_the_paper_that_introduced_it(tmp_path, o
     found, of_paper = method_of(MeanTeacherConfig(str(tmp_path), use_cpu=True, bf16=False, **options))
     assert (found, of_paper.get("id")) == (name, paper)
     assert bool(of_paper.get("title")) == (paper is not None)
+
+
+def test_texts_that_are_given_to_the_trainer_count_as_given(make_trained):
+    text = created_card(make_trained(teacher="none", rehearsal_weight=1.0, **GIVEN_TEXTS)).text
+    assert "SFT with general replay" in text and "2605.26097" not in text
 
 
 @pytest.mark.parametrize(

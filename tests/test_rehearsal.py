@@ -22,7 +22,7 @@ from trl_ema.files import OutputError
 from trl_ema.regularizers.own_texts import FILE
 from trl_ema.regularizers.rehearsal import Rehearsal, _spread
 from trl_ema.schedules import BudgetedWeight, SmoothedMean
-from trl_ema.texts import Sampling, load_texts, texts_path, write_texts
+from trl_ema.texts import Sampling, Texts, load_texts, save_texts, texts_path, write_texts
 
 
 TEXTS = dict(rehearsal_num_texts=10, rehearsal_num_tokens=12)
@@ -432,6 +432,27 @@ def test_texts_of_another_sampling_beside_the_run_are_not_taken(rehearsing, tmp_
     assert load_texts(str(tmp_path / "out" / FILE)) == of(second).texts
 
 
+def test_texts_of_another_model_beside_the_run_are_refused_with_what_to_do(rehearsing, tmp_path):
+    rehearsing(max_steps=1).train()
+    beside = tmp_path / "out" / FILE
+    texts = load_texts(beside)
+    save_texts(Texts(texts.ids, texts.kinds, texts.about | {"fingerprint": "0-0"}), beside)
+    with pytest.raises(
+        ValueError, match=f"{FILE} was written by another model.*or none, and leave none in the output folder"
+    ):
+        rehearsing()
+
+
+def test_a_damaged_file_beside_the_run_gives_way_to_the_texts_that_are_given(rehearsing, tmp_path):
+    rehearsing(max_steps=1).train()
+    beside, given = tmp_path / "out" / FILE, tmp_path / "given.safetensors"
+    shutil.copy(beside, given)
+    beside.write_bytes(beside.read_bytes()[:100])
+    trainer = rehearsing(rehearsal_texts=str(given), max_steps=1)
+    trainer.train()
+    assert load_texts(beside) == load_texts(given) == of(trainer).texts
+
+
 @pytest.mark.parametrize("chat, kinds", [(None, {"raw", "chat"}), (True, {"chat"}), (False, {"raw"})])
 def test_one_kind_of_texts_can_be_asked_for(rehearsing, chat, kinds):
     trainer = rehearsing(rehearsal_chat=chat, max_steps=1)
@@ -506,6 +527,23 @@ def test_a_disk_that_is_full_for_texts_loses_nothing(rehearsing, tmp_path, monke
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
     trainer.train()
     assert len(of(trainer).texts.ids) == 10 and trainer.state.global_step == 4
+
+
+def test_a_disk_that_is_full_beside_the_run_leaves_the_texts_in_the_cache(rehearsing, tmp_path, monkeypatch):
+    write_bytes = Path.write_bytes
+
+    def full(self, data):
+        if tmp_path / "out" in self.parents:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_bytes(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    trainer = rehearsing()
+    with pytest.raises(
+        OutputError, match=f"Cannot write texts to .*No space left.*stay in {tmp_path / 'cache' / 'texts'}"
+    ):
+        trainer.train()
+    assert len(load_texts(texts_path(of(trainer).own.fingerprint, of(trainer).own.sampling)).ids) == 10
 
 
 # The budget
@@ -596,19 +634,47 @@ def test_who_ends_at_the_budget_is_told_nothing(rehearsing, caplog):
 
 
 @pytest.mark.parametrize(("texts", "told"), [(3, True), (4, False)])
-def test_a_budget_that_is_held_on_texts_seen_before_is_told(rehearsing, caplog, texts, told):
+def test_a_budget_that_is_held_on_texts_seen_before_is_told(rehearsing, tmp_path, caplog, texts, told):
     options = dict(rehearsal_num_texts=texts, rehearsal_fraction=0.2, max_steps=4)
     rehearsing(1.0, drift_budget=0.1, **options).train()
     assert ("The run takes 4 texts and there are 3." in caplog.text) == told
+    assert ("with `rehearsal_num_texts=4` each is new" in caplog.text) == told
+    given = dict(rehearsal_texts=str(tmp_path / "out" / FILE), rehearsal_fraction=0.2, max_steps=4)
+    rehearsing(1.0, drift_budget=0.1, **given).train()
+    assert ("with 4 texts in the file each is new" in caplog.text) == told
     caplog.clear()
     rehearsing(1.0, **options).train()
     assert "The run takes" not in caplog.text
 
 
-@pytest.mark.parametrize(("fraction", "told"), [(0.1, True), (0.2, False), (0.33, False)])
-def test_a_share_that_is_larger_for_want_of_rows_is_told(rehearsing, caplog, fraction, told):
-    rehearsing(1.0, rehearsal_fraction=fraction, max_steps=1).train()
-    assert ("rehearses one text at least" in caplog.text) == told
+@pytest.mark.parametrize(
+    ("fraction", "rows", "told"),
+    [
+        (0.1, 4, "1 whole text in an optimizer step, where `rehearsal_fraction=0.1` of its rows would be 0.44"),
+        (0.33, 3, "1 whole text in an optimizer step, where `rehearsal_fraction=0.33` of its rows would be 1.5"),
+        (0.2, 4, None),
+        (0.33, 4, None),
+    ],
+)
+def test_a_share_that_is_another_for_want_of_rows_is_told(rehearsing, caplog, fraction, rows, told):
+    rehearsing(1.0, rehearsal_fraction=fraction, per_device_train_batch_size=rows, max_steps=1).train()
+    assert ("whole text" in caplog.text) == bool(told) and (told or "") in caplog.text
+
+
+def test_the_share_stays_where_a_smaller_batch_is_looked_for(rehearsing, monkeypatch):
+    """Also the texts are fewer then, which memory was short for too."""
+    tried, compute_loss = [], SFTTrainer.compute_loss
+
+    def limited(self, model, inputs, *args, **kwargs):
+        tried.append(len(inputs["input_ids"]))
+        if tried[-1] > 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", limited)
+    trainer = rehearsing(auto_find_batch_size=True, per_device_train_batch_size=8, rehearsal_fraction=0.5, max_steps=2)
+    trainer.train()
+    assert of(trainer)._counts == [4] and tried[:1] == [8] and max(tried[-2:]) == 4
 
 
 # A limit

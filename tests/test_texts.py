@@ -736,6 +736,14 @@ def test_the_command_writes_what_a_training_that_goes_on_from_an_adapter_finds(t
     assert not start.is_base and texts.about["fingerprint"] != model_fingerprint(model, tokenizer)
 
 
+def test_texts_of_another_seed_are_not_left_where_no_training_looks():
+    done = trl_ema("rehearse", "--seed", "1", check=False)
+    assert (
+        done.returncode == 1
+        and "`seed=1` needs an `output_file`: in the cache a training looks for texts of seed 0" in done.stderr
+    )
+
+
 def test_vllm_is_not_asked_for_an_adapter(tmp_path):
     get_peft_model(tiny_model(), lora()).save_pretrained(tmp_path)
     done = trl_ema("rehearse", "--model_name_or_path", tmp_path, "--backend", "vllm", check=False)

@@ -608,6 +608,11 @@ class RehearsalArguments(BackendArguments):
             raise ValueError(
                 "`backend='vllm'` has no 4-bit weights as the training has them. Leave out one of `backend` and `load_in_4bit`."
             )
+        if self.seed and self.output_file is None:
+            raise ValueError(
+                f"`seed={self.seed}` needs an `output_file`: in the cache a training looks for texts of seed 0 alone. Give this file to it "
+                "as `rehearsal_texts`."
+            )
 
 
 def rehearse(arguments: list[str]) -> None:

@@ -318,6 +318,8 @@ class MeanTeacherConfig(SFTConfig):
         ):  # as they are
             others = [n for n in _OF_TEXTS if n != "rehearsal_texts"]
             ignored += [n for n in others if getattr(self, n) != default[n]]
+        elif self.rehearsal_chat and self.rehearsal_start is not None and "rehearsal_start" not in ignored:
+            ignored.append("rehearsal_start")  # of raw texts
         if not self.ewc_weight and self.ewc_num_texts != default["ewc_num_texts"]:
             ignored.append("ewc_num_texts")
         if self.kl_direction != "jsd" and self.jsd_mixture != default["jsd_mixture"]:

@@ -344,7 +344,7 @@ def _write_parts(go_on: Continuation, batches: list[list[int]], about: dict, pat
             if _read_part(part, about) is None:
                 chat = _is_chat(numbers[0], about)
                 rows = (_write_chats if chat else _write_raw)(go_on, numbers, about)
-                _save(part, Texts(rows, [KINDS[chat]] * len(rows), about), path)
+                _save(part, Texts(rows, [KINDS[chat]] * len(rows), about), _goes_on(path))
             bar.update(len(numbers))
 
 
@@ -499,7 +499,7 @@ def _check_fingerprint(path: Path, about: dict, expected: str) -> None:
             raise ValueError(
                 f"{path} was written by another {what}: {about['model']!r} with {what} fingerprint {one}, and this one's is {other}. "
                 "Quantization counts, and so do the chat template and tokens that were added. Give the file of this model, or "
-                "none: then it writes its own."
+                "none, and leave none in the output folder: then it writes its own."
             )
 
 
@@ -510,7 +510,11 @@ def save_texts(texts: Texts, path: str | Path) -> None:
     Raises:
         OutputError: They cannot be written, as on a full disk.
     """
-    _save(Path(path), texts, Path(path))
+    _save(
+        Path(path),
+        texts,
+        f"Texts that a model has written stay in {cache_dir() / 'texts'}: make room or mend the permissions.",
+    )
 
 
 def _checksum(tensors: dict[str, Tensor], about: str) -> str:
@@ -553,11 +557,18 @@ def _join_parts(path: Path, batches: list[list[int]], about: dict) -> None:
         ids.update(zip(numbers, texts.ids, strict=True))
     numbers = sorted(ids)
     kinds = [KINDS[_is_chat(number, about)] for number in numbers]
-    _save(path, Texts([ids[number] for number in numbers], kinds, about), path)
+    _save(path, Texts([ids[number] for number in numbers], kinds, about), _goes_on(path))
 
 
-def _save(file: Path, texts: Texts, path: Path) -> None:
-    """Write a whole file, or none. Raises [`OutputError`], with where to go on."""
+def _goes_on(path: Path) -> str:
+    return (
+        f"What is written already stays in {_parts(path)}: make room or mend the permissions and run it again, which goes on from "
+        "there, or give another file."
+    )
+
+
+def _save(file: Path, texts: Texts, mend: str) -> None:
+    """Write a whole file, or none. Raises [`OutputError`], with what to do."""
     tensors = {
         "ids": torch.tensor([token for row in texts.ids for token in row], dtype=torch.int32),
         "lengths": torch.tensor([len(row) for row in texts.ids], dtype=torch.int32),
@@ -572,7 +583,4 @@ def _save(file: Path, texts: Texts, path: Path) -> None:
         os.replace(scratch, file)
     except OSError as error:
         scratch.unlink(missing_ok=True)
-        raise OutputError(
-            f"Cannot write texts to {file} ({error.strerror}). What is written already stays in {_parts(path)}: make room or mend the "
-            "permissions and run it again, which goes on from there, or give another file."
-        ) from error
+        raise OutputError(f"Cannot write texts to {file} ({error.strerror}). {mend}") from error

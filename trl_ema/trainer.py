@@ -130,7 +130,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
 
     def attach_regularizers(self, rehearsal_dataset: Any) -> None:
         """The last of the constructor: whatever holds the student back, on its model."""
-        self._name, self._paper = method_of(self.args)  # for TRL's part of the model card
+        self._name, self._paper = method_of(self.args, rehearsal_dataset)  # for TRL's part of the model card
         launch = Launch.of_state(self.accelerator.state)
         self.shards_weights = launch.shards_weights  # which all ranks then gather together for each pass over them
         if is_peft_model(self.model):

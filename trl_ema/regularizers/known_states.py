@@ -60,6 +60,8 @@ def states_before(
     base = base_of(trainer.model)
     embeddings = base.get_input_embeddings()
     if not bytes_of_states(trainer.model, len(ids), sum(map(len, ids)), taken, trainer.shards_weights):
+        if taken > len(ids):
+            logger.info("The model before training passes over the texts of each micro-batch: its states are not kept")
         return None
     logger.info("The model before training passes over %d texts, once", len(ids))
     states = []

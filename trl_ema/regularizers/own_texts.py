@@ -104,8 +104,8 @@ class OwnTexts:
     def keep_beside(self, trainer: Any) -> None:
         """The texts of [`get`] lie beside the run from now on, in the place of others."""
         beside = os.path.join(str(self.args.output_dir), FILE)
-        if trainer.is_world_process_zero() and (not os.path.isfile(beside) or load_texts(beside) != self.at_hand):
-            assert self.at_hand is not None
+        assert self.at_hand is not None
+        if trainer.is_world_process_zero() and not _holds(beside, self.at_hand):
             save_texts(self.at_hand, beside)
 
     def _write(self, trainer: Any) -> Texts:
@@ -116,3 +116,11 @@ class OwnTexts:
                 self.model, self.tokenizer, self.sampling, path, before=self.start.activate, fingerprint=self.fingerprint,
                 rank=accelerator.process_index, world_size=accelerator.num_processes, barrier=accelerator.wait_for_everyone,
             )  # fmt: skip
+
+
+def _holds(path: str, texts: Texts) -> bool:
+    """Whether a file has these texts, and not others, nothing or something damaged."""
+    try:
+        return load_texts(path) == texts
+    except (FileNotFoundError, ValueError):
+        return False

@@ -24,6 +24,7 @@ from .joined_texts import may_join
 from .known_states import bytes_of_states, states_before, to_device
 from .micro_batch import TokenMean
 from .own_texts import FILE, OwnTexts
+from .text_rows import with_documents, with_joined_rows, with_rows
 
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Rehearsal(Regularizer):
         self._counts: list[int] = []  # of texts in each micro-batch of this step, on every rank
         self.texts: Texts | None = None
         self.digest = ""  # of the texts
+        self._rows = args.per_device_train_batch_size  # of a micro-batch's own
         self._known: list[torch.Tensor] | None = None  # of the model before training, for each text
         self._joins = False  # texts, to as few rows as hold them
         self._start_anew(0)
@@ -116,7 +118,7 @@ class Rehearsal(Regularizer):
 
     def _check(self, number: int, mean_length: float) -> float:
         """How many texts of so many a micro-batch takes on average. Raises `ValueError` if there are not as many."""
-        mean = _texts_of_micro_batch(self.args, mean_length)
+        mean = _texts_of_micro_batch(self.args, self._rows, mean_length)
         (rows,) = _spread(mean, 1)
         if rows > number:
             raise ValueError(
@@ -130,17 +132,18 @@ class Rehearsal(Regularizer):
             is_base = getattr(self.start, "is_base", False)
             refuse_start(Launch.of_state(trainer.accelerator.state), is_base, rehearses=True)
         self.pad = self.tokenizer.pad_token_id
-        if self.own is not None:
-            self.use(self.own.get(trainer))
+        self._rows = trainer._train_batch_size  # fewer than asked for where `auto_find_batch_size` looked for them
+        texts = self.texts if self.own is None else self.own.get(trainer)
+        assert texts is not None
+        self.use(texts)
         if state is not None:
             self.check_state(state)
         if self.own is not None:
             self.own.keep_beside(trainer)
         self._start_anew(trainer.state.max_steps)
         self._control = trainer.control
-        assert self.texts is not None
         self._tell_texts(trainer.state.max_steps)
-        self._joins = may_join(trainer, self.texts.ids)
+        self._joins = may_join(trainer, texts.ids)
         self._know_before(trainer)
         if state is not None:
             self._go_on(state)
@@ -148,18 +151,19 @@ class Rehearsal(Regularizer):
     def _tell_texts(self, steps: int) -> None:
         """Warn where another share of rows is rehearsed than asked for, and where a budget is measured on texts that were seen."""
         assert self.texts is not None
-        asked = self.per_micro_batch * self.args.gradient_accumulation_steps
-        if self._taken_in(1) > _MUCH * asked:
+        asked, found = self.per_micro_batch * self.args.gradient_accumulation_steps, self._taken_in(1)
+        if not 1 / _MUCH <= found / asked <= _MUCH:
             logger.warning(
-                "Each of the %d processes rehearses one text at least in an optimizer step, where `rehearsal_fraction=%g` of its rows "
-                "would be %.2g. Give larger batches or more accumulation for this share.",
-                self.args.world_size, self.args.rehearsal_fraction, asked,
+                "Each of the %d processes rehearses %d whole text%s in an optimizer step, where `rehearsal_fraction=%g` of its rows would "
+                "be %.2g. Give larger batches, more accumulation, or another share.",
+                self.args.world_size, found, "" if found == 1 else "s", self.args.rehearsal_fraction, asked,
             )  # fmt: skip
         taken = self._taken_in(steps) * self.args.world_size
         if self.args.drift_budget is not None and taken > len(self.texts.ids):
             logger.warning(
                 "The run takes %d texts and there are %d. On those seen before the student is closer than on new ones, and so is "
-                "what `drift_budget` holds; with `rehearsal_num_texts=%d` each is new.", taken, len(self.texts.ids), taken,
+                "what `drift_budget` holds; with %s each is new.", taken, len(self.texts.ids),
+                f"{taken} texts in the file" if self.args.rehearsal_texts else f"`rehearsal_num_texts={taken}`",
             )  # fmt: skip
 
     def _know_before(self, trainer: Any) -> None:
@@ -248,11 +252,11 @@ class Rehearsal(Regularizer):
         )  # not read here, where the host would wait for it
         packed, joined, number = "attention_mask" not in inputs, False, len(texts)
         if packed:
-            batch = _with_documents(inputs, texts)
+            batch = with_documents(inputs, texts)
         elif joined := self._joins and "position_ids" not in inputs:
-            batch, number = _with_joined_rows(inputs, texts, self.pad)
+            batch, number = with_joined_rows(inputs, texts, self.pad)
         else:
-            batch = _with_rows(inputs, texts, self.pad)
+            batch = with_rows(inputs, texts, self.pad)
         teacher = self.start if self.args.rehearsal_loss == "kl" else None
         chosen = list(range(own, own + number))
         multiple = int(self.args.pad_to_multiple_of or 1)
@@ -357,9 +361,9 @@ def make_weight(args: MeanTeacherConfig, total_steps: int) -> RampedWeight | Bud
     return BudgetedWeight(args.rehearsal_weight, args.drift_budget, total_steps)
 
 
-def _texts_of_micro_batch(args: MeanTeacherConfig, mean_length: float) -> float:
-    """How many texts beside a whole micro-batch have the share that is asked for: of its rows, or of its tokens where it is packed."""
-    own = float(args.per_device_train_batch_size)
+def _texts_of_micro_batch(args: MeanTeacherConfig, rows: int, mean_length: float) -> float:
+    """How many texts beside so many rows have the share that is asked for: of the rows, or of their tokens where these are packed."""
+    own = float(rows)
     if args.packing and args.max_length is not None:
         own *= args.max_length / mean_length
     return own * args.rehearsal_fraction / (1 - args.rehearsal_fraction)
@@ -369,76 +373,6 @@ def _spread(mean: float, number: int) -> list[int]:
     """How many texts each of a `number` of micro-batches takes, that are so many on average: one at least, of all of them."""
     total = max(1, math.floor(mean * number + 0.5))
     return [total * (i + 1) // number - total * i // number for i in range(number)]
-
-
-def _with_rows(inputs: Inputs, texts: list[list[int]], pad: int) -> Inputs:
-    """A padded micro-batch with the texts as further rows."""
-    rows, length = inputs["input_ids"].shape
-    longest = max(length, *map(len, texts))
-    of_text = {"input_ids": pad, "attention_mask": 0, "labels": -100}
-    batch = dict(inputs)
-    for name, value in inputs.items():
-        if not (torch.is_tensor(value) and value.shape == (rows, length)):
-            continue
-        fill = of_text.get(name, 0)
-        begins = [_of_text(name, ids) for ids in texts]
-        more = torch.tensor([begin + [fill] * (longest - len(begin)) for begin in begins])
-        own = torch.nn.functional.pad(value, (0, longest - length), value=fill)
-        batch[name] = torch.cat([own, _to(more, value)])
-    return batch
-
-
-def _with_joined_rows(inputs: Inputs, texts: list[list[int]], pad: int) -> tuple[Inputs, int]:
-    """A padded micro-batch with the texts one after another in as few further rows as hold them in their order, and their number."""
-    width = max(inputs["input_ids"].shape[1], *map(len, texts))
-    rows: list[list[list[int]]] = [[]]
-    for text in texts:
-        if sum(map(len, rows[-1])) + len(text) > width:
-            rows.append([])
-        rows[-1].append(text)
-    batch = _with_rows(inputs, [[token for text in row for token in text] for row in rows], pad)
-    positions = torch.arange(width).repeat(len(batch["input_ids"]), 1)
-    for i, row in enumerate(rows, start=len(inputs["input_ids"])):
-        counted = [place for text in row for place in range(len(text))]
-        positions[i] = torch.tensor([*counted, *range(len(row[-1]), len(row[-1]) + width - len(counted))])
-    batch["position_ids"] = _to(positions, inputs["input_ids"])
-    return batch | {"joined": True}, len(rows)
-
-
-def _of_text(name: str, ids: list[int]) -> list[int]:
-    """What a text has in a tensor of that name, before it is padded."""
-    if name == "input_ids":
-        return ids
-    if name == "attention_mask":
-        return [1] * len(ids)
-    return list(range(len(ids))) if name == "position_ids" else []
-
-
-def _with_documents(inputs: Inputs, texts: list[list[int]]) -> Inputs:
-    """A packed micro-batch with the texts as further documents."""
-    batch = dict(inputs)
-    ids = torch.tensor([token for text in texts for token in text])
-    more = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
-    more["position_ids"] = torch.cat([torch.arange(len(text)) for text in texts])
-    if "seq_idx" in inputs:  # which document a token is of
-        numbers = torch.cat([torch.full((len(text),), 1 + i) for i, text in enumerate(texts)])
-        more["seq_idx"] = inputs["seq_idx"][0, -1] + _to(numbers, inputs["seq_idx"])
-    for name, value in more.items():
-        if name in inputs:
-            batch[name] = torch.cat([inputs[name], _to(value[None], inputs[name])], 1)
-    lengths = torch.tensor([len(text) for text in texts])
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-        if name in inputs:
-            bounds = inputs[name][-1] + _to(lengths.cumsum(0), inputs[name])
-            batch[name] = torch.cat([inputs[name], bounds])
-    for name in ("max_length_q", "max_length_k"):
-        if name in inputs:
-            batch[name] = max(inputs[name], *map(len, texts))
-    return batch
-
-
-def _to(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return tensor.to(like.dtype).to(like.device, non_blocking=True)  # otherwise the host would wait
 
 
 def digest_of(texts: Texts) -> str:
