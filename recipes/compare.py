@@ -1,7 +1,7 @@
 """
 Compare ways to fine-tune on the same data, seeds and steps: train, evaluate, report.
 
-    python recipes/compare.py                          eight arms on the offline demo, hours on 2 CPU cores
+    python recipes/compare.py                          nine arms on the offline demo, hours on 2 CPU cores
     python recipes/compare.py --config my_arms.yaml
 
 The YAML has the options of `trl-ema train` that all arms share under `training`, those that differ under `arms`, and what is

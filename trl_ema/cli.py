@@ -490,7 +490,7 @@ def compare(arguments: list[str]) -> None:
         description="Train every arm on the same data, seeds and steps, evaluate base and arms, and write the report. What "
         "is done already is not done again; an interrupted run goes on.",
     )
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file; default: eight arms on the offline demo")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file; default: nine arms on the offline demo")
     parser.add_argument("--output_dir", help="folder of the comparison, instead of the file's")
     parser.add_argument(
         "--arms", nargs="+", help="do only these arms, or all arms of these methods, now; default: all of the file"
