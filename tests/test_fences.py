@@ -173,7 +173,7 @@ NAMED = {
     "transformers.PreTrainedModel": "config generation_config quantization_config tie_weights",
     "transformers.PretrainedConfig": "_attn_implementation _attn_implementation_internal _commit_hash _name_or_path get_text_config",
     "transformers.Trainer": (
-        "callback_handler current_gradient_accumulation_steps hub_model_id is_deepspeed_enabled is_fsdp_enabled lr_scheduler model_wrapped push_in_progress resume_from_checkpoint"
+        "_train_batch_size callback_handler current_gradient_accumulation_steps hub_model_id is_deepspeed_enabled is_fsdp_enabled lr_scheduler model_wrapped push_in_progress resume_from_checkpoint"
     ),
     "transformers.TrainerState": "best_global_step best_model_checkpoint load_from_json save_to_json stateful_callbacks",
     "transformers.TrainingArguments": (
