@@ -4,11 +4,13 @@ import json
 import re
 import shlex
 import tomllib
+from collections import defaultdict
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 import yaml
 from conftest import rows
@@ -17,6 +19,7 @@ from trl import TrlParser
 
 from trl_ema import MeanTeacherConfig, __version__
 from trl_ema.cli import COMMANDS, EvaluationArguments
+from trl_ema.comparison.curves import Curve, choose, follow, gain_at, hypervolume
 from trl_ema.config import DEFAULT_HALF_LIFE
 from trl_ema.script import parse
 
@@ -185,6 +188,40 @@ def test_the_table_of_the_readme_is_of_the_kept_map():
         ]
         assert any(p["gain"] > found["gain"] and p["drift"] < found["drift"] for p in of_rehearsal), label
     assert best["drift"] < point_of_the_map("rehearsal-4-1", 1)["drift"]
+
+
+def all_ways():
+    """Of both parts of the map, with the method."""
+    first = [way | {"method": found["method"]} for found in the_map()["map"]["methods"] for way in found["ways"]]
+    return first + the_map("definitions_more_seed_0")["map"]["ways"]
+
+
+def test_the_settings_of_the_map_are_all_in_its_table():
+    text, texts = (RESULTS / "frontier.md").read_text(encoding="utf-8"), the_map()["map"]["texts"]
+    for way in all_ways():
+        points = [f"{number(100 * p['gain'], 0)} / {number(100 * p['drift'], 1)}" for p in way["points"]]
+        drifts = [
+            way["by_text"][texts.index(name)] for name in ("human_answers", "wikipedia", "own_answers", "general")
+        ]
+        assert table([way["label"], *points, *(number(100 * drift, 0) for drift in drifts)]) in text
+    again = the_map("definitions_more_seed_0")["map"]["reference"]
+    for name in ("gain", "drift"):  # plain SFT, trained again beside the later ones
+        assert again[name] == pytest.approx(the_map()["map"]["reference"][name], rel=0.002)
+
+
+def test_the_fronts_of_the_map_are_of_all_its_settings():
+    text, of_method = (RESULTS / "frontier.md").read_text(encoding="utf-8"), defaultdict(list)
+    for way in all_ways():
+        of_method[way["method"]].append(way)
+    for method, found in of_method.items():
+        curves = [Curve(*(np.array([[p[name]] for p in way["points"]]) for name in ("gain", "drift"))) for way in found]
+        gains = follow(choose(curves), curves)
+        settings = len({way["arm"] for way in found})
+        figures = [
+            number(float(hypervolume(gains)[0]), 3),
+            *(number(100 * float(gain_at(gains, x)[0]), 0) for x in (0.1, 0.25)),
+        ]
+        assert re.search(rf"\| {method} \| {settings}( \(\d\))? \| [^|]+ \| {' [|] '.join(figures)} \|", text), method
 
 
 def of_the_map():
