@@ -16,7 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_ema.forward import Parts
 from trl_ema.regularizers.own_texts import FILE
-from trl_ema.regularizers.rehearsal import _with_documents, _with_rows
+from trl_ema.regularizers.text_rows import with_documents, with_rows
 from trl_ema.texts import Sampling, write_texts
 
 
@@ -469,12 +469,12 @@ def test_whatever_tells_tokens_apart_goes_on_in_the_texts(documents):
     if documents:
         collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
         features = [{"input_ids": ids, "labels": ids} for ids in ([1, 2, 3, 4], [1, 2])]
-        found = _with_documents(collator(features), texts)
+        found = with_documents(collator(features), texts)
         expected = collator([*features, *({"input_ids": ids, "labels": [-100] * len(ids)} for ids in texts)])
     else:
         collator = DataCollatorForLanguageModeling(pad_token_id=0, return_position_ids=True)
         features = [{"input_ids": ids, "labels": ids} for ids in ([1], [1, 2])]
-        found = _with_rows(collator(features), texts, 0)
+        found = with_rows(collator(features), texts, 0)
         expected = collator([*features, *({"input_ids": ids, "labels": [-100] * len(ids)} for ids in texts)])
     assert found.keys() == expected.keys() and len(found) == (8 if documents else 4)
     for name, value in expected.items():
