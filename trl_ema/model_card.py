@@ -137,7 +137,8 @@ _GIVEN_TEXTS = "general texts that were given (arXiv:2508.04676)"
 _OF_REHEARSAL = (
     "In trl_ema's own comparison, of a model of 135M parameters over 120 steps, a weight of 4 kept over nine tenths of plain "
     "fine-tuning's gain at about a tenth of its drift on general text, and at more on questions like the domain's own; where plain "
-    "fine-tuning at a high learning rate lost 7 points of accuracy it lost 3, with one seed. Measure each model's: `trl-ema evaluate`."
+    "fine-tuning over 300 steps at a high learning rate lost 7 points of accuracy it lost 3, with one seed. Measure each "
+    "model's: `trl-ema evaluate`."
 )
 _PENALTIES = {
     "l1_weight": "a penalty of {weight:g} times the sum of |weights - their start| (L1)",
