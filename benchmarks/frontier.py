@@ -11,6 +11,7 @@ FOLDER holds `medquad/short_dedup.jsonl` (MedQuAD, Ben Abacha & Demner-Fushman 2
     human_answers.jsonl                   drift: human-written answers to instructions
     wikipedia.jsonl                       drift: encyclopaedic text
     own_answers.jsonl                     drift: what the model before training answers to prompts that no method sees
+    given_texts.jsonl                     to rehearse instead of the model's own texts: more human-written answers, of both sets
 """
 
 import argparse
@@ -33,14 +34,14 @@ def medquad(sets: Path, split: str) -> list[dict]:
     return [{"prompt": row["question"], "completion": row["answer"]} for row in rows if row["split"] == split]
 
 
-def human_answers(sets: Path, tokenizer) -> list[dict]:
-    """Instructions with their first human answer, of at least a sentence."""
+def human_answers(rows: list[dict], tokenizer, words: int = 12) -> list[dict]:
+    """Instructions with their first human answer, of at least a sentence (of so many words)."""
     found = []
-    for row in _read(sets / "self_instruct" / "user_oriented_252.jsonl"):
+    for row in rows:
         answer = row["instances"][0]["output"].strip()
-        if len(answer.split()) >= 12 and len(_prompt(row).split()) <= TOKENS:
+        if len(answer.split()) >= words and len(_prompt(row).split()) <= TOKENS:
             found.append({"prompt": _prompt(row), "completion": _first_tokens(answer, tokenizer)})
-    return found[:ROWS]
+    return found
 
 
 def wikipedia(sets: Path, tokenizer) -> list[dict]:
@@ -54,12 +55,11 @@ def wikipedia(sets: Path, tokenizer) -> list[dict]:
 
 
 @torch.no_grad()
-def own_answers(sets: Path, model, tokenizer) -> list[dict]:
+def own_answers(rows: list[dict], model, tokenizer) -> list[dict]:
     """Sampled at temperature 1 from the whole vocabulary: in expectation KL(before ‖ model) on them is the drift itself."""
     torch.manual_seed(0)
     found = []
-    rows = _read(sets / "self_instruct" / "seed_tasks.jsonl")
-    for row in [row for row in rows if len(_prompt(row).split()) <= TOKENS][:ROWS]:
+    for row in rows:
         messages = [{"role": "user", "content": _prompt(row)}]
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -91,12 +91,16 @@ def main() -> None:
     name = args.model or demo_model()
     model, _ = load_base(name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(name)
+    answered = human_answers(_read(args.sets / "self_instruct" / "user_oriented_252.jsonl"), tokenizer)
+    tasks = _read(args.sets / "self_instruct" / "seed_tasks.jsonl")
+    tasks = [row for row in tasks if len(_prompt(row).split()) <= TOKENS]
     for file, rows in {
         "medquad/train": medquad(args.sets, "train"),
         "medquad/test": medquad(args.sets, "eval"),
-        "human_answers": human_answers(args.sets, tokenizer),
+        "human_answers": answered[:ROWS],
         "wikipedia": wikipedia(args.sets, tokenizer),
-        "own_answers": own_answers(args.sets, model, tokenizer),
+        "own_answers": own_answers(tasks[:ROWS], model, tokenizer),
+        "given_texts": answered[ROWS:] + human_answers(tasks[ROWS:], tokenizer),
     }.items():
         write_jsonl(args.output_dir / f"{file}.jsonl", rows)
         print(f"{len(rows)} rows in {args.output_dir / file}.jsonl")

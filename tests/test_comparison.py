@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import CHAT_TEMPLATE, lora, qwen2_tokenizer, rows
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from test_tasks import write_tasks
 from transformers import AutoTokenizer
 
@@ -39,6 +39,7 @@ from trl_ema.script import parse
 pytestmark = pytest.mark.usefixtures("lm_evals_files_read_once")
 
 
+SUBSPACES = Path(__file__).parent.parent / "recipes" / "subspaces.py"
 PLAN = {
     "training": dict(
         use_cpu=True, bf16=False, max_steps=4, learning_rate=2e-2, per_device_train_batch_size=4, max_length=48,
@@ -618,6 +619,15 @@ def test_losses_on_other_tokens_are_refused(comparison: Comparison, tmp_path):
         ),
         ({"arms": {"x": {"grid": {"kl_weight": [1, 1.0]}}}}, "Two arms are named 'x-1'; an arm becomes a folder"),
         ({"arms": {"x": {"grid": {"output_dir": ["a"]}}}}, r"Arm 'x-a' sets \['output_dir'\], which the comparison"),
+        ({"arms": {"x": {"script": 3}}}, "`script` of arm 'x' is 3; expected a path"),
+        (
+            {"arms": {"x": {"interpolate": "y", "scales": [1], "script": "a.py"}}},
+            r"trains nothing, but has options \['script'\]",
+        ),
+        (
+            {"launch": {"accelerate_config": "multi_gpu"}, "arms": {"x": {"script": "a.py"}}},
+            r"the arms \['x'\] have a `script` of their own. Leave out `launch`",
+        ),
         ({"arms": {"x": {"method": 3}}}, "`method` of arm 'x' is 3; expected the name of what it is a setting of"),
         ({"controls": ["sgd"]}, r"`controls` in .* names \['sgd'\]; expected some of the methods \['sft', 'ema'"),
         ({"evaluation": {"scales": 0.5}}, "`scales` is 0.5; expected a list of factors"),
@@ -694,6 +704,62 @@ def test_unknown_options_and_tasks_are_refused_before_training(tiny_folder, tmp_
         run_comparison(plan)
 
 
+def test_an_arm_is_trained_by_a_script_of_its_own(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path / "cache"))
+    subspace = {"script": str(SUBSPACES), "teacher": "none"}
+    training = PLAN["training"] | {name: str(tiny_folder / PLAN["training"][name]) for name in ("model_name_or_path", "dataset_name")}
+    training["load_in_4bit"] = False  # which OSF and CorDA decompose
+    arms = {
+        "sft": {"teacher": "none"},
+        "osf": {**subspace, "subspace": "osf", "grid": {"effective_rank": [0.5, 0.9]}},
+        "corda": {**subspace, "subspace": "corda", "rehearsal_num_texts": 8, "rehearsal_num_tokens": 32},
+    }
+    evaluation = {"domain_samples": 6, "generation_tokens": 0, "scales": [0.25, 0.5, 0.75]}
+    plan = load_comparison(write_plan(tiny_folder, training=training, arms=arms, evaluation=evaluation), str(tmp_path / "out"))
+    run_comparison(plan, seeds=[0])
+    kept = kept_comparison(plan.output_dir)
+    assert kept.plain_sft == ("sft",)  # whatever the options that a script shares with `trl-ema train`
+    frozen = [PeftConfig.from_pretrained(kept.folder(f"osf-{rank}", 0)).effective_rank for rank in (0.5, 0.9)]
+    assert frozen == [0.5, 0.9]
+    curves = {
+        arm: json.loads(Path(kept.folder(arm, 0), "evaluation", "student", "curve.json").read_text())
+        for arm in ("osf-0.5", "corda")
+    }
+    assert curves["osf-0.5"]["unscalable"] and not curves["osf-0.5"]["scales"]
+    assert curves["corda"]["unscalable"] is None and len(curves["corda"]["scales"]) == 3
+    summary = summarize_comparison(plan.output_dir)
+    drift = {point["label"]: point["drift"]["general"]["kl_base_model"]["mean"] for point in summary["points"]}
+    assert drift["osf-0.9"] < drift["osf-0.5"]
+
+    # What neither knows is refused, and another strength is another run.
+    arms["osf"] |= {"efective_rank": 0.5}
+    plan = load_comparison(write_plan(tiny_folder, training=training, arms=arms), str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="efective_rank"):
+        run_comparison(plan)
+    del arms["osf"]["efective_rank"]
+    arms["corda"]["lora_r"] = 4
+    plan = load_comparison(write_plan(tiny_folder, training=training, arms=arms, evaluation=evaluation), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="holds a finished run with other options.*lora_r: None then, 4 now"):
+        run_comparison(plan)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "`script` '.*own.py' is no file in .*. Give its path from there, or a whole one"),
+        ("print('usage: own')", "does not tell the options of a training script: no option `--output_dir`"),
+        ("import nothing_such", "does not tell the options .*: ModuleNotFoundError: No module named 'nothing_such'"),
+    ],
+)
+def test_a_script_that_is_none_is_refused(tiny_folder, tmp_path, text, message):
+    script = tmp_path / "own.py"
+    if text is not None:
+        script.write_text(text)
+    arms = {"sft": {"teacher": "none"}, "own": {"script": str(script), "teacher": "none"}}
+    with pytest.raises(ValueError, match=message):
+        run_comparison(load_comparison(write_plan(tiny_folder, arms=arms), str(tmp_path / "out")))
+
+
 def test_unknown_arms_and_seeds_are_refused(comparison: Comparison):
     with pytest.raises(ValueError, match=r"no arms \['emma'\]; expected some of \['sft', 'ema'"):
         run_comparison(comparison, arms=["emma"])
@@ -737,9 +803,9 @@ def test_a_plan_that_is_no_mapping_is_refused(tmp_path):
             (
                 {"arms": {"sft": {"teacher": "none"}, "other": {"teacher": "none", option: value}}},
                 {},
-                f"Arm 'other' has `{option}='{value}'` and arm 'sft' .*: its adapter would be measured on a base that it was not",
+                f"Arm 'other' has `{option}={value!r}` and arm 'sft' .*: its adapter would be measured on a base that it was not",
             )
-            for option, value in (("model_name_or_path", "some/other"), ("model_revision", "v2"))
+            for option, value in (("model_name_or_path", "some/other"), ("model_revision", "v2"), ("load_in_4bit", False))
         ),
         (
             {"arms": {"sft": {"teacher": "none", "chat_template_path": "some/model"}}},

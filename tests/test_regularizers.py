@@ -51,6 +51,15 @@ METHODS = {
     "ewc": lambda make, weight, **options: make(
         teacher="none", ewc_weight=100 * weight, **({} if not weight else TEXTS), **options
     ),
+    "replay": lambda make, weight, **options: make(
+        teacher="none", rehearsal_weight=weight, **({} if not weight else TEXTS | dict(rehearsal_loss="ce")), **options
+    ),
+    "selfaug": lambda make, weight, **options: make(
+        teacher="frozen", kl_tokens="prompt", kl_weight=weight, **options
+    ),
+    "asft": lambda make, weight, **options: make(teacher="frozen", loss_type="dft", kl_weight=weight, **options),
+    # No strength: it is on or off.
+    "eaft": lambda make, weight, **options: make(teacher="none", entropy_weighting=weight > 0, **options),
 }
 OF_WEIGHTS = ("l1", "l2", "documented")
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -61,6 +70,8 @@ every_method = pytest.mark.parametrize("method", METHODS)
 def test_off_equals_plain_sft_step_for_step(make_trainer, method, options):
     ours = METHODS[method](make_trainer, 0.0, **options)
     adapter = lora(init_lora_weights=False) if method == "frozen adapter" else "lora"
+    if method == "asft":
+        options["loss_type"] = "dft"
     theirs = make_trainer(trainer_class=SFTTrainer, peft_config=adapter, **options)
     for trainer in (ours, theirs):
         trainer.train()
@@ -80,7 +91,7 @@ def _below(cls):
     return {cls, *(lower for child in cls.__subclasses__() for lower in _below(child))} - {Regularizer}
 
 
-@every_method
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "eaft"])
 def test_on_it_holds_the_student_back(make_trainer, method):
     """Nearer to the start in what it computes, or in its weights."""
     kept = {}
@@ -127,7 +138,7 @@ def test_a_checkpoint_without_it_is_refused_before_anything_is_loaded(make_train
     make_trainer(teacher="none", save_strategy="steps", save_steps=2).train()
     trainer = METHODS[method](make_trainer, 1.0)
     before = adapter_weights(trainer)
-    if method in ("frozen", "rehearsal"):  # the base is in every checkpoint, and the texts are beside the run
+    if method in ("frozen", "selfaug", "asft", "rehearsal", "replay", "eaft"):  # the base is in every checkpoint, and the texts are beside the run
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
         return
     with pytest.raises(ValueError, match="missing"):

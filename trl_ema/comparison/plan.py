@@ -52,6 +52,8 @@ class Arm:
         options (`dict`): Options of `trl-ema train` that differ from the common ones. `learning_rate_scale` multiplies the
             common learning rate.
         method (`str`): What it is a setting of: the arms of a `grid` are settings of one method. Its own name by default.
+        script (`str`, *optional*): Path of the training script that is run instead of `trl-ema train`. It takes the same options with
+            `--config`, and those of its own that its `--help` lists.
         interpolate (`str`, *optional*): Train nothing: take this arm's student and scale its adapter.
         scales (`tuple`): Factors of the adapter's update: 0 is the base model, 1 the student.
     """
@@ -59,6 +61,7 @@ class Arm:
     name: str
     options: dict
     method: str
+    script: str | None = None
     interpolate: str | None = None
     scales: tuple[float, ...] = ()
 
@@ -79,18 +82,22 @@ class Arm:
         method = options.pop("method", name)
         if not isinstance(method, str):
             raise ValueError(f"`method` of arm {name!r} is {method!r}; expected the name of what it is a setting of.")
+        script = options.pop("script", None)
+        if not isinstance(script, str | None):
+            raise ValueError(f"`script` of arm {name!r} is {script!r}; expected a path, such as `script: recipes/subspaces.py`.")
         scales = options.pop("scales", None) or []
         if not isinstance(scales, list) or not all(isinstance(scale, int | float) for scale in scales):
             raise ValueError(f"`scales` of arm {name!r} is {scales!r}; expected a list of factors such as [0.25, 0.5].")
-        arm = cls(name, options, method, options.pop("interpolate", None), tuple(scales))
+        arm = cls(name, options, method, script, options.pop("interpolate", None), tuple(scales))
         if "learning_rate_scale" in arm.options and "learning_rate" in arm.options:
             raise ValueError(f"Arm {name!r} has `learning_rate` and `learning_rate_scale`. Give one of them.")
         if (arm.interpolate is None) == bool(arm.scales):
             raise ValueError(
                 f"Arm {name!r} needs `interpolate` and `scales` together: an arm's name and a list of factors."
             )
-        if arm.interpolate is not None and arm.options:
-            raise ValueError(f"Arm {name!r} interpolates and trains nothing, but has options {sorted(arm.options)}.")
+        given = sorted(arm.options) + ([] if script is None else ["script"])
+        if arm.interpolate is not None and given:
+            raise ValueError(f"Arm {name!r} interpolates and trains nothing, but has options {given}.")
         return arm
 
 
@@ -379,6 +386,12 @@ def _comparison(plan: dict, path: str, output_dir: str | None) -> Comparison:
         raise ValueError(
             f"`launch` in {path} has no `accelerate_config`. Give the name of a packaged one, or a file, and what else the launcher "
             "takes: `launch: {accelerate_config: multi_gpu, num_processes: 4}`."
+        )
+    scripts = [arm.name for arm in arms.values() if arm.script is not None]
+    if comparison.launch is not None and scripts:
+        raise ValueError(
+            f"`launch` in {path} is of `trl-ema train`, and the arms {scripts} have a `script` of their own. Leave out `launch`, or "
+            "these arms."
         )
     reserved = [key for key in _RESERVED if key in comparison.training]
     if reserved:

@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
@@ -45,11 +46,11 @@ from ..launch import checks_of_launch
 from ..preflight import check_training
 from ..processes import Launch
 from ..regularizers.own_texts import may_be_at_hand
-from ..script import data_of, parse, sources
+from ..script import TrainingScriptArguments, data_of, parse, sources
 from .plan import BASE, PLAN, Arm, Comparison
 from .rows import Options, RunData, check_same, check_same_split, shared_rows
 from .stages import check_tasks_of_stages
-from .training import START, check_jobs, is_begun, train, train_together
+from .training import START, check_jobs, is_begun, options_of_script, train, train_together
 
 
 if TYPE_CHECKING:
@@ -146,7 +147,11 @@ def _understood(comparison: Comparison, parsed: list[dict[tuple[str, int], Optio
             configs[arm].append(config)
     return replace(
         comparison,
-        plain_sft=tuple(arm for arm, found in configs.items() if all(config.is_plain_sft for config in found)),
+        plain_sft=tuple(
+            arm
+            for arm, found in configs.items()
+            if comparison.arms[arm].script is None and all(config.is_plain_sft for config in found)
+        ),
         averaged=tuple(arm for arm, found in configs.items() if all(config.teacher == "ema" for config in found)),
     )
 
@@ -164,9 +169,11 @@ def _understand(stage: Comparison, arm: Arm, seed: int) -> Options:
     """The options of one run, as the script understands them; nothing is left behind."""
     run = stage.run_name(arm.name, seed)
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+            if arm.script is not None:  # which says itself what it ignores
+                warnings.simplefilter("ignore", UserWarning)
             path = Path(scratch, "config.yaml")
-            write_text(path, yaml.safe_dump(stage.options(arm, seed)))
+            write_text(path, yaml.safe_dump(_options_of_training(stage, arm, seed)))
             found = parse(["--config", str(path)])
     except ValueError as error:
         if stage.stage is None:
@@ -183,6 +190,16 @@ def _understand(stage: Comparison, arm: Arm, seed: int) -> Options:
             "it out, so that each writes its own, or give `rehearsal_dataset`."
         )
     return found  # type: ignore[return-value]
+
+
+def _options_of_training(stage: Comparison, arm: Arm, seed: int) -> dict:
+    """The options of one run without those that only the arm's own script takes."""
+    options = stage.options(arm, seed)
+    if arm.script is None:
+        return options
+    known = {f.name for kind in (TrainingScriptArguments, MeanTeacherConfig, ModelConfig) for f in fields(kind)}
+    own = options_of_script(arm.script) - known
+    return {name: value for name, value in options.items() if name not in own}
 
 
 # Beside TRL's `ModelConfig`: what all stages share.
@@ -253,7 +270,7 @@ def _check_trainings(todo: Sequence[tuple[Comparison, Arm, int]], read: RunData)
 
 def _check_same_model(settings: dict[str, ModelConfig]) -> None:
     """Raises `ValueError` unless all arms begin with one base, which is measured once and carries each adapter."""
-    names = ("model_name_or_path", "model_revision")
+    names = ("model_name_or_path", "model_revision", "load_in_4bit", "load_in_8bit")
     check_same(settings, names, "its adapter would be measured on a base that it was not trained on")
 
 

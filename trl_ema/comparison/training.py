@@ -2,10 +2,12 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from queue import SimpleQueue
@@ -85,7 +87,8 @@ def train(comparison: Comparison, arm: Arm, seed: int, log: Path | None = None, 
         write_json(Path(folder, START), start)
     config = os.path.join(folder, "config.yaml")
     launch = _words(comparison)
-    command = [sys.executable, "-m", "trl_ema", "train", *launch, "--config", config]
+    start = ["-m", "trl_ema", "train", *launch] if arm.script is None else [arm.script]
+    command = [sys.executable, *start, "--config", config]
     # Weights & Biases takes these from nowhere else; the group is that of a run in trackio, too.
     groups = {"WANDB_PROJECT": comparison.project, RUN_GROUP: arm.name} | os.environ | environment
     if not (launch or environment) and len(_devices()) > 1:  # one process, which TRL refuses several GPUs
@@ -101,6 +104,27 @@ def train(comparison: Comparison, arm: Arm, seed: int, log: Path | None = None, 
             f"The training of {comparison.run_name(arm.name, seed)}, failed; what it said is {'above' if log is None else f'in {log}'}. The "
             "others are kept: run `trl-ema compare` again once it is mended."
         ) from error
+
+
+@cache
+def options_of_script(script: str) -> frozenset[str]:
+    """
+    Names of the options that a training script takes, as its `--help` tells them.
+
+    Raises:
+        ValueError: It is not there, or does not tell them.
+    """
+    if not os.path.isfile(script):
+        raise ValueError(f"`script` {script!r} is no file in {os.getcwd()}. Give its path from there, or a whole one.")
+    told = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    names = frozenset(re.findall(r"--(\w+)", told.stdout))
+    if told.returncode or "output_dir" not in names:
+        said = (told.stderr.strip() or "no option `--output_dir`").splitlines()[-1]
+        raise ValueError(
+            f"`{script} --help` does not tell the options of a training script: {said}. Give a script that takes those of `trl-ema "
+            "train`, such as recipes/subspaces.py."
+        )
+    return names
 
 
 def is_begun(folder: str) -> bool:
