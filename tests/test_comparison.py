@@ -707,7 +707,9 @@ def test_unknown_options_and_tasks_are_refused_before_training(tiny_folder, tmp_
 def test_an_arm_is_trained_by_a_script_of_its_own(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path / "cache"))
     subspace = {"script": str(SUBSPACES), "teacher": "none"}
-    training = PLAN["training"] | {name: str(tiny_folder / PLAN["training"][name]) for name in ("model_name_or_path", "dataset_name")}
+    training = PLAN["training"] | {
+        name: str(tiny_folder / PLAN["training"][name]) for name in ("model_name_or_path", "dataset_name")
+    }
     training["load_in_4bit"] = False  # which OSF and CorDA decompose
     arms = {
         "sft": {"teacher": "none"},
@@ -715,7 +717,9 @@ def test_an_arm_is_trained_by_a_script_of_its_own(tiny_folder, tmp_path, monkeyp
         "corda": {**subspace, "subspace": "corda", "rehearsal_num_texts": 8, "rehearsal_num_tokens": 32},
     }
     evaluation = {"domain_samples": 6, "generation_tokens": 0, "scales": [0.25, 0.5, 0.75]}
-    plan = load_comparison(write_plan(tiny_folder, training=training, arms=arms, evaluation=evaluation), str(tmp_path / "out"))
+    plan = load_comparison(
+        write_plan(tiny_folder, training=training, arms=arms, evaluation=evaluation), str(tmp_path / "out")
+    )
     run_comparison(plan, seeds=[0])
     kept = kept_comparison(plan.output_dir)
     assert kept.plain_sft == ("sft",)  # whatever the options that a script shares with `trl-ema train`
@@ -738,7 +742,9 @@ def test_an_arm_is_trained_by_a_script_of_its_own(tiny_folder, tmp_path, monkeyp
         run_comparison(plan)
     del arms["osf"]["efective_rank"]
     arms["corda"]["lora_r"] = 4
-    plan = load_comparison(write_plan(tiny_folder, training=training, arms=arms, evaluation=evaluation), str(tmp_path / "out"))
+    plan = load_comparison(
+        write_plan(tiny_folder, training=training, arms=arms, evaluation=evaluation), str(tmp_path / "out")
+    )
     with pytest.raises(ValueError, match="holds a finished run with other options.*lora_r: None then, 4 now"):
         run_comparison(plan)
 
@@ -805,7 +811,11 @@ def test_a_plan_that_is_no_mapping_is_refused(tmp_path):
                 {},
                 f"Arm 'other' has `{option}={value!r}` and arm 'sft' .*: its adapter would be measured on a base that it was not",
             )
-            for option, value in (("model_name_or_path", "some/other"), ("model_revision", "v2"), ("load_in_4bit", False))
+            for option, value in (
+                ("model_name_or_path", "some/other"),
+                ("model_revision", "v2"),
+                ("load_in_4bit", False),
+            )
         ),
         (
             {"arms": {"sft": {"teacher": "none", "chat_template_path": "some/model"}}},

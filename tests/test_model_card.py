@@ -311,6 +311,21 @@ def test_card_tells_what_was_rehearsed_and_how(make_trained, options, told):
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (dict(teacher="ema"), True),
+        (dict(teacher="frozen"), True),
+        (dict(teacher="none", l2_weight=0.1), True),
+        (dict(teacher="none", entropy_weighting=True), True),
+        (dict(teacher="none"), False),
+        (dict(OWN_TEXTS, rehearsal_weight=2.0, teacher="ema"), False),
+    ],
+)
+def test_card_says_what_the_comparison_found_of_teachers_and_penalties(make_trained, options, told):
+    assert ("no teacher and no penalty alone kept much more" in saved_card(make_trained(**options)).text) == told
+
+
 def test_card_names_the_kinds_of_many_adapted_modules(make_trained):
     told = "| `target_modules` | down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj: 14 modules by name |"
     assert told in saved_card(make_trained()).text

@@ -54,9 +54,7 @@ METHODS = {
     "replay": lambda make, weight, **options: make(
         teacher="none", rehearsal_weight=weight, **({} if not weight else TEXTS | dict(rehearsal_loss="ce")), **options
     ),
-    "selfaug": lambda make, weight, **options: make(
-        teacher="frozen", kl_tokens="prompt", kl_weight=weight, **options
-    ),
+    "selfaug": lambda make, weight, **options: make(teacher="frozen", kl_tokens="prompt", kl_weight=weight, **options),
     "asft": lambda make, weight, **options: make(teacher="frozen", loss_type="dft", kl_weight=weight, **options),
     # No strength: it is on or off.
     "eaft": lambda make, weight, **options: make(teacher="none", entropy_weighting=weight > 0, **options),
@@ -138,7 +136,14 @@ def test_a_checkpoint_without_it_is_refused_before_anything_is_loaded(make_train
     make_trainer(teacher="none", save_strategy="steps", save_steps=2).train()
     trainer = METHODS[method](make_trainer, 1.0)
     before = adapter_weights(trainer)
-    if method in ("frozen", "selfaug", "asft", "rehearsal", "replay", "eaft"):  # the base is in every checkpoint, and the texts are beside the run
+    if method in (
+        "frozen",
+        "selfaug",
+        "asft",
+        "rehearsal",
+        "replay",
+        "eaft",
+    ):  # the base is in every checkpoint, and the texts are beside the run
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
         return
     with pytest.raises(ValueError, match="missing"):

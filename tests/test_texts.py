@@ -685,7 +685,7 @@ def test_the_command_writes_texts_and_prints_one_of_each_kind(tiny_folder, tmp_p
 def test_the_command_writes_what_a_training_in_4_bits_finds(tiny_folder, tmp_path):
     options = ["--num_texts", 4, "--num_tokens", 40, "--load_in_4bit", "true", "--chat", "false", "--seed", 3]
     path = tmp_path / "own.safetensors"
-    trl_ema("rehearse", "--model_name_or_path", tiny_folder / "model", *options, "--output_file", path)
+    trl_ema("rehearse", "--model", tiny_folder / "model", *options, "--output_file", path)
     quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model, tokenizer = load_base(str(tiny_folder / "model"), dtype=torch.float32, quantization_config=quantized)
     peft = get_peft_model(model, lora())

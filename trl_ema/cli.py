@@ -556,8 +556,9 @@ class RehearsalArguments(BackendArguments):
     model_name_or_path: str | None = field(
         default=None,
         metadata={
+            "aliases": ["--model"],
             "help": "Hub name or path of a model, or folder of an adapter that a training goes on from; default: the offline demo "
-            "model."
+            "model.",
         },
     )
     model_revision: str | None = field(

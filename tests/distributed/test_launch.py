@@ -22,7 +22,12 @@ OTHERS = {
     "none": dict(teacher="none", lora_modules_to_save=None, measure=False),
     "nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", use_bnb_nested_quant=True, measure=False),
     "bf16": dict(bf16=True, dtype="bfloat16"),
-}
+    # More texts than the three steps before a checkpoint take, and fewer than all six do
+    "rehearsal": dict(
+        teacher="none", lora_modules_to_save=None, measure=False, rehearsal_weight=2.0, rehearsal_num_texts=8,
+        rehearsal_num_tokens=40, drift_budget=0.01,
+    ),
+}  # fmt: skip
 
 
 # From an adapter, which the launch on one process has trained.
@@ -37,9 +42,11 @@ def others(mode, *kinds):
     return {f"{mode}_{kind}": (mode, (OTHERS | ON)[kind]) for kind in kinds}
 
 
-def resumed(before, mode):
+def resumed(before, mode, kind=None):
     output = f"{before}_resumed" if before == mode else f"{before}_to_{mode}"
-    return {output: (mode, dict(resume_from_checkpoint=f"{before}/checkpoint-3", measure=False))}
+    before, output = (name + (f"_{kind}" if kind else "") for name in (before, output))
+    options = OTHERS.get(kind, {}) | dict(resume_from_checkpoint=f"{before}/checkpoint-3", measure=False)
+    return {output: (mode, options)}
 
 
 COMPILED = {"compiled": ("fsdp2", dict(torch_compile=True, torch_compile_backend="aot_eager"))}
@@ -50,7 +57,7 @@ WRAPPED = {"wrapped": ("fsdp2_wrapped", dict(gradient_checkpointing=False))}
 # from wherever no other test resumes bit for bit in new ones, as those of a signal do. What is refused ends its launch.
 LAUNCHES = [
     plain("one") | others("one", *OTHERS) | others("one", *ON),
-    plain("ddp") | others("ddp", "nf4") | resumed("ddp", "ddp") | resumed("one", "ddp"),
+    plain("ddp") | others("ddp", "nf4", "rehearsal") | resumed("ddp", "ddp") | resumed("one", "ddp"),
     plain("zero2") | plain("zero1"),
     resumed("zero2", "zero2")
     | plain("zero3")
@@ -63,7 +70,7 @@ LAUNCHES = [
     | others("fsdp2_sharded", "none")
     | COMPILED,
     resumed("fsdp2", "fsdp2") | resumed("one", "fsdp2") | resumed("fsdp2_sharded", "fsdp2_sharded") | WRAPPED,
-    resumed("ddp", "one") | resumed("zero2", "one") | resumed("fsdp2", "one"),
+    resumed("ddp", "one") | resumed("zero2", "one") | resumed("fsdp2", "one") | resumed("ddp", "one", "rehearsal"),
 ]
 
 
@@ -146,7 +153,11 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(runs, mode):
     assert_same(runs(f"{mode}_resumed"), runs(mode))
 
 
-KEYS = {"frozen": ("loss", "ce_loss", "kl_loss"), "none": ("loss", "mean_token_accuracy")}
+KEYS = {
+    "rehearsal": ("loss", "ce_loss", "rehearsal_kl", "rehearsal_weight"),
+    "frozen": ("loss", "ce_loss", "kl_loss"),
+    "none": ("loss", "mean_token_accuracy"),
+}
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("frozen", "zero3"), ("frozen", "fsdp2"), ("none", "fsdp2_sharded")])
@@ -154,6 +165,12 @@ def test_other_teachers_too(runs, kind, mode):
     two = runs(f"{mode}_{kind}")
     assert_same(two, runs(f"one_{kind}"), rtol=1e-3, atol=1e-4, keys=KEYS[kind], adapters=["student"])
     assert not (two / "teacher").exists()
+
+
+@pytest.mark.parametrize("output", ["ddp_rehearsal", "ddp_to_one_rehearsal"])
+def test_rehearsal_on_two_processes_and_resumed_on_one_takes_the_texts_of_one(runs, output):
+    """With a weight that a budget moves, in the middle of the texts and over their end."""
+    assert_same(runs(output), runs("one_rehearsal"), rtol=1e-3, atol=1e-4, keys=KEYS["rehearsal"], adapters=["student"])
 
 
 def test_zero3_goes_on_from_an_adapter_as_one_process_does(runs):

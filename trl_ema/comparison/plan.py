@@ -84,7 +84,9 @@ class Arm:
             raise ValueError(f"`method` of arm {name!r} is {method!r}; expected the name of what it is a setting of.")
         script = options.pop("script", None)
         if not isinstance(script, str | None):
-            raise ValueError(f"`script` of arm {name!r} is {script!r}; expected a path, such as `script: recipes/subspaces.py`.")
+            raise ValueError(
+                f"`script` of arm {name!r} is {script!r}; expected a path, such as `script: recipes/subspaces.py`."
+            )
         scales = options.pop("scales", None) or []
         if not isinstance(scales, list) or not all(isinstance(scale, int | float) for scale in scales):
             raise ValueError(f"`scales` of arm {name!r} is {scales!r}; expected a list of factors such as [0.25, 0.5].")
