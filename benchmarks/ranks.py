@@ -22,6 +22,8 @@ from trl_ema.memory import BFLOAT16, FLOAT32, MODES, Bytes, Sizes, memory
 
 
 TEACHERS = ("none", "frozen", "ema")
+# A case beside them, under the launches that our trainer is measured in: no teacher, and given texts beside the batch.
+REHEARSAL = "rehearsal"
 RANKS = 2
 STEPS = 2  # that are profiled
 
@@ -36,7 +38,8 @@ def sent(mode: str, teacher: str, n: Sizes, b: Bytes, ranks: int) -> float:
         DDP    2 · adapter: the gradients are all-reduced
         ZeRO-2 3 · adapter: the gradients are all-reduced, the new weights gathered
         ZeRO-3 2 · (layers + adapter) + embeddings + adapter: forward and backward gather, the gradients are scattered;
-               a teacher's pass adds layers + embedding, and its adapter when it is an average
+               a teacher's pass adds layers + embedding, and its adapter when it is an average; with rehearsal the model before
+               training has such a pass, over its texts, as a frozen teacher over a fresh adapter has
         FSDP2  as ZeRO-3, but a layer's student and teacher are always gathered together, and backward, when it has passed
                the first layer, fetches what ran before it in vain: the input embedding, or the teacher's last layer where
                the embedding is the head too and stays gathered
@@ -111,10 +114,15 @@ def _trained_by_trainer(mode: str, teacher: str, folder: str):
     from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
 
     stage = {"zero2": 2, "zero3": 3}.get(mode)
+    rehearses = teacher == REHEARSAL
+    # A half-life would be a share of a run, and this is none.
+    options = {"ema": {"ema_decay": 0.9}, REHEARSAL: {"rehearsal_weight": 1.0, "rehearsal_fraction": 0.5}}.get(
+        teacher, {}
+    )
     args = MeanTeacherConfig(
-        folder, teacher=teacher, per_device_train_batch_size=1, max_steps=STEPS + 1, bf16=False, ddp_backend="gloo",
-        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
-        use_cpu=stage is None, ddp_find_unused_parameters=False,
+        folder, teacher="none" if rehearses else teacher, per_device_train_batch_size=1, max_steps=STEPS + 1, bf16=False,
+        ddp_backend="gloo", report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False, use_cpu=stage is None, ddp_find_unused_parameters=False, **options,
     )  # fmt: skip
     rows = [{key: value[0].tolist() for key, value in _batch().items()} for _ in range(8)]
     tokenizer = PreTrainedTokenizerFast(
@@ -122,14 +130,19 @@ def _trained_by_trainer(mode: str, teacher: str, folder: str):
         eos_token="</s>",
     )  # fmt: skip
     trainer = EMARegularizedSFTTrainer(
-        _small_model(), args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
-    )
+        _small_model(), args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+        rehearsal_dataset=datasets.Dataset.from_list([{"text": "<pad> </s> " * 8}] * 8) if rehearses else None,
+    )  # fmt: skip
     trainer.state.max_steps, trainer.current_gradient_accumulation_steps = STEPS + 1, 1
     model, _ = trainer._prepare_for_training(STEPS + 1, trainer.get_train_dataloader(), None)
 
+    for regularizer in trainer.regularizers if rehearses else ():
+        regularizer.begin(trainer)
+    batches = iter(trainer.get_train_dataloader())
+
     def step():
-        batch = {key: value.to(args.device) for key, value in _batch().items()}
-        trainer.training_step(model, batch, batch["labels"].numel())
+        (batch,), items = trainer.get_batch_samples(batches, 1, args.device)
+        trainer.training_step(model, batch, items)
         trainer.optimizer.step()
         model.zero_grad()
         if trainer.teacher is not None:
@@ -254,7 +267,7 @@ def measure(modes: list[str]) -> None:
     print("MiB of each rank, counted and by formula\n")
     print("| launch | teacher | base | student | optimizer | teacher | sent per step |\n|---|---|---|---|---|---|---|")
     for mode in modes:
-        for teacher in TEACHERS:
+        for teacher in (*TEACHERS, *([] if mode == "fsdp2" else [REHEARSAL])):
             found = _launch(mode, teacher)
             case = (mode, teacher, Sizes(**found["sizes"]), FLOAT32[mode], RANKS)
             expected = memory(*case) | {"sent": sent(*case)}
