@@ -8,6 +8,7 @@ from typing import ClassVar
 # Of a weight that is controlled: how far it may go from where it began, as factors.
 _LOWEST, _HIGHEST = 1e-3, 30.0
 EARLY = 1.0  # what is allowed beyond a budget when a run begins, as a share of it
+_PULLS = 20.0  # times its lowest: from there on a weight pulls, and its divergence falls with the learning rate
 _LEAST = 1e-9  # of a ratio whose logarithm is taken
 
 
@@ -113,14 +114,15 @@ class BudgetedWeight:
     """
     A weight λ that brings a divergence to a budget by the end of a run, a proportional-integral controller of ln λ:
 
-        b = budget · (2 − t/T)                        m ← β·m + (1 − β)·D after each optimizer step t of T
+        b = budget · (1 + s·(1 − t/T))                m ← β·m + (1 − β)·D after each optimizer step t of T
         e = ln(m / b), held within ±1                 i ← i + η·e
-        ln λ = i + κ·e
+        ln λ = i + κ·e                                s = ln(e^i / λ_min) / ln 20, at most 1
 
-    with λ held between a thousandth and thirty times of where it began. Above b it rises, below it falls. The integral alone
+    with λ held between λ_min, a thousandth of where it began, and thirty times that. Above b it rises, below it falls. The integral alone
     would be late: a student takes some ten steps to follow its weight. It is pressed down in a few steps and rises again slowly,
     and a part of D is noise, which goes with the learning rate: so b begins above the budget. Held to the budget from the start,
-    λ would rise to press that noise out, and the student would end far below.
+    λ would rise to press that noise out, and the student would end far below. A weight near its lowest pulls nothing back: D
+    stays what it is while the learning rate falls, and nothing is allowed beyond the budget.
 
     Args:
         weight (`float`): Where λ begins, above 0.
@@ -157,7 +159,8 @@ class BudgetedWeight:
             return
         self.found = self.smoothed.add(divergence)
         left = max(0.0, 1 - step / max(1, self.total_steps))
-        error = math.log(max(self.found / (self.budget * (1 + EARLY * left)), _LEAST))
+        pulls = min(1.0, math.log(self.center / (self.begins * _LOWEST)) / math.log(_PULLS))
+        error = math.log(max(self.found / (self.budget * (1 + EARLY * pulls * left)), _LEAST))
         error = min(max(error, -1.0), 1.0)
         self.center = self._held(self.center * math.exp(self.rate * error))
         self.weight = self._held(self.center * math.exp(self.gain * error))

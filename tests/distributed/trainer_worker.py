@@ -146,9 +146,9 @@ class _DenseRehearsal:
         self.mean = 0.9 * self.mean + 0.1 * kl / tokens
         if self.args.drift_budget is not None:
             smoothed = self.mean / (1 - 0.9**self.steps)
-            target = self.args.drift_budget * (2 - self.steps / self.trainer.state.max_steps)
+            begins, left = self.args.rehearsal_weight, 1 - self.steps / self.trainer.state.max_steps
+            target = self.args.drift_budget * (1 + left * min(1, math.log(1000 * self.center / begins) / math.log(20)))
             error = max(min(math.log(max(smoothed / target, 1e-9)), 1.0), -1.0)
-            begins = self.args.rehearsal_weight
             self.center = min(max(self.center * math.exp(0.15 * error), begins / 1000), 30 * begins)
             self.weight = min(max(self.center * math.exp(2 * error), begins / 1000), 30 * begins)
 
