@@ -197,9 +197,9 @@ def along(way):
 
 
 def all_ways():
-    """Of both parts of the map, with the method."""
+    """Of both parts of the map, with the method; what was made again as it is in the second."""
     first = [way | {"method": found["method"]} for found in the_map()["map"]["methods"] for way in found["ways"]]
-    return first + the_map("definitions_more_seed_0")["map"]["ways"]
+    return {way["label"]: way for way in first + the_map("definitions_more_seed_0")["map"]["ways"]}.values()
 
 
 def test_the_settings_of_the_map_are_all_in_its_table():
