@@ -87,8 +87,8 @@ def train(comparison: Comparison, arm: Arm, seed: int, log: Path | None = None, 
         write_json(Path(folder, START), start)
     config = os.path.join(folder, "config.yaml")
     launch = _words(comparison)
-    start = ["-m", "trl_ema", "train", *launch] if arm.script is None else [arm.script]
-    command = [sys.executable, *start, "--config", config]
+    program = ["-m", "trl_ema", "train", *launch] if arm.script is None else [arm.script]
+    command = [sys.executable, *program, "--config", config]
     # Weights & Biases takes these from nowhere else; the group is that of a run in trackio, too.
     groups = {"WANDB_PROJECT": comparison.project, RUN_GROUP: arm.name} | os.environ | environment
     if not (launch or environment) and len(_devices()) > 1:  # one process, which TRL refuses several GPUs
