@@ -34,12 +34,12 @@ def medquad(sets: Path, split: str) -> list[dict]:
     return [{"prompt": row["question"], "completion": row["answer"]} for row in rows if row["split"] == split]
 
 
-def human_answers(rows: list[dict], tokenizer, words: int = 12) -> list[dict]:
-    """Instructions with their first human answer, of at least a sentence (of so many words)."""
+def human_answers(rows: list[dict], tokenizer) -> list[dict]:
+    """Instructions with their first human answer, of at least a sentence."""
     found = []
     for row in rows:
         answer = row["instances"][0]["output"].strip()
-        if len(answer.split()) >= words and len(_prompt(row).split()) <= TOKENS:
+        if len(answer.split()) >= 12 and len(_prompt(row).split()) <= TOKENS:
             found.append({"prompt": _prompt(row), "completion": _first_tokens(answer, tokenizer)})
     return found
 

@@ -39,13 +39,15 @@ def test_a_divergence_that_is_not_finite_leaves_a_budgeted_weight_as_it_is(value
     assert weight.state() == other.state() and weight.value(3) > 1
 
 
-@pytest.mark.parametrize(("center", "allowed"), [(1e-3, 0.1), (math.sqrt(20) * 1e-3, 0.15), (0.02, 0.2), (0.5, 0.2)])
+@pytest.mark.parametrize(
+    ("center", "allowed"), [(1e-5, 0.1), (1e-3, 0.1), (math.sqrt(20) * 1e-3, 0.15), (0.02, 0.2), (0.5, 0.2)]
+)
 def test_nothing_is_allowed_beyond_a_budget_that_the_weight_does_not_work_for(center, allowed):
     """It would stay: a run of the demo's model ended 22 % above a budget of 0.3, its weight at the lowest for most of it."""
     weight = BudgetedWeight(1.0, budget=0.1, total_steps=10)
     weight.center = center
     weight.observe(allowed, 0)
-    assert weight.value(0) == pytest.approx(center)
+    assert weight.value(0) == pytest.approx(max(center, 1e-3))  # the lowest
     weight.observe(1.1 * allowed, 0)
     assert weight.value(0) > center
 

@@ -396,7 +396,8 @@ def _method(trainer: Any) -> list[str]:
     for name, text in _PENALTIES.items():
         if getattr(args, name):
             lines += [f"Beside it, {text.format(weight=getattr(args, name))}.", ""]
-    if not (args.is_plain_sft or args.rehearsal_weight):
+    regularized = args.teacher != "none" or args.entropy_weighting or any(getattr(args, name) for name in _PENALTIES)
+    if regularized and not args.rehearsal_weight:
         lines += [_OF_OTHERS, ""]
     if trainer.teacher is not None:
         lines += _FORMULA

@@ -159,7 +159,8 @@ class BudgetedWeight:
             return
         self.found = self.smoothed.add(divergence)
         left = max(0.0, 1 - step / max(1, self.total_steps))
-        pulls = min(1.0, math.log(self.center / (self.begins * _LOWEST)) / math.log(_PULLS))
+        pulls = math.log(self.center / (self.begins * _LOWEST)) / math.log(_PULLS)
+        pulls = min(max(pulls, 0.0), 1.0)  # below where it goes on with a higher weight than it was begun with
         error = math.log(max(self.found / (self.budget * (1 + EARLY * pulls * left)), _LEAST))
         error = min(max(error, -1.0), 1.0)
         self.center = self._held(self.center * math.exp(self.rate * error))

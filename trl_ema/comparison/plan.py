@@ -390,11 +390,12 @@ def _comparison(plan: dict, path: str, output_dir: str | None) -> Comparison:
             "takes: `launch: {accelerate_config: multi_gpu, num_processes: 4}`."
         )
     scripts = [arm.name for arm in arms.values() if arm.script is not None]
-    if comparison.launch is not None and scripts:
-        raise ValueError(
-            f"`launch` in {path} is of `trl-ema train`, and the arms {scripts} have a `script` of their own. Leave out `launch`, or "
-            "these arms."
-        )
+    for name, there in (("launch", comparison.launch), ("stages", comparison.stages)):
+        if there and scripts:
+            raise ValueError(
+                f"`{name}` in {path} is of `trl-ema train`, and the arms {scripts} have a `script` of their own. Leave out `{name}`, or "
+                "these arms."
+            )
     reserved = [key for key in _RESERVED if key in comparison.training]
     if reserved:
         raise ValueError(

@@ -102,7 +102,7 @@ def run_comparison(
     comparison = replace(comparison, suite=suite)
     now = [one for one in comparison.by_stage() if stages is None or (one.stage and one.stage.name in stages)]
     for arm in chosen:
-        _check_scalable(arm, parsed[-1])
+        _check_scalable(comparison, arm, parsed[-1])
     for arm, seed in product(chosen, seeds):
         _check_run(comparison, arm, seed, now, chosen, evaluate_only)
     todo = [
@@ -229,17 +229,17 @@ def _write(
     those which are still to be trained can be.
     """
     configs = {
-        Path(stage.folder(arm.name, seed), "config.yaml"): stage.options(arm, seed)
+        Path(stage.folder(arm.name, seed), "config.yaml"): (arm.script, stage.options(arm, seed))
         for stage in comparison.by_stage()
         for arm, seed in product(stage.trained(), stage.seeds)
     }
-    for path, options in configs.items():
-        _check_same_run(path, options)
+    for path, (script, options) in configs.items():
+        _check_same_run(path, script, options)
     read = RunData()
     _check_trainings(todo, read)
     if not evaluate_only:
-        for path, options in configs.items():
-            write_text(path, yaml.safe_dump(options))
+        for path, (script, options) in configs.items():
+            write_text(path, ("" if script is None else f"{_SCRIPT}{script}\n") + yaml.safe_dump(options))
     first = [next(iter(of_stage.values())) for of_stage in parsed]
     write_json(Path(comparison.output_dir, PLAN), _plan(comparison, first) | shared_rows(comparison, parsed, read))
 
@@ -270,7 +270,14 @@ def _check_trainings(todo: Sequence[tuple[Comparison, Arm, int]], read: RunData)
 
 def _check_same_model(settings: dict[str, ModelConfig]) -> None:
     """Raises `ValueError` unless all arms begin with one base, which is measured once and carries each adapter."""
-    names = ("model_name_or_path", "model_revision", "load_in_4bit", "load_in_8bit")
+    names = (
+        "model_name_or_path",
+        "model_revision",
+        "load_in_4bit",
+        "load_in_8bit",
+        "bnb_4bit_quant_type",
+        "use_bnb_nested_quant",
+    )
     check_same(settings, names, "its adapter would be measured on a base that it was not trained on")
 
 
@@ -353,10 +360,16 @@ def _check_run(
             _check_order(stage, stage.earlier, arm.name, seed, [] if evaluate_only else now)
 
 
-def _check_scalable(arm: Arm, runs: dict[tuple[str, int], Options]) -> None:
+def _check_scalable(comparison: Comparison, arm: Arm, runs: dict[tuple[str, int], Options]) -> None:
     """Raises `ValueError` if `arm` scales adapters that are no factor of their update."""
     if arm.interpolate is None or set(arm.scales) <= {1}:
         return
+    script = comparison.arms[arm.interpolate].script
+    if script is not None:
+        raise ValueError(
+            f"Arm {arm.name!r} scales the adapters of {arm.interpolate!r}, and which ones {script} makes is not known before. Leave the "
+            "arm out: `scales` under `evaluation` measures every adapter that can be scaled."
+        )
     model_args = next(options[2] for (source, _), options in runs.items() if source == arm.interpolate)
     cause = unscalable_by(lora(model_args))
     if cause is not None:
@@ -440,12 +453,19 @@ def _check_weights(comparison: Comparison, arm: Arm, seed: int) -> None:
             )
 
 
-def _check_same_run(path: Path, options: dict) -> None:
-    """Raises `ValueError` if `path` is the config of a run, finished or begun, with other options."""
+# A line of a run's config that is no option of the script itself.
+_SCRIPT = "# script: "
+
+
+def _check_same_run(path: Path, script: str | None, options: dict) -> None:
+    """Raises `ValueError` if `path` is the config of a run, finished or begun, with other options or by another script."""
     finished = path.with_name("metrics.json").is_file()
     if not path.is_file() or not (finished or any(path.parent.glob("checkpoint-*"))):
         return
-    old = yaml.safe_load(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    old, options = yaml.safe_load(text), options | {"script": script}
+    if text.startswith(_SCRIPT):
+        old["script"] = text.splitlines()[0].removeprefix(_SCRIPT)
     # The folder may have moved, and with it that of the stage before.
     old, options = (
         given | {key: os.path.basename(given[key]) for key in ("adapter_name_or_path",) if given.get(key)}
