@@ -39,7 +39,7 @@ def human_answers(rows: list[dict], tokenizer) -> list[dict]:
     found = []
     for row in rows:
         answer = row["instances"][0]["output"].strip()
-        if len(answer.split()) >= 12 and len(_prompt(row).split()) <= TOKENS:
+        if len(answer.split()) >= 12:
             found.append({"prompt": _prompt(row), "completion": _first_tokens(answer, tokenizer)})
     return found
 
@@ -70,6 +70,10 @@ def own_answers(rows: list[dict], model, tokenizer) -> list[dict]:
     return [row for row in found if row["completion"].strip()]
 
 
+def _instructions(path: Path) -> list[dict]:
+    return [row for row in _read(path) if len(_prompt(row).split()) <= TOKENS]
+
+
 def _prompt(row: dict) -> str:
     return "\n".join(filter(None, [row["instruction"].strip(), row["instances"][0]["input"].strip()]))
 
@@ -91,9 +95,10 @@ def main() -> None:
     name = args.model or demo_model()
     model, _ = load_base(name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    answered = human_answers(_read(args.sets / "self_instruct" / "user_oriented_252.jsonl"), tokenizer)
-    tasks = _read(args.sets / "self_instruct" / "seed_tasks.jsonl")
-    tasks = [row for row in tasks if len(_prompt(row).split()) <= TOKENS]
+    asked, tasks = (
+        _instructions(args.sets / "self_instruct" / f"{file}.jsonl") for file in ("user_oriented_252", "seed_tasks")
+    )
+    answered = human_answers(asked, tokenizer)
     for file, rows in {
         "medquad/train": medquad(args.sets, "train"),
         "medquad/test": medquad(args.sets, "eval"),

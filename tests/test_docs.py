@@ -17,7 +17,7 @@ from conftest import rows
 from scipy.stats import t as student_t
 from trl import TrlParser
 
-from trl_ema import MeanTeacherConfig, __version__
+from trl_ema import MeanTeacherConfig, __version__, model_card
 from trl_ema.cli import COMMANDS, EvaluationArguments
 from trl_ema.comparison.curves import Curve, choose, follow, gain_at, hypervolume
 from trl_ema.config import DEFAULT_HALF_LIFE
@@ -292,6 +292,14 @@ def test_what_the_report_says_of_the_longer_runs_is_of_their_figures(name, metho
         left = entry["gain_at"]["0.1"]
         assert f"{number(100 * left['mean'], 0)} % ({span(left, 0, 100)})" in text
     assert figure(ahead, 3) in text
+
+
+def test_what_cards_say_of_the_comparison_is_of_its_figures():
+    lost = {found["label"]: found["forgetting"] for found in the_map("accuracy_seed_0")["points"]}
+    sft, held = (f"{100 * lost[label]['mean']:.0f}" for label in ("sft-2.5", "rehearsal-4-2.5"))
+    assert f"plain fine-tuning lost {sft} points and it lost {held}" in model_card._OF_REHEARSAL
+    (whole,) = [p for p in ways()["rehearsal-4-2"]["points"] if p["scale"] == 1]
+    assert whole["gain"] > 0.9 and whole["drift"] == pytest.approx(0.1, abs=0.01)  # "nine tenths", "about a tenth"
 
 
 def of_the_map():
