@@ -47,7 +47,7 @@ from .refusals import Given, Refusals, as_far_as_it_goes, is_hollow
 from .regularizers.own_texts import may_be_at_hand, sampling_of
 from .regularizers.penalties import EWC
 from .regularizers.rehearsal import Rehearsal
-from .script import TrainingScriptArguments, parse, resume_from, sources, with_config_file
+from .script import TrainingScriptArguments, option_names, parse, resume_from, sources, with_config_file
 from .texts import check_sampling, load_texts
 from .trainer import EMARegularizedSFTTrainer
 
@@ -224,7 +224,7 @@ def _look_at_places(args: TrainingScriptArguments, training_args: MeanTeacherCon
 
 def _is_known(args: TrainingScriptArguments, model_args: ModelConfig, refusals: Refusals) -> tuple[bool, bool]:
     """Whether model and data are those that are asked for: without an option that is left out they may be the demo's, or others."""
-    options = {f.name for kind in (TrainingScriptArguments, MeanTeacherConfig, ModelConfig) for f in fields(kind)}
+    options = option_names()
     misspelt = [name for name in refusals.left_out if name not in options]
     has_model = model_args.model_name_or_path is not None or args.adapter_name_or_path is not None
     has_data = args.dataset_name is not None or bool(args.datasets)

@@ -232,6 +232,11 @@ def _check_mixture(args: TrainingScriptArguments) -> None:
         data.DataPart.from_config(args.replay_dataset, "replay_dataset")
 
 
+def option_names() -> set[str]:
+    """Of `trl-ema train`: the job's own, those of [`MeanTeacherConfig`] and of TRL's `ModelConfig`."""
+    return {f.name for kind in (TrainingScriptArguments, MeanTeacherConfig, ModelConfig) for f in fields(kind)}
+
+
 def make_parser(*others: type) -> TrlParser:
     """
     Parser of the options of the job, of [`MeanTeacherConfig`] (or the `training_config` that one of `others` has instead) and of TRL's

@@ -46,7 +46,7 @@ from ..launch import checks_of_launch
 from ..preflight import check_training
 from ..processes import Launch
 from ..regularizers.own_texts import may_be_at_hand
-from ..script import TrainingScriptArguments, data_of, parse, sources
+from ..script import data_of, option_names, parse, sources
 from .plan import BASE, PLAN, Arm, Comparison
 from .rows import Options, RunData, check_same, check_same_split, shared_rows
 from .stages import check_tasks_of_stages
@@ -197,8 +197,7 @@ def _options_of_training(stage: Comparison, arm: Arm, seed: int) -> dict:
     options = stage.options(arm, seed)
     if arm.script is None:
         return options
-    known = {f.name for kind in (TrainingScriptArguments, MeanTeacherConfig, ModelConfig) for f in fields(kind)}
-    own = options_of_script(arm.script) - known
+    own = options_of_script(arm.script) - option_names()
     return {name: value for name, value in options.items() if name not in own}
 
 
