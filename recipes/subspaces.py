@@ -101,6 +101,11 @@ class Subspace:
                 f"`teacher={training_args.teacher!r}` does not go with CorDA, of whose base no second adapter can be made. Use "
                 "`--teacher none`, with rehearsal or without."
             )
+        if training_args.rehearsal_texts is not None and training_args.rehearsal_weight:
+            raise ValueError(
+                f"`rehearsal_texts={training_args.rehearsal_texts!r}` are of the base, which CorDA changes before it trains: they cannot be "
+                "rehearsed. Leave them out, and the model writes what is read and what is rehearsed; or set `rehearsal_weight` to 0."
+            )
         if training_args.world_size > 1:
             raise ValueError(
                 f"CorDA is prepared in one process, this launch has {training_args.world_size}. Launch one, or use `--subspace osf`."
@@ -133,7 +138,7 @@ class Subspace:
 def _own_texts(model: Any, tokenizer: Any, training_args: Any) -> tuple[Any, Callable[[], list[list[int]]]]:
     """
     What tells the texts from others, and what gives their tokens: those of `rehearsal_texts`, else what the model writes itself
-    with the options of rehearsal. A rehearsal with the same options takes the same ones; no figure of the run is made from them.
+    with the options of rehearsal. A rehearsal has others, of the base as CorDA leaves it.
     """
     fingerprint = model_fingerprint(model, tokenizer)
     if training_args.rehearsal_texts is not None:

@@ -16,9 +16,10 @@ from conftest import adapter_weights, logged, lora, make_tokenizer, rows, tiny_m
 from peft import PromptTuningConfig, get_peft_model
 from trl import SFTTrainer
 
-from trl_ema import MeanTeacherConfig
+from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
 from trl_ema.data import as_chat, tokenize_rows
 from trl_ema.files import OutputError
+from trl_ema.regularizers import own_texts
 from trl_ema.regularizers.own_texts import FILE
 from trl_ema.regularizers.rehearsal import Rehearsal, _spread
 from trl_ema.schedules import BudgetedWeight, SmoothedMean
@@ -504,6 +505,41 @@ def test_a_model_that_could_not_write_is_refused_before_the_training(rehearsing)
         rehearsing(rehearsal_num_tokens=200, max_length=None)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        (dict(rehearsal_weight=1.0), ValueError, "`rehearsal_weight` needs a model with a PEFT adapter"),
+        (dict(l2_weight=1.0), ValueError, "hold the weights of a PEFT adapter, and the model has none"),
+        (
+            dict(rehearsal_weight=1.0, rehearsal_texts="no.safetensors"),
+            FileNotFoundError,
+            "There are no texts in no.safet",
+        ),
+        (
+            dict(ewc_weight=1.0, rehearsal_texts="no.safetensors"),
+            FileNotFoundError,
+            "There are no texts in no.safetensors",
+        ),
+        (
+            dict(rehearsal_weight=1.0, rehearsal_dataset="no.jsonl"),
+            FileNotFoundError,
+            "There is no data file 'no.jsonl'",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path, options, error, match):
+    args = MeanTeacherConfig(str(tmp_path / "out"), teacher="none", use_cpu=True, bf16=False, **options)
+    adapter = None if error is ValueError else lora()
+    with pytest.raises(error, match=match):
+        EMARegularizedSFTTrainer("no/model", args, train_dataset=rows(4), peft_config=adapter)
+
+
+def test_a_model_that_could_not_write_is_refused_before_its_weights_are_read(rehearsing, monkeypatch):
+    monkeypatch.setattr(own_texts, "model_fingerprint", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(ValueError, match="`start_token='<doc>'`"):
+        rehearsing(rehearsal_start="<doc>")
+
+
 def test_a_start_that_zero3_could_not_put_back_is_refused(rehearsing):
     model = get_peft_model(tiny_model(), lora(init_lora_weights=False))
     rehearsal = of(rehearsing(model=model, peft_config=None))
@@ -704,6 +740,20 @@ def test_what_stops_above_max_drift_is_saved_also_where_the_best_alone_is(rehear
     trainer.train()
     assert trainer.state.global_step < 8
     assert (tmp_path / "out" / f"checkpoint-{trainer.state.global_step}").is_dir()
+
+
+def test_a_step_whose_divergence_is_no_number_does_not_stay_in_the_drift(rehearsing):
+    trainer = rehearsing(max_drift=10.0, max_steps=2)
+    trainer.train()
+    rehearsal, stops = of(trainer), trainer.control.should_training_stop
+    trainer.control.should_training_stop = False
+    kept, nan = rehearsal.smoothed.state(), torch.tensor(float("nan"))
+    rehearsal.observe([(nan, torch.tensor(4))])
+    rehearsal.after_step(2, lambda sums: sums)
+    assert rehearsal.smoothed.state() == kept and stops and not trainer.control.should_training_stop
+    rehearsal.observe([(nan, torch.tensor(4))])  # in a step that the optimizer skips
+    rehearsal.before_step([], 2, trainer.args.device, None)
+    assert rehearsal.loss_of_step.sums.tolist() == [0, 0]
 
 
 def test_replayed_texts_watch_no_drift(rehearsing):

@@ -272,6 +272,12 @@ def test_options_out_of_their_range_are_refused(subspace, options, match):
             dict(teacher="ema"),
             "`teacher='ema'` does not go with CorDA.*`--teacher none`, with rehearsal or",
         ),
+        (
+            "corda",
+            {},
+            dict(rehearsal_texts="t.safetensors", rehearsal_weight=4.0),
+            "`rehearsal_texts='t.safetensors'` are of the base, which CorDA changes",
+        ),
         ("corda", {}, dict(world_size=2), "CorDA is prepared in one process, this launch has 2"),
     ],
 )
@@ -279,6 +285,6 @@ def test_what_cannot_work_is_refused_before_the_model_is_loaded(subspace, kind, 
     model_args = SimpleNamespace(
         **(dict(load_in_4bit=False, load_in_8bit=False, lora_target_modules=None) | model_options)
     )
-    training_args = SimpleNamespace(**(dict(teacher="none", world_size=1) | training_options))
+    training_args = SimpleNamespace(**(dict(teacher="none", world_size=1, rehearsal_texts=None) | training_options))
     with pytest.raises(ValueError, match=match):
         subspace(subspace=kind).make("no/model", None, training_args, model_args)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import stat
 import sys
 import threading
@@ -562,6 +563,22 @@ def test_parts_that_another_machine_keeps_are_missed_by_name(tmp_path):
         write(tiny_model(), tmp_path, rank=0, world_size=2)
 
 
+def test_parts_that_another_job_has_joined_are_not_missed(tmp_path, reference, monkeypatch):
+    path, read = tmp_path / "texts.safetensors", module._read_part
+
+    def taken_away(part, about):
+        if (tmp_path / "other" / path.name).is_file():  # all parts are written, and not joined
+            shutil.copy(tmp_path / "other" / path.name, path)
+            part.unlink(missing_ok=True)
+        return read(part, about)
+
+    def wait():
+        write(tiny_model(), tmp_path / "other")
+
+    monkeypatch.setattr(module, "_read_part", taken_away)
+    assert write(tiny_model(), tmp_path, barrier=wait) == reference
+
+
 def test_the_cache_keeps_texts_by_model_and_sampling(tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_EMA_CACHE", str(tmp_path))
     paths = {texts_path(f, s) for f in ("a-b", "a-c") for s in (Sampling(), Sampling(seed=1), Sampling(chat=False))}
@@ -693,12 +710,24 @@ def test_the_command_writes_what_a_training_in_4_bits_finds(tiny_folder, tmp_pat
     assert texts.kinds == ["raw"] * 4
 
 
+def test_the_command_writes_what_a_training_with_a_template_of_its_own_finds(tiny_folder, tmp_path):
+    model, tokenizer = load_base(str(tiny_folder / "model"), dtype=torch.float32)
+    tokenizer.chat_template += "{# another #}"
+    template, path = tmp_path / "own.jinja", tmp_path / "texts.safetensors"
+    template.write_text(tokenizer.chat_template, encoding="utf-8")
+    options = ["--chat_template_path", template, "--eos_token", tokenizer.convert_ids_to_tokens(USER)]
+    trl_ema("rehearse", *six_texts(tiny_folder), *options, "--output_file", path)
+    texts = load_texts(path, model_fingerprint=model_fingerprint(model, tokenizer))
+    assert USER in texts.about["ends"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--num_texts", "0"], "`num_texts` must be a whole number of at least 1, got 0"),
         (["--start_token", "<doc>"], "`start_token='<doc>'`"),
         (["--chat", "perhaps"], "perhaps"),
+        (["--chat_template_path", "of/another"], "`chat_template_path='of/another'` is no .jinja file"),
         (["--output_file", "/proc/none/texts.safetensors"], "Cannot write texts to /proc/none/texts.safetensors"),
     ],
 )
@@ -807,7 +836,7 @@ class StandIn:
 def test_the_command_lets_vllm_write_where_it_is_asked_to(tiny_folder, tmp_path, monkeypatch):
     options = six_texts(tiny_folder)
     options += ["--backend", "vllm", "--output_file", tmp_path / "texts.safetensors"]
-    done = trl_ema("rehearse", *options, check=False)
+    done = trl_ema("rehearse", "--model", "no/model", "--backend", "vllm", check=False)  # before it is looked for
     assert done.returncode == 1 and "This needs `vllm`. Install it with `pip install 'trl_ema[vllm]'`" in done.stderr
     monkeypatch.setitem(sys.modules, "vllm", StandIn)
     trl_ema("rehearse", *options, "--gpu_memory_utilization", 0.5, "--max_model_len", 128)

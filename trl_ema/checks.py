@@ -14,15 +14,24 @@ from peft import PeftConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from trl.trainer.utils import get_config_model_id
 
-from .adapters.fitness import NO_ADAPTER, check_adapter, check_repeatable, refuse_leftovers, student_name, targets_head
+from .adapters.fitness import (
+    check_adapter,
+    check_repeatable,
+    refuse_leftovers,
+    refuse_without_adapter,
+    student_name,
+    targets_head,
+)
 from .config import MeanTeacherConfig
-from .data import check_columns, check_dataset, check_rows, trained_columns
+from .data import DataPart, check_columns, check_dataset, check_rows, trained_columns
+from .data.loading import local_files
 from .files import OutputError
 from .losses import IGNORE_INDEX
 from .options import changed
 from .ownership import has_earlier_teacher
 from .processes import Launch, parallel_sizes, refuse_parallelism
 from .sharding import whole_shape
+from .texts import load_texts
 
 
 logger = logging.getLogger(__name__)
@@ -66,6 +75,7 @@ def check_before_loading(
     """Raises before the model is loaded, or a data set read, for what cannot work together with the teacher."""
     if rehearsal_dataset is not None:
         _check_rehearsal_dataset(rehearsal_dataset, args)
+    _check_files(args)
     _check_peft_config(peft_config)
     given: Any = model.active_peft_config if isinstance(model, torch.nn.Module) and is_peft_model(model) else None
     adapter = peft_config if peft_config is not None else given
@@ -80,8 +90,12 @@ def check_before_loading(
                 f"{getattr(adapter.peft_type, 'value', adapter.peft_type)} is prompt learning: rehearsal and entropy weighting count the "
                 "tokens of the rows, which its virtual tokens are none of. Use a `LoraConfig`, or leave both out."
             )
-    if args.teacher != "none":
-        _check_peft(model, peft_config is not None, adapter, args.teacher_anchor)
+    if adapter is None:
+        refuse_without_adapter(args, rehearsal_dataset is not None or args.rehearsal_dataset is not None)
+    elif args.teacher != "none":
+        if peft_config is None:
+            student_name(model, earlier_teacher=has_earlier_teacher(model))
+        check_adapter(adapter, args.teacher_anchor)
     elif peft_config is not None:
         _warn_of_what_cannot_be_loaded(peft_config)
 
@@ -99,6 +113,15 @@ def _check_rehearsal_dataset(dataset: Any, args: MeanTeacherConfig) -> None:
                 "one of them."
             )
     check_dataset(dataset, "rehearsal_dataset")
+
+
+def _check_files(args: MeanTeacherConfig) -> None:
+    """Whether there is what is to be rehearsed, or the Fisher information made of."""
+    if args.rehearsal_texts is not None and (args.rehearsal_weight or args.ewc_weight):
+        load_texts(args.rehearsal_texts)  # whose they are is told by the model's weights
+    if args.rehearsal_dataset is not None and args.rehearsal_weight:
+        part = DataPart.from_config(args.rehearsal_dataset, "rehearsal_dataset")
+        local_files(part.path, part.data_dir, part.data_files)
 
 
 def _refuse_what_cannot_work(args: MeanTeacherConfig, compute_loss_func: Any, train_dataset: Any) -> None:
@@ -123,14 +146,6 @@ def _check_peft_config(peft_config: Any) -> None:
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         hint = "Pass `LoraConfig(**peft_config)`." if isinstance(peft_config, dict) else "Pass `LoraConfig(...)`."
         raise TypeError(f"`peft_config` must be a config of PEFT, got `{type(peft_config).__name__}`. {hint}")
-
-
-def _check_peft(model: Any, is_new: bool, adapter: Any, anchor: float) -> None:
-    if adapter is None:
-        raise ValueError(NO_ADAPTER)
-    if not is_new:
-        student_name(model, earlier_teacher=has_earlier_teacher(model))
-    check_adapter(adapter, anchor)
 
 
 def _check_not_on_head(peft_config: Any) -> None:

@@ -584,6 +584,15 @@ class RehearsalArguments(BackendArguments):
             "help": "Chats alone (true) or raw texts alone (false); default: half of each if the tokenizer has a chat template."
         },
     )
+    eos_token: str | None = field(
+        default=None, metadata={"help": "That of the training, where it has one; default: the tokenizer's own."}
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "That of the training, a .jinja file, where it has one; default: the tokenizer's own template."
+        },
+    )
     output_file: str | None = field(
         default=None,
         metadata={"help": "Where to, a `.safetensors` file; default: in the cache, where trainings look for it."},
@@ -623,13 +632,16 @@ def rehearse(arguments: list[str]) -> None:
     from trl import TrlParser
 
     from .fingerprint import model_fingerprint
-    from .texts import Sampling, texts_path, write_texts
+    from .inputs import as_trained_with
+    from .texts import Sampling, check_sampling, texts_path, write_texts
     from .vllm_writer import VLLMWriter
 
     parser = TrlParser(RehearsalArguments, prog="trl-ema rehearse")  # type: ignore[arg-type]
     (args,) = parser.parse_args_and_config(arguments)
     sampling = Sampling(args.num_texts, args.num_tokens, args.seed, args.start_token, args.chat)
     name, model, tokenizer = _model_before_training(args)
+    as_trained_with(tokenizer, args)
+    check_sampling(model, tokenizer, sampling)  # before all weights are read, and vLLM starts
     fingerprint = model_fingerprint(model, tokenizer, nullcontext)
     path = args.output_file or texts_path(fingerprint, sampling)
     there = os.path.exists(path)
@@ -648,12 +660,15 @@ def rehearse(arguments: list[str]) -> None:
 def _model_before_training(args: RehearsalArguments) -> "tuple[str, Any, PreTrainedTokenizerBase]":
     """Name of a model, itself, with the adapter if it is one's folder, and its tokenizer."""
     from .evaluation.models import adapter_base, adapter_revision, is_adapter, load_base, load_tokenizer, with_adapter
+    from .extras import require
     from .offline import demo_model
 
     name = args.model_name_or_path or demo_model()
     adapter = name if is_adapter(name) else None
     if adapter is not None and args.backend == "vllm":
         raise ValueError(f"`backend='vllm'` writes with whole models, and {name!r} is an adapter. Leave `backend` out.")
+    if args.backend == "vllm":
+        require("vllm", "vllm")
     base, revision = adapter_base(name) if adapter else name, args.model_revision or adapter_revision(adapter) or "main"
     # vLLM takes most of a GPU's memory; then the model is loaded here only to be known.
     on_cpu = {"device_map": {"": "cpu"}} if args.backend == "vllm" else {}

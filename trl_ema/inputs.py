@@ -197,9 +197,12 @@ def training_sets(
     return train, {"domain": domain, "general": data.rows_to_mix(general, tokenizer, settings), **held_out}  # type: ignore[dict-item]
 
 
-def as_trained_with(tokenizer: PreTrainedTokenizerBase, settings: MeanTeacherConfig) -> None:
+def as_trained_with(tokenizer: PreTrainedTokenizerBase, settings: Any) -> None:
     """
     Changes a base's tokenizer as `SFTTrainer` does before it tokenizes.
+
+    Args:
+        settings: With `eos_token` and `chat_template_path`, as [`MeanTeacherConfig`] has them.
 
     Raises:
         ValueError: The settings name a token that the model does not have, or a template that is no .jinja file.
@@ -234,7 +237,7 @@ def as_trained_in(run: str, tokenizer: PreTrainedTokenizerBase, settings: Any) -
         template = own  # the file that was given may be gone
     # A model with other tokens ends its answers in its own way.
     end = settings.eos_token if settings.eos_token in tokenizer.get_vocab() else None
-    as_trained_with(changed, cast(Any, SimpleNamespace(eos_token=end, chat_template_path=template)))
+    as_trained_with(changed, SimpleNamespace(eos_token=end, chat_template_path=template))
     return changed
 
 

@@ -549,6 +549,8 @@ def _join_parts(path: Path, batches: list[list[int]], about: dict) -> None:
     ids: dict[int, list[int]] = {}
     for numbers in batches:
         texts = _read_part(_part(path, numbers), about)
+        if texts is None and path.exists():  # another job was faster, and has taken the parts away
+            return
         if texts is None:
             raise OutputError(
                 f"{_part(path, numbers)} is missing, which another process has written. Machines without a common file system cannot "

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
+from ..config import MeanTeacherConfig
 from ..sharding import whole_weights
 from .names import STUDENT_NAME, TEACHER_NAME
 
@@ -40,6 +41,22 @@ NO_ADAPTER = (
     "The model has no PEFT adapter to average. Pass `peft_config=LoraConfig(...)` or a `PeftModel`, or use "
     "`teacher='none'`."
 )
+
+
+def refuse_without_adapter(args: MeanTeacherConfig, has_dataset: bool) -> None:
+    """Raises `ValueError` where the options need a PEFT adapter, of which the model has none; `has_dataset`: of rows to rehearse."""
+    if args.teacher != "none":
+        raise ValueError(NO_ADAPTER)
+    if args.rehearsal_weight and (args.rehearsal_loss == "kl" or not has_dataset):
+        raise ValueError(
+            "`rehearsal_weight` needs a model with a PEFT adapter, which is switched off to have the model before training. Pass "
+            "`peft_config=LoraConfig(...)` or a `PeftModel`, or rehearse a `rehearsal_dataset` with `rehearsal_loss='ce'`."
+        )
+    if args.l1_weight or args.l2_weight or args.ewc_weight:
+        raise ValueError(
+            "`l1_weight`, `l2_weight` and `ewc_weight` hold the weights of a PEFT adapter, and the model has none. Pass "
+            "`peft_config=LoraConfig(...)` or a `PeftModel`."
+        )
 
 
 def student_name(model: PeftModel, earlier_teacher: bool = False) -> str:

@@ -48,7 +48,7 @@ def load_rows(
         NoSplitError: There is no such split.
         ValueError: A file has no known suffix, no row, a configuration, or cannot be read; names it and the line.
     """
-    files = _local_files(name, options.get("data_dir"), options.get("data_files"))
+    files = local_files(name, options.get("data_dir"), options.get("data_files"))
     reader, own = name, options
     if os.path.isfile(name):
         suffix = os.path.splitext(name)[1].lower()
@@ -86,7 +86,7 @@ def load_rows(
 _READERS = {*FILE_FORMATS.values()}
 
 
-def _local_files(name: str, data_dir: str | None = None, data_files: Any = None) -> list[str]:
+def local_files(name: str, data_dir: str | None = None, data_files: Any = None) -> list[str]:
     """
     The files on this machine that a data set is read from; of one on the hub, or by address, none.
 

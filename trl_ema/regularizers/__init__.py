@@ -5,6 +5,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from ..adapters.fitness import refuse_without_adapter
 from ..adapters.starting_point import StartingPoint
 from ..config import MeanTeacherConfig
 from .base import Regularizer
@@ -27,25 +28,14 @@ def make_regularizers(
     Raises:
         ValueError: One of them does not fit the model; the text says why and what to change.
     """
+    if start is None:
+        refuse_without_adapter(args, rehearsal_dataset is not None or args.rehearsal_dataset is not None)
     if args.teacher != "none":
         yield TeacherDivergence(model, args)
     written = args.rehearsal_weight and rehearsal_dataset is None and args.rehearsal_dataset is None
     own = OwnTexts(model, args, tokenizer, start) if start is not None and (written or args.ewc_weight) else None
     if args.rehearsal_weight:
         yield Rehearsal(args, tokenizer, start, own, rehearsal_dataset)
-    yield from _penalties(model, args, start, own)
-
-
-def _penalties(
-    model: PeftModel, args: MeanTeacherConfig, start: StartingPoint | None, own: OwnTexts | None
-) -> Iterator[Regularizer]:
-    if not (args.l1_weight or args.l2_weight or args.ewc_weight):
-        return
-    if start is None:
-        raise ValueError(
-            "`l1_weight`, `l2_weight` and `ewc_weight` hold the weights of a PEFT adapter, and the model has none. Pass "
-            "`peft_config=LoraConfig(...)` or a `PeftModel`."
-        )
     if args.l1_weight:
         yield L1Penalty(model, args.l1_weight)
     if args.l2_weight:

@@ -72,6 +72,8 @@ class OwnTexts:
     def __init__(self, model: Any, args: MeanTeacherConfig, tokenizer: Any, start: StartingPoint):
         self.model, self.args, self.tokenizer, self.start = model, args, tokenizer, start
         self.sampling = sampling_of(args)
+        if not may_be_at_hand(args, tokenizer):  # before all weights are read
+            check_sampling(model, tokenizer, self.sampling)
         self.fingerprint = model_fingerprint(model, tokenizer, start.activate)
         self.at_hand = self._find()
         if self.at_hand is None:

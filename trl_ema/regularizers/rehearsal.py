@@ -72,11 +72,6 @@ class Rehearsal(Regularizer):
         dataset: Any = None,
     ):
         given = args.rehearsal_dataset if dataset is None else dataset
-        if start is None and (given is None or args.rehearsal_loss == "kl"):
-            raise ValueError(
-                "`rehearsal_weight` needs a model with a PEFT adapter, which is switched off to have the model before training. Pass "
-                "`peft_config=LoraConfig(...)` or a `PeftModel`, or rehearse a `rehearsal_dataset` with `rehearsal_loss='ce'`."
-            )
         self.args, self.tokenizer, self.start = args, tokenizer, start
         self.taken = 0  # texts, by all ranks
         self._first = 0  # of this step, among all that are taken
@@ -214,6 +209,7 @@ class Rehearsal(Regularizer):
 
     def before_step(self, batches: Sequence[Inputs], step: int, device: torch.device, gather: Gather | None) -> None:
         self._first, self._micro_batch = self.taken, 0
+        self.loss_of_step = TokenMean()  # without what a skipped step has left
         self._counts = _spread(self.per_micro_batch, len(batches))
         self.taken += sum(self._counts) * self.args.world_size
         # Predictions that the mean is over: those of all whose labelled tokens TRL counts together.
@@ -290,7 +286,7 @@ class Rehearsal(Regularizer):
         self.weight.observe(found, step)
         if isinstance(self.weight, BudgetedWeight) and step == self.weight.total_steps:
             _tell_budget(self.weight)
-        if self.watches_drift:
+        if self.watches_drift and math.isfinite(found):  # else it would stay in the mean for good
             stop_at_drift(self._control, self.smoothed.add(found), self.args.max_drift, "on rehearsed texts")
 
     def metrics(self, gather: Gather) -> dict[str, float]:
