@@ -81,7 +81,7 @@ def ignored_settings(record):
         ("jsd_mixture", 1.0, "inside (0, 1)", "'reverse'"),
         ("l1_weight", -1.0, "at least 0", "try 1e-5"),
         ("l2_weight", float("inf"), "finite", "try 1e-2"),
-        ("ewc_weight", -0.5, "at least 0", "try 1"),
+        ("ewc_weight", -0.5, "at least 0", "try 300"),
         ("ewc_num_texts", 0, "at least 1", "Try 128"),
     ],
 )

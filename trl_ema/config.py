@@ -239,7 +239,7 @@ class MeanTeacherConfig(SFTConfig):
         default=0.0,
         metadata={
             "help": "Weight of the sum of F (w - w0)^2 / 2 (elastic weight consolidation), F the Fisher information of the model "
-            "before training on texts that it has written itself; at least 0, 0 is none. Larger keeps more; try 1."
+            "before training on texts that it has written itself; at least 0, 0 is none. Larger keeps more; try 300."
         },
     )
     ewc_num_texts: int = field(
@@ -431,7 +431,7 @@ def _check_rehearsed_texts(config: MeanTeacherConfig) -> None:
 
 
 def _check_penalties(config: MeanTeacherConfig) -> None:
-    for name, hint in zip(_PENALTIES, ("1e-5", "1e-2", "1"), strict=True):
+    for name, hint in zip(_PENALTIES, ("1e-5", "1e-2", "300"), strict=True):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ValueError(
                 f"`{name}` must be at least 0 and finite, got {getattr(config, name)}. Use 0 for no penalty; try {hint}."
