@@ -267,7 +267,7 @@ LONGER_RUNS = {  # as the report calls those that were trained for 300 steps at 
     "sft-1": "SFT, 2e-3",
     "rehearsal_low_rate-4-0.5": "**rehearsal, weight 4, 1e-3**",
     "rehearsal_low_rate-2-0.5": "rehearsal, weight 2, 1e-3",
-    "rehearsal_low_rate-4-0.75": "rehearsal, weight 4, 1.5e-3",
+    "rehearsal_low_rate-4-0.75": "**rehearsal, weight 4, 1.5e-3**",
     "rehearsal_low_rate-2-0.75": "rehearsal, weight 2, 1.5e-3",
     "rehearsal-4-1": "rehearsal, weight 4, 2e-3",
 }
@@ -336,7 +336,7 @@ def of_the_map():
     assert slower["reference"] == "sft-0.5"
     (found,) = [entry for entry in slower["map"]["methods"] if entry["method"] == "rehearsal_low_rate"]
     assert found["ahead"]["sft"]["low"] > 0 and found["seeds"] == [0, 1, 2]
-    (whole,) = [p for p in ways("low_rates")["rehearsal_low_rate-4-0.5"]["points"] if p["scale"] == 1]
+    (whole,) = [p for p in ways("low_rates")["rehearsal_low_rate-4-0.75"]["points"] if p["scale"] == 1]
     assert whole["gain"] == pytest.approx(found["gain_at"]["0.1"]["mean"], abs=0.002)
 
     def points(label):
