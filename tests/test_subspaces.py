@@ -184,7 +184,7 @@ def corda(subspace, tiny_folder, tmp_path, monkeypatch):
         model_args = SimpleNamespace(
             load_in_4bit=False, load_in_8bit=False, lora_target_modules=["q_proj"], lora_r=lora_r, lora_alpha=8, lora_dropout=0.0
         )  # fmt: skip
-        texts = dict(num_texts=4, num_tokens=32, start=None, chat=None, texts=None) | options
+        texts = dict(num_texts=4, num_tokens=32, start=None, chat=None, texts=None, weight=0.0) | options
         training_args = SimpleNamespace(
             teacher="none", world_size=1, model_init_kwargs={"dtype": torch.float32}, trust_remote_code=False, device="cpu",
             output_dir=str(tmp_path / folder), **{f"rehearsal_{name}": value for name, value in texts.items()},
