@@ -91,7 +91,7 @@ def check_before_loading(
                 "tokens of the rows, which its virtual tokens are none of. Use a `LoraConfig`, or leave both out."
             )
     if adapter is None:
-        refuse_without_adapter(args, rehearsal_dataset is not None or args.rehearsal_dataset is not None)
+        refuse_without_adapter(args, rehearsal_dataset)
     elif args.teacher != "none":
         if peft_config is None:
             student_name(model, earlier_teacher=has_earlier_teacher(model))

@@ -43,8 +43,9 @@ NO_ADAPTER = (
 )
 
 
-def refuse_without_adapter(args: MeanTeacherConfig, has_dataset: bool) -> None:
-    """Raises `ValueError` where the options need a PEFT adapter, of which the model has none; `has_dataset`: of rows to rehearse."""
+def refuse_without_adapter(args: MeanTeacherConfig, rehearsal_dataset: Any) -> None:
+    """Raises `ValueError` where the options need a PEFT adapter, of which the model has none."""
+    has_dataset = rehearsal_dataset is not None or args.rehearsal_dataset is not None
     if args.teacher != "none":
         raise ValueError(NO_ADAPTER)
     if args.rehearsal_weight and (args.rehearsal_loss == "kl" or not has_dataset):

@@ -29,7 +29,7 @@ def make_regularizers(
         ValueError: One of them does not fit the model; the text says why and what to change.
     """
     if start is None:
-        refuse_without_adapter(args, rehearsal_dataset is not None or args.rehearsal_dataset is not None)
+        refuse_without_adapter(args, rehearsal_dataset)
     if args.teacher != "none":
         yield TeacherDivergence(model, args)
     written = args.rehearsal_weight and rehearsal_dataset is None and args.rehearsal_dataset is None

@@ -20,10 +20,14 @@ class TokenMean:
         sums = torch.stack([total.double(), tokens.double()])
         self.sums = self.sums.to(sums.device) + sums
 
+    def clear(self) -> None:
+        """Forget what was added, where it is: nothing is sent to a device."""
+        self.sums.zero_()
+
     def take(self, gather: Gather, device: torch.device) -> float:
         """The mean, 0 of no token. Called on all ranks."""
         total, tokens = gather(self.sums.to(device)).view(-1, 2).sum(0).tolist()
-        self.sums.zero_()
+        self.clear()
         return total / max(tokens, 1)
 
 

@@ -209,7 +209,7 @@ class Rehearsal(Regularizer):
 
     def before_step(self, batches: Sequence[Inputs], step: int, device: torch.device, gather: Gather | None) -> None:
         self._first, self._micro_batch = self.taken, 0
-        self.loss_of_step = TokenMean()  # without what a skipped step has left
+        self.loss_of_step.clear()  # of what a skipped step has left
         self._counts = _spread(self.per_micro_batch, len(batches))
         self.taken += sum(self._counts) * self.args.world_size
         # Predictions that the mean is over: those of all whose labelled tokens TRL counts together.
