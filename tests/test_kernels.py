@@ -267,6 +267,10 @@ for arch, room in ROOM.items():
         source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=kernels._WARPS))
         assert compiled.asm["cubin"] and compiled.metadata.shared <= room * 1024, (arch, dtype, compiled.metadata.shared)
+# As a launch asks before each: one of a global that is not equal to itself, such as NaN, is refused from the second on.
+assert function.used_global_vals
+for (name, _), (value, scope) in function.used_global_vals.items():
+    assert scope[name] == value, f"{name} is not what it was"
 print("compiled")
 """
 

@@ -18,7 +18,6 @@ _WARPS = 8
 _BLOCK = 32 * _WARPS * _WORDS_OF_THREAD
 # What stands for a logit beyond the vocabulary: its probability is 0, and 0 times it is not NaN.
 _NONE = tl.constexpr(-1e30)
-_NAN = tl.constexpr(math.nan)
 _IGNORE_INDEX = tl.constexpr(-100)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Exponentials are to the base of 2, which a GPU has an instruction for: exp(z − h) = 2^(z·log₂e − h·log₂e), one more with the
@@ -174,7 +173,7 @@ def _loss_and_gradient(
         student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, word, vocabulary, scale, softcap,
         False, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
     )  # fmt: skip
-    z_label = tl.where(label < vocabulary, z_label, _NAN)  # of no word: loss and gradient are not finite, which is told
+    z_label = tl.where(label < vocabulary, z_label, float("nan"))  # of no word: loss and gradient are not finite, which is told
 
     # Each thread has its own highest logit and sums relative to it, so that nothing waits within the loop.
     # s: student; d: student of the divergence, at its temperature; t: teacher
