@@ -346,7 +346,8 @@ def test_a_4bit_model_writes_in_4_bits_and_trains_on(tiny_folder, tmp_path):
     peft = get_peft_model(model, lora(init_lora_weights=False))
     assert write(peft, tmp_path / "peft", sampling, tokenizer) == texts
     assert model_fingerprint(peft, tokenizer) == texts.about["fingerprint"]
-    peft.train()(torch.tensor([texts.ids[0]]), labels=torch.tensor([texts.ids[0]])).loss.backward()
+    ids = torch.tensor([texts.ids[0]], device=peft.device)
+    peft.train()(ids, labels=ids).loss.backward()
     assert all(p.grad.isfinite().all() for p in peft.parameters() if p.requires_grad)
 
 
@@ -605,7 +606,7 @@ def test_a_4bit_model_is_known_in_any_precision_that_its_weights_had(tmp_path):
             quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype)
             model, _ = load_base(str(tmp_path), dtype=dtype, quantization_config=quantized)
             found[kind, dtype] = model_fingerprint(model, tokenizer)
-            model(torch.tensor([[BOS]]))  # where it may be repacked
+            model(torch.tensor([[BOS]], device=model.device))  # where it may be repacked
             assert model_fingerprint(model, tokenizer) == found[kind, dtype]
     assert len({*found.values()}) == 2 and found["nf4", torch.float32] == found["nf4", torch.bfloat16]
 
