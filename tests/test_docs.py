@@ -422,7 +422,7 @@ def test_the_table_of_the_gpu_is_of_the_kept_runs():
     def gib(kind, arm):
         return on_gpu(f"{kind}/{arm}", "GiB over the models").split(", ")[0]
 
-    def memory(arm):  # in the last run, which has rehearsal
+    def memory(arm):  # of the last run that has it
         return on_gpu(f"{bf16}/{arm}", "GiB over the models").split(", ")[-1]
 
     def more_memory(kind):
@@ -559,7 +559,12 @@ def of_rehearsal():
 def of_the_gpu():
     runs = [run for name, run in gpu().items() if "," not in name]
     first, second, *kernel_of_now = runs
-    third, last = kernel_of_now[0], kernel_of_now[-1]
+    third, last, orders = kernel_of_now[0], *kernel_of_now[-2:]
+    behind, bf16 = "teacher's pass behind the student's, ", "step/bf16, 8 x 1024/"
+
+    def ratio(key):
+        return number(orders[key]["ratio"], 2)
+
     profile = {name: milliseconds for name, _, milliseconds in third["profile/loss"]}
     resumed = next(run for name, run in gpu().items() if "stopped after 8 and resumed" in name)
     student, teacher = (
@@ -593,7 +598,11 @@ def of_the_gpu():
         f"(the loss {on_gpu('first kernel, loss/ms', 'forward', 1).replace(', ', ' and ')} ms)",
         f"takes {ms(first, 'bf16, 2 x 512', 'sft'):.0f} ms without it and {ms(first, 'bf16, 2 x 512', 'ema'):.0f} with it",
         f"adds {more(first, 'ema')} ms, a quarter {more(first, 'a quarter')} and, since nothing waits, "
-        f"{more(second, 'a quarter')} and {more(last, 'a quarter')}",
+        f"{more(second, 'a quarter')}, {more(last, 'a quarter')} and, beside a slower host, {more(orders, 'a quarter')}",
+        f"before it: EMA {ratio(f'{behind}{bf16}ema')} instead of {ratio(f'{bf16}ema')}, a quarter "
+        f"{ratio(f'{behind}{bf16}a quarter')} instead of {ratio(f'{bf16}a quarter')}, not taken",
+        f"no update: a quarter {ratio(f'{behind}its factors held in bfloat16, no update, {bf16}a quarter')} instead of "
+        f"{ratio(f'{behind}{bf16}a quarter')}",
         f"and is {on_gpu('step/NF4, 2 x 512/ema', 'ratio').replace(', ', ' and ')}: all are bound by the host",
         f"{ms(first, 'NF4, 2 x 512', 'sft'):.0f} and {ms(second, 'NF4, 2 x 512', 'sft'):.0f} ms. Not understood",
         f"with 1, 3 and 4 stages {shape(8, 8, 1)}, {shape(8, 8, 3)} and {shape(8, 8, 4)}",

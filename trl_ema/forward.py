@@ -276,11 +276,9 @@ def add_regularized_forward(model: PreTrainedModel, *, dft: bool = False, eaft: 
         # With the first goes the cross-entropy of the labels, whose weight is 1.
         own = [] if divergences and divergences[0].teacher is not None else [_NONE]
         asked = [*own, *divergences]
-        taught = [_Taught(_choose_tokens(divergence, kwargs), divergence.hidden) for divergence in asked]
+        taught = _teach(self, asked, args, kwargs)
         labels = kwargs.pop("labels")
         states, aux_loss = _student_pass(self, args, kwargs, parts)
-        # Behind the student's: a GPU still computes that while the host is already starting the teacher's.
-        _teach(self, asked, taught, args, kwargs)
         head = self.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)
         own_heads = [(None, None) if one.head[0] is weight else one.head for one in taught]
@@ -333,8 +331,8 @@ class _Taught:
     head: tuple[Any, Any] = (None, None)
 
 
-def _teach(model: Any, divergences: list[Divergence], taught: list[_Taught], args: tuple, inputs: dict) -> None:
-    """The teachers' passes, whose hidden states and heads `taught` is given."""
+def _teach(model: Any, divergences: list[Divergence], args: tuple, inputs: dict) -> list[_Taught]:
+    taught = [_Taught(_choose_tokens(divergence, inputs), divergence.hidden) for divergence in divergences]
     for numbers in _passes(divergences):
         first, group = divergences[numbers[0]], [taught[i] for i in numbers]
         seen = [one.tokens.seen for one in group if one.tokens.seen is not None]
@@ -360,6 +358,7 @@ def _teach(model: Any, divergences: list[Divergence], taught: list[_Taught], arg
             positions = one.tokens.student[: one.tokens.number]
             one.hidden = _select(hidden, positions if places is None else places.index_select(0, positions))
             one.head = own_head
+    return taught
 
 
 def _passes(divergences: list[Divergence]) -> list[list[int]]:
