@@ -292,6 +292,20 @@ def test_the_table_of_lower_rates_is_of_its_figures():
         assert table([name, seeds, *along(ways("low_rates")[label]), drop]) in text
 
 
+@pytest.mark.parametrize(
+    "name, method, sft", [("definitions", "rehearsal-4-2", "sft-1"), ("medquad", "rehearsal", "sft")]
+)
+def test_the_table_of_more_seeds_is_of_the_kept_figures(name, method, sft):
+    found = {entry["method"]: entry for entry in the_map(f"{name}_finalists")["map"]["methods"]}
+    assert all(entry["seeds"] == [0, 1, 2] for entry in found.values())
+    kept = [figure(found[one]["gain_at"]["0.1"], 0, 100) for one in (method, sft)]
+    title = {"definitions": "definitions", "medquad": "MedQuAD"}[name]
+    ahead = figure(found[method]["ahead"][sft], 3)
+    assert f"| {title}, three seeds | {' | '.join(kept)} | {ahead} |" in (RESULTS / "frontier.md").read_text(
+        encoding="utf-8"
+    )
+
+
 @pytest.mark.parametrize("name, method", [("accuracy_finalists", "rehearsal"), ("low_rates", "rehearsal_low_rate")])
 def test_what_the_report_says_of_the_longer_runs_is_of_their_figures(name, method):
     text = (RESULTS / "frontier.md").read_text(encoding="utf-8")
@@ -333,7 +347,7 @@ def of_the_map():
         at_a_tenth("definitions_finalists", "sft-1"),
     )
     assert kept["seeds"] == plain["seeds"] == [0, 1, 2] and ahead["sft-1"]["low"] > 0
-    second, plain_second = (at_a_tenth("medquad_finalists", method)[0] for method in ("rehearsal-4-2", "sft-1"))
+    second, plain_second = (at_a_tenth("medquad_finalists", method)[0] for method in ("rehearsal", "sft"))
     others = [way for way in all_ways() if not way["method"].startswith(("rehearsal", "replay", "budget"))]
     others = [way for way in others if len(way["points"]) > 1]  # what cannot be scaled has none there
     at_ten = [np.interp(0.1, *([0, *(p[name] for p in way["points"])] for name in ("drift", "gain"))) for way in others]
@@ -372,7 +386,7 @@ def of_the_map():
         ),
         f"rehearsal keeps {share(kept)} of what SFT learns, over three seeds; plain SFT, scaled back to there, {share(plain)}",
         f"replay of such texts has {by_method['replay']} % there, EWC {by_method['ewc']} %, SelfAug {by_method['selfaug']} %",
-        f"On a second domain, two seeds, {share(second)} against {share(plain_second)}; a second model kept "
+        f"On a second domain, three seeds, {share(second)} against {share(plain_second)}; a second model kept "
         f"{number(100 * gemma['gain'], 0)} % at {number(100 * gemma['drift'], 0)} % of the drift",
         f"there SFT loses {number(100 * point('sft')['forgetting']['mean'], 1)} points "
         f"({span(point('sft')['forgetting'], 1, 100)})",
