@@ -119,6 +119,16 @@ def pytest_collection_finish():
     gc.freeze()  # each training begins with a whole collection, which need not look through what is imported for good
 
 
+@pytest.fixture(autouse=True)
+def _full_precision():
+    """`torch_compile=True` turns on TF32 for the rest of a process, whose tests compare with more digits than it has."""
+    yield
+    if not USE_CPU:
+        from transformers.utils.import_utils import enable_tf32
+
+        enable_tf32(False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _caches(tmp_path_factory):
     """Keep the caches of `datasets` out of the user's home, and find out once what all tests of a process share."""
