@@ -120,13 +120,12 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
-def _full_precision():
-    """`torch_compile=True` turns on TF32 for the rest of a process, whose tests compare with more digits than it has."""
+def _no_tf32_is_left():
+    """`torch_compile=True` turns on TF32 for the rest of a process, whose tests compare more digits than it has."""
+    before = getattr(torch.backends, "fp32_precision", None)  # of torch>=2.9
     yield
-    if not USE_CPU:
-        from transformers.utils.import_utils import enable_tf32
-
-        enable_tf32(False)
+    if before is not None:
+        torch.backends.fp32_precision = before
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -612,7 +612,7 @@ def of_the_gpu():
         f"(the loss {on_gpu('first kernel, loss/ms', 'forward', 1).replace(', ', ' and ')} ms)",
         f"takes {ms(first, 'bf16, 2 x 512', 'sft'):.0f} ms without it and {ms(first, 'bf16, 2 x 512', 'ema'):.0f} with it",
         f"adds {more(first, 'ema')} ms, a quarter {more(first, 'a quarter')} and, since nothing waits, "
-        f"{more(second, 'a quarter')}, {more(last, 'a quarter')} and, beside a slower host, {more(orders, 'a quarter')}",
+        f"{more(second, 'a quarter')}, {more(last, 'a quarter')} and {more(orders, 'a quarter')}",
         f"before it: EMA {ratio(f'{behind}{bf16}ema')} instead of {ratio(f'{bf16}ema')}, a quarter "
         f"{ratio(f'{behind}{bf16}a quarter')} instead of {ratio(f'{bf16}a quarter')}, not taken",
         f"no update: a quarter {ratio(f'{behind}its factors held in bfloat16, no update, {bf16}a quarter')} instead of "

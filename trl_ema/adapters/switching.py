@@ -12,7 +12,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
-from ..sharding import is_sharded
 from .names import TEACHER_NAME, tuner_layers
 
 
@@ -34,29 +33,9 @@ def teacher_switches(model: PeftModel, is_base: bool) -> list[Switch]:
     adapter = ("_disable_adapters", True) if is_base else ("_active_adapter", [TEACHER_NAME])
     switches = _adapter_switches(model, *adapter) + nothing_random(model)
     if not is_base:
-        switches += [(layer, "forward", functools.partial(_add_update_in_place, layer)) for layer in _plain_lora(model)]
+        plain = (module for module in model.modules() if _is_plain_lora(module))
+        switches += [(layer, "forward", functools.partial(_add_update_in_place, layer)) for layer in plain]
     return switches
-
-
-def plain_factors(model: PeftModel) -> list[torch.nn.Module]:
-    """A and B of the teacher's plain LoRA layers."""
-    return [factor[TEACHER_NAME] for layer in _plain_lora(model) for factor in (layer.lora_A, layer.lora_B)]
-
-
-def in_precision_of_autocast(factors: list[torch.nn.Module]) -> list[Switch]:
-    """
-    What autocast would cast one by one, a launch for each, cast in one: the same values. Nothing without autocast, or where
-    weights are sharded.
-    """
-    factors = [factor for factor in factors if cast(torch.Tensor, factor.weight).dtype == torch.float32]
-    weights: list[Any] = [factor.weight for factor in factors]
-    device = weights[0].device.type if weights else "cpu"
-    if not weights or not torch.is_autocast_enabled(device) or any(is_sharded(weight) for weight in weights):
-        return []
-    rounded = [torch.empty_like(weight, dtype=torch.get_autocast_dtype(device)) for weight in weights]
-    with torch.no_grad():
-        torch._foreach_copy_(rounded, weights)
-    return [(factor, "weight", weight) for factor, weight in zip(factors, rounded, strict=True)]
 
 
 def evaluating(model: torch.nn.Module) -> list[Switch]:
@@ -124,10 +103,6 @@ def switched(switches: list[Switch]) -> Iterator[None]:
                 attributes.pop(key, None)
             else:
                 attributes[key] = value
-
-
-def _plain_lora(model: PeftModel) -> list[Any]:
-    return [module for module in model.modules() if _is_plain_lora(module)]
 
 
 def _is_plain_lora(module: Any) -> bool:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from ..adapters.files import ANOTHER, check_adapter_file, function_fields, gather_file
 from ..adapters.fitness import adapter_changes_nothing, check_adapter, student_name
 from ..adapters.names import TEACHER_NAME
-from ..adapters.switching import in_precision_of_autocast, plain_factors, switched, teacher_switches
+from ..adapters.switching import switched, teacher_switches
 from ..adapters.twin import Twin, add_twin
 from ..files import follow_umask, read_json, write_json
 from ..sharding import (
@@ -86,7 +86,6 @@ class MeanTeacher:
             self._config = model.peft_config[TEACHER_NAME]
             self._hook = model.register_state_dict_post_hook(functools.partial(self._put_averages))  # torch marks it
         self._switches = teacher_switches(model, self.is_base)
-        self._factors = [] if self.is_base else plain_factors(model)
 
     # On and off the model
 
@@ -113,7 +112,7 @@ class MeanTeacher:
     def activate(self) -> Iterator[None]:
         """Within this context the model computes as the teacher. Restores everything, also after an error."""
         self._check_attached()
-        with switched(self._switches + in_precision_of_autocast(self._factors)):
+        with switched(self._switches):
             yield
 
     # The average
