@@ -306,6 +306,25 @@ def test_the_table_of_more_seeds_is_of_the_kept_figures(name, method, sft):
     )
 
 
+def test_the_table_of_texts_seen_again_is_of_its_figures():
+    text = (RESULTS / "frontier.md").read_text(encoding="utf-8")
+    found = ways("few_texts")
+    seen = {
+        "rehearsal_low_rate-4-0.5": ("600 texts", "once"),
+        "rehearsal_few-128": ("128 texts", "5 times"),
+        "rehearsal_few-32": ("32 texts", "19 times"),
+    }
+    for label, cells in seen.items():
+        assert table([*cells, *along(found[label])]) in text
+    at_a_tenth = {label: float(gain_at(front_of([found[label]]), 0.1)[0]) for label in ("sft-0.5", "rehearsal_few-32")}
+    few, plain = (number(100 * at_a_tenth[label], 0) for label in ("rehearsal_few-32", "sft-0.5"))
+    drifts = [found[label]["points"][-1]["drift"] for label in seen]
+    assert f"has {plain} % of the gain, 32 texts {few} %" in text and number(drifts[2] / drifts[0], 1) == "2.4"
+    assert drifts[1] / drifts[0] == pytest.approx(1.5, abs=0.1)  # "half as large again"
+    for one in the_map("few_texts")["points"]:
+        assert one["forgetting"]["low"] < 0  # "no accuracy is lost"
+
+
 @pytest.mark.parametrize("name, method", [("accuracy_finalists", "rehearsal"), ("low_rates", "rehearsal_low_rate")])
 def test_what_the_report_says_of_the_longer_runs_is_of_their_figures(name, method):
     text = (RESULTS / "frontier.md").read_text(encoding="utf-8")
