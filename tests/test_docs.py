@@ -306,6 +306,22 @@ def test_the_table_of_more_seeds_is_of_the_kept_figures(name, method, sft):
     )
 
 
+def test_the_table_of_the_strongest_controls_is_of_its_figures():
+    text = (RESULTS / "frontier.md").read_text(encoding="utf-8")
+    found = {entry["method"]: entry for entry in the_map("definitions_controls")["map"]["methods"]}
+    for method, name in {
+        "rehearsal": "rehearsal, weight 4, twice the rate",
+        "replay": "replay, weight 1, twice the rate",
+        "ewc": "EWC, weight 300, twice the rate",
+        "sft": "plain SFT, scaled back",
+    }.items():
+        assert found[method]["seeds"] == [1, 2] and len(found[method]["ways"]) == 1
+        whole = along(found[method]["ways"][0])[-1]
+        ahead = found["rehearsal"]["ahead"].get(method)
+        cells = ["–", "–"] if ahead is None else [", ".join(number(one, 3) for one in ahead["by_seed"]), figure(ahead, 3)]
+        assert table([name, figure(found[method]["gain_at"]["0.1"], 0, 100), whole, *cells]) in text
+
+
 def test_the_table_of_texts_seen_again_is_of_its_figures():
     text = (RESULTS / "frontier.md").read_text(encoding="utf-8")
     found = ways("few_texts")
