@@ -254,11 +254,15 @@ def test_half_of_it_times_a_square_is_the_divergence_per_token():
 
 
 @pytest.mark.parametrize("number", [4, 100])
-def test_a_run_measures_it_on_its_first_texts_per_token_drawn(held, number):
+def test_a_run_measures_it_on_its_first_texts_per_token_drawn(held, caplog, number):
     trainer = held(ewc_weight=2.0, ewc_num_texts=number, max_steps=1, peft_config=lora(init_lora_weights=False))
     trainer.train()
     (ewc,) = trainer.regularizers
     texts = ewc.own.get(trainer)
+    told = (
+        f"Fisher information is of {len(texts.ids)} texts, all there are; `ewc_num_texts` asks for {number}. Have more"
+    )
+    assert (told in caplog.text) == (number > len(texts.ids))
     assert set(texts.kinds[:4]) == {"raw", "chat"}
     rows = list(zip(texts.ids, drawn_labels(texts), strict=True))[:number]
     model = get_peft_model(tiny_model(), lora(init_lora_weights=False)).double()

@@ -1,7 +1,6 @@
 """Texts of the model before training as further rows, held by their own divergence."""
 
 import errno
-import itertools
 import math
 import os
 import re
@@ -14,6 +13,7 @@ import pytest
 import torch
 from conftest import adapter_weights, logged, lora, make_tokenizer, rows, tiny_model
 from peft import PromptTuningConfig, get_peft_model
+from transformers import default_data_collator
 from trl import SFTTrainer
 
 from trl_ema import EMARegularizedSFTTrainer, MeanTeacherConfig
@@ -339,27 +339,42 @@ def test_all_texts_are_taken_before_any_is_taken_again(rehearsing):
     assert orders[0] != orders[1]
 
 
-def test_two_ranks_take_what_one_does(rehearsing, monkeypatch):
-    trainer = rehearsing(per_device_train_batch_size=4)
+@pytest.mark.parametrize("fraction", [1 / 3, 0.2, 0.05])
+@pytest.mark.parametrize("rows, micro_batches, ranks", [(4, 1, 2), (2, 2, 2), (1, 2, 4), (1, 1, 8), (2, 4, 1)])
+def test_however_a_batch_is_cut_it_takes_the_same_texts(rehearsing, monkeypatch, fraction, rows, micro_batches, ranks):
+    trainer = rehearsing(per_device_train_batch_size=8, rehearsal_fraction=fraction)
     trainer.train()
     rehearsal = of(trainer)
-    assert rehearsal._counts == [2] and rehearsal.taken == 4 * 2
-    together = [text_at(rehearsal, place) for place in range(8)]
-    rehearsal._counts = [1]  # as with half the batch
-    monkeypatch.setattr(MeanTeacherConfig, "world_size", 2)
+    number = rehearsal._counts[0]
+    together = [text_at(rehearsal, place) for place in range(4 * number)]
+    assert rehearsal.taken == 4 * number
+    monkeypatch.setattr(MeanTeacherConfig, "world_size", ranks)
+    rehearsal.taken, rehearsal.per_micro_batch = 0, rehearsal.per_micro_batch * rows / 8
     found = []
     for step in range(4):
-        rehearsal._first = 2 * step
-        found += list(itertools.chain.from_iterable(rehearsal._texts(rehearsal._chosen(0, rank)) for rank in (0, 1)))
-    assert found == together
+        rehearsal.before_step([{}] * micro_batches, step, trainer.args.device, None)
+        for i in range(micro_batches):
+            found += [text for rank in range(ranks) for text in rehearsal._texts(rehearsal._chosen(i, rank))]
+    assert found == together and rehearsal.taken == 4 * number
+
+
+def test_as_many_texts_are_on_each_rank_where_weights_are_sharded(rehearsing, monkeypatch):
+    rehearsal = of(rehearsing(per_device_train_batch_size=1, rehearsal_fraction=0.2))
+    monkeypatch.setattr(MeanTeacherConfig, "world_size", 4)
+    assert rehearsal._counts_of(2) == [0, 0, 0, 1] * 2
+    rehearsal._alike = True
+    assert rehearsal._counts_of(2) == [0] * 4 + [1] * 4 and rehearsal._taken_in(1) == 4
 
 
 @pytest.mark.parametrize(
-    ("mean", "number", "expected"),
-    [(2, 3, [2, 2, 2]), (0.5, 8, [0, 1] * 4), (1.5, 2, [1, 2]), (0.01, 3, [0, 0, 1]), (0.01, 1, [1]), (1.97, 1, [2])],
-)
-def test_a_step_has_the_share_of_texts_that_was_asked_for_however_it_is_cut(mean, number, expected):
-    assert _spread(mean, number) == expected
+    ("mean", "micro_batches", "ranks", "expected"),
+    [
+        (2, 3, 1, [2, 2, 2]), (0.5, 8, 1, [0, 1] * 4), (1.5, 2, 1, [1, 2]), (0.01, 3, 1, [0, 0, 1]), (0.01, 1, 1, [1]),
+        (1.97, 1, 1, [2]), (2.5, 1, 2, [2, 3]), (0.5, 2, 4, [0, 1] * 4), (0.1, 2, 2, [0, 0, 0, 1]),
+    ],
+)  # fmt: skip
+def test_a_step_has_the_share_of_texts_that_was_asked_for_however_it_is_cut(mean, micro_batches, ranks, expected):
+    assert _spread(mean, micro_batches, ranks) == expected
 
 
 def test_micro_batches_without_a_text_leave_the_mean_of_a_step(rehearsing):
@@ -686,8 +701,8 @@ def test_a_budget_that_is_held_on_texts_seen_before_is_told(rehearsing, tmp_path
 @pytest.mark.parametrize(
     ("fraction", "rows", "told"),
     [
-        (0.1, 4, "1 whole text in an optimizer step, where `rehearsal_fraction=0.1` of its rows would be 0.44"),
-        (0.33, 3, "1 whole text in an optimizer step, where `rehearsal_fraction=0.33` of its rows would be 1.5"),
+        (0.1, 4, "rehearses 1 whole text on 1 process, where `rehearsal_fraction=0.1` of its rows would be 0.44"),
+        (0.33, 3, "rehearses 1 whole text on 1 process, where `rehearsal_fraction=0.33` of its rows would be 1.5"),
         (0.2, 4, None),
         (0.33, 4, None),
     ],
@@ -711,6 +726,45 @@ def test_the_share_stays_where_a_smaller_batch_is_looked_for(rehearsing, monkeyp
     trainer = rehearsing(auto_find_batch_size=True, per_device_train_batch_size=8, rehearsal_fraction=0.5, max_steps=2)
     trainer.train()
     assert of(trainer)._counts == [4] and tried[:1] == [8] and max(tried[-2:]) == 4
+
+
+@pytest.mark.parametrize("limit", [dict(drift_budget=0.1), dict(max_drift=0.1), {}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lora_dropout=0.1", dict(peft_config=lora(lora_dropout=0.1))),
+        ("attention_dropout=0.2", dict(model=tiny_model("llama", attention_dropout=0.2))),
+        ("neftune_noise_alpha=5", dict(neftune_noise_alpha=5)),
+        (None, {}),
+    ],
+    ids=str,
+)
+def test_a_limit_of_what_is_measured_with_noise_is_told(rehearsing, caplog, limit, name, options):
+    """At a rate of 0 nothing drifts."""
+    trainer = rehearsing(1.0, max_steps=1, learning_rate=0.0, **options, **limit)
+    trainer.train()
+    assert (f"With `{name}` the student's pass is a random one" in caplog.text) == bool(name and limit)
+    assert (logged(trainer, "rehearsal_kl")[0] > 1e-6) == (name not in (None, "lora_dropout=0.1"))
+
+
+def test_rows_that_do_not_tell_their_padding_are_refused(rehearsing):
+    data = datasets.Dataset.from_list([dict(input_ids=[7, 8, 9, 10], labels=[7, 8, 9, 10])] * 8)
+    trainer = rehearsing(data=data, dataset_kwargs=dict(skip_prepare_dataset=True), max_steps=1)
+    trainer.data_collator = default_data_collator
+    with pytest.raises(
+        ValueError, match=r"gave 4 rows of 4 tokens as \['input_ids', 'labels'\]: texts are rehearsed beside rows"
+    ):
+        trainer.train()
+
+
+def test_texts_to_write_are_no_longer_than_a_row_and_given_ones_are_cut(rehearsing):
+    with pytest.raises(
+        ValueError, match="`rehearsal_num_tokens=12` is more than `max_length=10`, which no row may pass. Low"
+    ):
+        rehearsing(max_length=10)
+    trainer = rehearsing(max_length=10, rehearsal_dataset=general(), max_steps=1)
+    trainer.train()
+    assert max(map(len, of(trainer).texts.ids)) == 10
 
 
 # A limit

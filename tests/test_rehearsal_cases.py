@@ -180,6 +180,7 @@ APART = {
     ),
     "checkpointing": (40, dict(gradient_checkpointing=True), {(4, 40), (2, 12)}),
     "to a multiple": (40, dict(pad_to_multiple_of=8), {(4, 40), (2, 16)}),
+    "longer texts, to a multiple": (32, dict(pad_to_multiple_of=32, rehearsal_num_tokens=40), {(4, 32), (2, 64)}),
     # Whose pass is over both, padded alike.
     "beside a frozen teacher": (40, dict(teacher="frozen", kl_weight=0.0), {(4, 40), (2, 12), (6, 40)}),
     "beside an EMA teacher": (40, dict(teacher="ema", kl_weight=0.0), {(4, 40), (2, 12)}),

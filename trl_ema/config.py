@@ -415,19 +415,13 @@ def _check_rehearsal(config: MeanTeacherConfig) -> None:
 
 
 def _check_rehearsed_texts(config: MeanTeacherConfig) -> None:
-    texts, dataset, tokens = config.rehearsal_texts, config.rehearsal_dataset, config.rehearsal_num_tokens
+    texts, dataset = config.rehearsal_texts, config.rehearsal_dataset
     if texts is not None and dataset is not None:
         raise ValueError(
             f"`rehearsal_texts={texts!r}` and `rehearsal_dataset={dataset!r}` both say what is rehearsed. Give one of them."
         )
     if dataset is not None:
         DataPart.from_config(dataset, "rehearsal_dataset")
-    to_be_written = bool(config.rehearsal_weight) and texts is None and dataset is None
-    if to_be_written and config.max_length is not None and tokens > config.max_length:
-        raise ValueError(
-            f"`rehearsal_num_tokens={tokens}` is more than `max_length={config.max_length}`, which no row may pass. Lower the one "
-            "or raise the other."
-        )
 
 
 def _check_penalties(config: MeanTeacherConfig) -> None:

@@ -1,5 +1,6 @@
 """Penalties on the trained weights: how far they are from where training started."""
 
+import logging
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -22,6 +23,9 @@ from ..texts import drawn_labels
 from ..workarounds import keep_4bit_layers_trainable
 from .base import Gather, Regularizer
 from .own_texts import OwnTexts
+
+
+logger = logging.getLogger(__name__)
 
 
 class WeightPenalty(Regularizer):
@@ -200,6 +204,11 @@ class EWC(WeightPenalty):
         texts = self.own.get(trainer)
         self.own.keep_beside(trainer)
         labels = drawn_labels(texts)[: self.num_texts]
+        if len(labels) < self.num_texts:
+            logger.warning(
+                "The Fisher information is of %d texts, all there are; `ewc_num_texts` asks for %d. Have more written with "
+                "`rehearsal_num_texts`.", len(labels), self.num_texts,
+            )  # fmt: skip
         ranks, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
         mine = list(zip(texts.ids, labels, strict=False))[rank::ranks]
         with trainer.precision():

@@ -24,7 +24,7 @@ from .joined_texts import may_join
 from .known_states import bytes_of_states, states_before, to_device
 from .micro_batch import TokenMean
 from .own_texts import FILE, OwnTexts
-from .text_rows import with_documents, with_joined_rows, with_rows
+from .text_rows import padded_length, with_documents, with_joined_rows, with_rows
 
 
 logger = logging.getLogger(__name__)
@@ -36,13 +36,15 @@ class Rehearsal(Regularizer):
     r"""
     λ · KL(p_before ‖ p_θ), a mean over every token of the rehearsed texts of the accumulated, world-wide batch.
 
-    In expectation over texts of the model before training this is the drift itself, KL(before ‖ student) over whole sequences.
-    At the start of a training it is zero, and so is its gradient: no ramp is needed.
+    In expectation over texts of the model before training this is the drift itself, KL(before ‖ student) over whole sequences,
+    what a chat template writes among them (the same in each chat, so that they lower the mean); of a student without dropout or
+    other noise. At the start of a training it is zero, and so is its gradient: no ramp is needed.
 
     With `rehearsal_loss="ce"` the texts are trained on as data instead: λ · CE(text; p_θ), a mean over the same tokens.
 
-    The micro-batches of an optimizer step get so many texts as further rows that their share is `rehearsal_fraction`, spread
-    evenly over them, and one at least. All texts are taken once before any is taken again, in a seeded order that depends on
+    The micro-batches of an optimizer step, of all ranks together, get so many texts as further rows that their share is
+    `rehearsal_fraction`, spread evenly over them, and one at least; as many on each rank, and one at least, where the weights are
+    sharded and all must pass as often. All texts are taken once before any is taken again, in a seeded order that depends on
     nothing but how many were taken so far. Where a run takes more than there are, the model before training passes over each
     once, and not in every micro-batch, see [`states_before`].
 
@@ -76,7 +78,10 @@ class Rehearsal(Regularizer):
         self.taken = 0  # texts, by all ranks
         self._first = 0  # of this step, among all that are taken
         self._micro_batch = self._predicted = 0
-        self._counts: list[int] = []  # of texts in each micro-batch of this step, on every rank
+        self._counts: list[
+            int
+        ] = []  # of texts in this step: in the first micro-batch of each rank, in the second of each ...
+        self._alike = False  # as many texts on each rank
         self.texts: Texts | None = None
         self.digest = ""  # of the texts
         self._rows = args.per_device_train_batch_size  # of a micro-batch's own
@@ -114,7 +119,7 @@ class Rehearsal(Regularizer):
     def _check(self, number: int, mean_length: float) -> float:
         """How many texts of so many a micro-batch takes on average. Raises `ValueError` if there are not as many."""
         mean = _texts_of_micro_batch(self.args, self._rows, mean_length)
-        (rows,) = _spread(mean, 1)
+        (rows,) = _spread(mean, 1, 1)
         if rows > number:
             raise ValueError(
                 f"{number} texts are fewer than the {rows} that a micro-batch rehearses. Give or write more "
@@ -127,6 +132,7 @@ class Rehearsal(Regularizer):
             is_base = getattr(self.start, "is_base", False)
             refuse_start(Launch.of_state(trainer.accelerator.state), is_base, rehearses=True)
         self.pad = self.tokenizer.pad_token_id
+        self._alike = trainer.shards_weights
         self._rows = trainer._train_batch_size  # fewer than asked for where `auto_find_batch_size` looked for them
         texts = self.texts if self.own is None else self.own.get(trainer)
         assert texts is not None
@@ -138,6 +144,7 @@ class Rehearsal(Regularizer):
         self._start_anew(trainer.state.max_steps)
         self._control = trainer.control
         self._tell_texts(trainer.state.max_steps)
+        self._tell_noise(trainer)
         self._joins = may_join(trainer, texts.ids)
         self._know_before(trainer)
         if state is not None:
@@ -146,31 +153,52 @@ class Rehearsal(Regularizer):
     def _tell_texts(self, steps: int) -> None:
         """Warn where another share of rows is rehearsed than asked for, and where a budget is measured on texts that were seen."""
         assert self.texts is not None
-        asked, found = self.per_micro_batch * self.args.gradient_accumulation_steps, self._taken_in(1)
+        ranks = self.args.world_size
+        asked, found = self.per_micro_batch * self.args.gradient_accumulation_steps * ranks, self._taken_in(1)
         if not 1 / _MUCH <= found / asked <= _MUCH:
             logger.warning(
-                "Each of the %d processes rehearses %d whole text%s in an optimizer step, where `rehearsal_fraction=%g` of its rows would "
-                "be %.2g. Give larger batches, more accumulation, or another share.",
-                self.args.world_size, found, "" if found == 1 else "s", self.args.rehearsal_fraction, asked,
+                "An optimizer step rehearses %d whole text%s on %d process%s, where `rehearsal_fraction=%g` of its rows would be %.2g. "
+                "Give larger batches, more accumulation, or another share.",
+                found, "" if found == 1 else "s", ranks, "" if ranks == 1 else "es", self.args.rehearsal_fraction, asked,
             )  # fmt: skip
-        taken = self._taken_in(steps) * self.args.world_size
+        taken = self._taken_in(steps)
         if self.args.drift_budget is not None and taken > len(self.texts.ids):
             logger.warning(
-                "The run takes %d texts and there are %d. On those seen before the student is closer than on new ones, and so is "
-                "what `drift_budget` holds; with %s each is new.", taken, len(self.texts.ids),
+                "The run takes %d texts and there are %d. `drift_budget` then holds the drift on texts that were "
+                "trained on, which is another one than on new texts; with %s each is new.", taken, len(self.texts.ids),
                 f"{taken} texts in the file" if self.args.rehearsal_texts else f"`rehearsal_num_texts={taken}`",
+            )  # fmt: skip
+
+    def _tell_noise(self, trainer: Any) -> None:
+        """Warn where what is held or watched would be there without any training: the model before it passes in eval mode."""
+        noise = noise_of(trainer)
+        if noise and (self.args.drift_budget is not None or self.watches_drift):
+            logger.warning(
+                "With %s the student's pass is a random one, and `rehearsal_kl` more than the drift, from the first step on: so is what "
+                "`drift_budget` holds and `max_drift` stops at. Set it to 0, or allow for more.", ", ".join(noise),
             )  # fmt: skip
 
     def _know_before(self, trainer: Any) -> None:
         self._known = None
         if self.args.rehearsal_loss == "kl":
             assert self.start is not None and self.texts is not None
-            taken = self._taken_in(trainer.state.max_steps)
+            taken = self._taken_by_one(trainer.state.max_steps)
             self._known = states_before(trainer, self.start, self.texts.ids, self.pad, taken)
 
     def _taken_in(self, steps: int) -> int:
-        """Texts that each rank takes in so many optimizer steps."""
-        return steps * sum(_spread(self.per_micro_batch, self.args.gradient_accumulation_steps))
+        """Texts that all ranks take in so many optimizer steps."""
+        return steps * sum(self._counts_of(self.args.gradient_accumulation_steps))
+
+    def _taken_by_one(self, steps: int) -> int:
+        """Texts that a rank takes in so many optimizer steps, at most."""
+        counts, ranks = self._counts_of(self.args.gradient_accumulation_steps), self.args.world_size
+        return steps * max(sum(counts[rank::ranks]) for rank in range(ranks))
+
+    def _counts_of(self, micro_batches: int) -> list[int]:
+        ranks = self.args.world_size
+        if self._alike:
+            return [count for count in _spread(self.per_micro_batch, micro_batches, 1) for _ in range(ranks)]
+        return _spread(self.per_micro_batch, micro_batches, ranks)
 
     def bytes_on_cpu(self, steps: int, sharded: bool) -> int:
         if self.args.rehearsal_loss != "kl" or self.start is None:
@@ -178,7 +206,7 @@ class Rehearsal(Regularizer):
         number, tokens = self.args.rehearsal_num_texts, self.args.rehearsal_num_texts * self.args.rehearsal_num_tokens
         if self.texts is not None:
             number, tokens = len(self.texts.ids), sum(map(len, self.texts.ids))
-        return bytes_of_states(self.start.model, number, tokens, self._taken_in(steps), sharded)
+        return bytes_of_states(self.start.model, number, tokens, self._taken_by_one(steps), sharded)
 
     def _go_on(self, state: dict) -> None:
         self.taken = state["taken"]
@@ -210,8 +238,8 @@ class Rehearsal(Regularizer):
     def before_step(self, batches: Sequence[Inputs], step: int, device: torch.device, gather: Gather | None) -> None:
         self._first, self._micro_batch = self.taken, 0
         self.loss_of_step.clear()  # of what a skipped step has left
-        self._counts = _spread(self.per_micro_batch, len(batches))
-        self.taken += sum(self._counts) * self.args.world_size
+        self._counts = self._counts_of(len(batches))
+        self.taken += sum(self._counts)
         # Predictions that the mean is over: those of all whose labelled tokens TRL counts together.
         ranks = [self.args.process_index] if gather is None else range(self.args.world_size)
         self._predicted = sum(
@@ -224,8 +252,9 @@ class Rehearsal(Regularizer):
 
     def _chosen(self, micro_batch: int, rank: int) -> list[int]:
         """Numbers of the texts of one rank in one micro-batch of this step."""
-        before, number = sum(self._counts[:micro_batch]), self._counts[micro_batch]
-        first = self._first + before * self.args.world_size + rank * number
+        of_them = micro_batch * self.args.world_size + rank
+        first = self._first + sum(self._counts[:of_them])
+        number = self._counts[of_them]
         return [self._order.number_at(position) for position in range(first, first + number)]
 
     # The loss
@@ -235,7 +264,7 @@ class Rehearsal(Regularizer):
         texts = self._texts(taken)
         weight = self._last_weight = self.weight.value(step)
         self._micro_batch += 1
-        if not texts:  # nor on any other rank
+        if not texts:
             return inputs, []
         own = num_sequences(**inputs)
         # TRL divides by the labelled tokens.
@@ -246,17 +275,17 @@ class Rehearsal(Regularizer):
         times = torch.as_tensor(num_labels, dtype=torch.int64).clamp(
             min=1
         )  # not read here, where the host would wait for it
-        packed, joined, number = "attention_mask" not in inputs, False, len(texts)
+        packed, joined, number = _is_packed(inputs), False, len(texts)
+        multiple = int(self.args.pad_to_multiple_of or 1)
         if packed:
             batch = with_documents(inputs, texts)
         elif joined := self._joins and "position_ids" not in inputs:
-            batch, number = with_joined_rows(inputs, texts, self.pad)
+            batch, number = with_joined_rows(inputs, texts, self.pad, multiple)
         else:
-            batch = with_rows(inputs, texts, self.pad)
+            batch = with_rows(inputs, texts, self.pad, multiple)
         teacher = self.start if self.args.rehearsal_loss == "kl" else None
         chosen = list(range(own, own + number))
-        multiple = int(self.args.pad_to_multiple_of or 1)
-        length = None if packed or joined else -(-max(map(len, texts)) // multiple) * multiple
+        length = None if packed or joined else padded_length(map(len, texts), multiple)
         hidden = None
         if self._known is not None:
             hidden = to_device(torch.cat([self._known[number] for number in taken]), inputs["input_ids"].device)
@@ -365,10 +394,40 @@ def _texts_of_micro_batch(args: MeanTeacherConfig, rows: int, mean_length: float
     return own * args.rehearsal_fraction / (1 - args.rehearsal_fraction)
 
 
-def _spread(mean: float, number: int) -> list[int]:
-    """How many texts each of a `number` of micro-batches takes, that are so many on average: one at least, of all of them."""
+def _spread(mean: float, micro_batches: int, ranks: int) -> list[int]:
+    """
+    How many texts each micro-batch takes, the first of each rank, the second of each and so on, that take so many on average: one at
+    least, of all of them.
+    """
+    number = micro_batches * ranks
     total = max(1, math.floor(mean * number + 0.5))
     return [total * (i + 1) // number - total * i // number for i in range(number)]
+
+
+def _is_packed(inputs: Inputs) -> bool:
+    """Raises `ValueError` for rows of which it does not show which tokens are padding."""
+    if "attention_mask" in inputs:
+        return False
+    rows, length = inputs["input_ids"].shape
+    if rows == 1 and "position_ids" in inputs:
+        return True
+    raise ValueError(
+        f"The data collator gave {rows} rows of {length} tokens as {sorted(inputs)}: texts are rehearsed beside rows with an "
+        "`attention_mask`, or one row with `position_ids` for packed ones. Let the collator give one of them, or use TRL's own."
+    )
+
+
+def noise_of(trainer: Any) -> list[str]:
+    """What makes a pass in train mode another one each time: options of the training, its adapter and its model, with their values."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapter = getattr(model, "active_peft_config", None)
+    of_model = model.config.get_text_config()
+    dropped = [
+        (name, value) for config in (adapter, of_model) if config is not None for name, value in vars(config).items()
+    ]
+    found = {name: value for name, value in dropped if "drop" in name and isinstance(value, float) and value > 0}
+    found |= {"neftune_noise_alpha": trainer.args.neftune_noise_alpha} if trainer.args.neftune_noise_alpha else {}
+    return [f"`{name}={value:g}`" for name, value in found.items()]
 
 
 def digest_of(texts: Texts) -> str:

@@ -1,14 +1,16 @@
 """Texts as further rows, or documents, of a micro-batch."""
 
+from collections.abc import Iterable
+
 import torch
 
 from .base import Inputs
 
 
-def with_rows(inputs: Inputs, texts: list[list[int]], pad: int) -> Inputs:
-    """A padded micro-batch with the texts as further rows."""
+def with_rows(inputs: Inputs, texts: list[list[int]], pad: int, multiple: int = 1) -> Inputs:
+    """A padded micro-batch with the texts as further rows, as long as a `multiple` of that many tokens."""
     rows, length = inputs["input_ids"].shape
-    longest = max(length, *map(len, texts))
+    longest = padded_length([length, *map(len, texts)], multiple)
     of_text = {"input_ids": pad, "attention_mask": 0, "labels": -100}
     batch = dict(inputs)
     for name, value in inputs.items():
@@ -22,21 +24,26 @@ def with_rows(inputs: Inputs, texts: list[list[int]], pad: int) -> Inputs:
     return batch
 
 
-def with_joined_rows(inputs: Inputs, texts: list[list[int]], pad: int) -> tuple[Inputs, int]:
+def with_joined_rows(inputs: Inputs, texts: list[list[int]], pad: int, multiple: int = 1) -> tuple[Inputs, int]:
     """A padded micro-batch with the texts one after another in as few further rows as hold them in their order, and their number."""
-    width = max(inputs["input_ids"].shape[1], *map(len, texts))
+    width = padded_length([inputs["input_ids"].shape[1], *map(len, texts)], multiple)
     rows: list[list[list[int]]] = [[]]
     for text in texts:
         if sum(map(len, rows[-1])) + len(text) > width:
             rows.append([])
         rows[-1].append(text)
-    batch = with_rows(inputs, [[token for text in row for token in text] for row in rows], pad)
+    batch = with_rows(inputs, [[token for text in row for token in text] for row in rows], pad, multiple)
     positions = torch.arange(width).repeat(len(batch["input_ids"]), 1)
     for i, row in enumerate(rows, start=len(inputs["input_ids"])):
         counted = [place for text in row for place in range(len(text))]
         positions[i] = torch.tensor([*counted, *range(len(row[-1]), len(row[-1]) + width - len(counted))])
     batch["position_ids"] = _to(positions, inputs["input_ids"])
     return batch | {"joined": True}, len(rows)
+
+
+def padded_length(lengths: Iterable[int], multiple: int) -> int:
+    """Of rows that are as long as the longest, or as the next `multiple`."""
+    return -(-max(lengths) // multiple) * multiple
 
 
 def _of_text(name: str, ids: list[int]) -> list[int]:
