@@ -259,9 +259,7 @@ def test_a_run_measures_it_on_its_first_texts_per_token_drawn(held, caplog, numb
     trainer.train()
     (ewc,) = trainer.regularizers
     texts = ewc.own.get(trainer)
-    told = (
-        f"Fisher information is of {len(texts.ids)} texts, all there are; `ewc_num_texts` asks for {number}. Have more"
-    )
+    told = f"Fisher information is of {len(texts.ids)} texts, all there are; `ewc_num_texts` asks for {number}, and `rehearsal_num_texts` writes more."
     assert (told in caplog.text) == (number > len(texts.ids))
     assert set(texts.kinds[:4]) == {"raw", "chat"}
     rows = list(zip(texts.ids, drawn_labels(texts), strict=True))[:number]

@@ -23,6 +23,7 @@ from trl_ema.regularizers import own_texts
 from trl_ema.regularizers.own_texts import FILE
 from trl_ema.regularizers.rehearsal import Rehearsal, _spread
 from trl_ema.schedules import BudgetedWeight, SmoothedMean
+from trl_ema.script import parse
 from trl_ema.texts import Sampling, Texts, load_texts, save_texts, texts_path, write_texts
 
 
@@ -341,7 +342,9 @@ def test_all_texts_are_taken_before_any_is_taken_again(rehearsing):
 
 @pytest.mark.parametrize("fraction", [1 / 3, 0.2, 0.05])
 @pytest.mark.parametrize("rows, micro_batches, ranks", [(4, 1, 2), (2, 2, 2), (1, 2, 4), (1, 1, 8), (2, 4, 1)])
-def test_however_a_batch_is_cut_it_takes_the_same_texts(rehearsing, monkeypatch, fraction, rows, micro_batches, ranks):
+def test_however_a_full_batch_is_cut_it_takes_the_same_texts(
+    rehearsing, monkeypatch, fraction, rows, micro_batches, ranks
+):
     trainer = rehearsing(per_device_train_batch_size=8, rehearsal_fraction=fraction)
     trainer.train()
     rehearsal = of(trainer)
@@ -358,10 +361,27 @@ def test_however_a_batch_is_cut_it_takes_the_same_texts(rehearsing, monkeypatch,
     assert found == together and rehearsal.taken == 4 * number
 
 
+@pytest.mark.parametrize("ranks, counts", [(1, [1]), (2, [0, 1]), (4, [0, 0, 0, 1])])
+def test_ranks_without_a_text_do_not_lower_the_weight_where_each_has_its_own_mean(
+    rehearsing, monkeypatch, ranks, counts
+):
+    """Its loss is divided by DDP once more, by the number of ranks."""
+    trainer = rehearsing(rehearsal_fraction=0.05, per_device_train_batch_size=1)
+    trainer.train()
+    monkeypatch.setattr(MeanTeacherConfig, "world_size", ranks)
+    monkeypatch.setattr(MeanTeacherConfig, "process_index", ranks - 1)
+    batches, items = _micro_batches(trainer, 1)
+    of(trainer).before_step(batches, 9, trainer.args.device, None)
+    assert of(trainer)._counts == counts
+    ((term,),) = [of(trainer).add_rows(dict(batch), 9, items)[1] for batch in batches]
+    (text,) = of(trainer)._texts(of(trainer)._chosen(0, ranks - 1))
+    assert term.weight / ranks == pytest.approx(2.0 / (len(text) - 1))
+
+
 def test_as_many_texts_are_on_each_rank_where_weights_are_sharded(rehearsing, monkeypatch):
     rehearsal = of(rehearsing(per_device_train_batch_size=1, rehearsal_fraction=0.2))
     monkeypatch.setattr(MeanTeacherConfig, "world_size", 4)
-    assert rehearsal._counts_of(2) == [0, 0, 0, 1] * 2
+    assert rehearsal._counts_of(2) == [0, 1, 0, 1, 0, 0, 0, 0]
     rehearsal._alike = True
     assert rehearsal._counts_of(2) == [0] * 4 + [1] * 4 and rehearsal._taken_in(1) == 4
 
@@ -370,7 +390,8 @@ def test_as_many_texts_are_on_each_rank_where_weights_are_sharded(rehearsing, mo
     ("mean", "micro_batches", "ranks", "expected"),
     [
         (2, 3, 1, [2, 2, 2]), (0.5, 8, 1, [0, 1] * 4), (1.5, 2, 1, [1, 2]), (0.01, 3, 1, [0, 0, 1]), (0.01, 1, 1, [1]),
-        (1.97, 1, 1, [2]), (2.5, 1, 2, [2, 3]), (0.5, 2, 4, [0, 1] * 4), (0.1, 2, 2, [0, 0, 0, 1]),
+        (1.97, 1, 1, [2]), (2.5, 1, 2, [2, 3]), (0.5, 2, 4, [0] * 4 + [1] * 4), (0.1, 2, 2, [0, 1, 0, 0]), (0.49254, 8, 2, [0, 0, 1, 1] * 4),
+        (1.2, 2, 2, [1, 2, 1, 1]), (7.5, 1, 1, [8]), (1.5, 5, 1, [1, 2, 1, 2, 2]), (0.75 * 3, 1, 4, [2, 2, 2, 3]),
     ],
 )  # fmt: skip
 def test_a_step_has_the_share_of_texts_that_was_asked_for_however_it_is_cut(mean, micro_batches, ranks, expected):
@@ -735,6 +756,7 @@ def test_the_share_stays_where_a_smaller_batch_is_looked_for(rehearsing, monkeyp
         ("lora_dropout=0.1", dict(peft_config=lora(lora_dropout=0.1))),
         ("attention_dropout=0.2", dict(model=tiny_model("llama", attention_dropout=0.2))),
         ("neftune_noise_alpha=5", dict(neftune_noise_alpha=5)),
+        (None, dict(model=tiny_model("gpt_neox", classifier_dropout=0.1, attention_dropout=0.0, hidden_dropout=0.0))),
         (None, {}),
     ],
     ids=str,
@@ -813,3 +835,9 @@ def test_a_step_whose_divergence_is_no_number_does_not_stay_in_the_drift(rehears
 def test_replayed_texts_watch_no_drift(rehearsing):
     with pytest.raises(ValueError, match="`max_drift=0.1`, but nothing measures the drift during training"):
         rehearsing(rehearsal_loss="ce", max_drift=0.1).train()
+
+
+def test_texts_longer_than_a_row_are_refused_by_the_command_line_before_anything_is_read(tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--rehearsal_weight", "4", "--max_length", "64", "--use_cpu", "true"]
+    with pytest.raises(ValueError, match="`rehearsal_num_tokens=96` is more than `max_length=64`"):
+        parse(arguments)

@@ -142,6 +142,7 @@ CASES = {
     "packed": dict(packing=True, per_device_train_batch_size=1),
     "packed rows": dict(packing=True, packing_strategy="wrapped", per_device_train_batch_size=2),
     "padding-free": dict(padding_free=True, max_length=None),
+    "padding-free, to a multiple": dict(padding_free=True, max_length=None, pad_to_multiple_of=32),
     "padded to a multiple": dict(pad_to_multiple_of=16),
     "full sequences": dict(completion_only_loss=False),
     "dft": dict(loss_type="dft"),
@@ -474,7 +475,7 @@ def test_whatever_tells_tokens_apart_goes_on_in_the_texts(documents):
     if documents:
         collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
         features = [{"input_ids": ids, "labels": ids} for ids in ([1, 2, 3, 4], [1, 2])]
-        found = with_documents(collator(features), texts)
+        found = with_documents(collator(features), texts, pad=0)
         expected = collator([*features, *({"input_ids": ids, "labels": [-100] * len(ids)} for ids in texts)])
     else:
         collator = DataCollatorForLanguageModeling(pad_token_id=0, return_position_ids=True)

@@ -75,8 +75,8 @@ def check_before_loading(
     """Raises before the model is loaded, or a data set read, for what cannot work together with the teacher."""
     if rehearsal_dataset is not None:
         _check_rehearsal_dataset(rehearsal_dataset, args)
-    elif args.rehearsal_weight and args.rehearsal_texts is None and args.rehearsal_dataset is None:
-        _check_length_to_write(args)
+    else:
+        check_length_to_write(args)
     _check_files(args)
     _check_peft_config(peft_config)
     given: Any = model.active_peft_config if isinstance(model, torch.nn.Module) and is_peft_model(model) else None
@@ -117,8 +117,10 @@ def _check_rehearsal_dataset(dataset: Any, args: MeanTeacherConfig) -> None:
     check_dataset(dataset, "rehearsal_dataset")
 
 
-def _check_length_to_write(args: MeanTeacherConfig) -> None:
-    if args.max_length is not None and args.rehearsal_num_tokens > args.max_length:
+def check_length_to_write(args: MeanTeacherConfig) -> None:
+    """Raises `ValueError` where texts would be written that are longer than a row; for who has no data set to rehearse instead."""
+    writes = bool(args.rehearsal_weight) and args.rehearsal_texts is None and args.rehearsal_dataset is None
+    if writes and args.max_length is not None and args.rehearsal_num_tokens > args.max_length:
         raise ValueError(
             f"`rehearsal_num_tokens={args.rehearsal_num_tokens}` is more than `max_length={args.max_length}`, which no row may pass. "
             "Lower the one or raise the other."

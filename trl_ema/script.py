@@ -24,6 +24,7 @@ from trl import (
 
 from . import data, offline
 from .checkpointing.folders import last_checkpoint
+from .checks import check_length_to_write
 from .config import MeanTeacherConfig
 from .evaluation import models
 from .files import read_json, read_yaml, shipped
@@ -267,6 +268,7 @@ def parse(arguments: list[str], *others: type) -> tuple[Any, ...]:
             f"`max_drift={training_args.max_drift}`, but nothing measures the drift during training. Give `--drift_steps` too, or "
             "`--rehearsal_weight`."
         )
+    check_length_to_write(training_args)
     _warn_of_lone_fraction(args)
     if args.is_mixture and training_args.completion_only_loss is None:
         # TRL decides by the first row of all whether answers alone count; in a mixture each part decides, which this is.

@@ -205,9 +205,12 @@ class EWC(WeightPenalty):
         self.own.keep_beside(trainer)
         labels = drawn_labels(texts)[: self.num_texts]
         if len(labels) < self.num_texts:
+            more = (
+                "`rehearsal_texts` has no more" if trainer.args.rehearsal_texts else "`rehearsal_num_texts` writes more"
+            )
             logger.warning(
-                "The Fisher information is of %d texts, all there are; `ewc_num_texts` asks for %d. Have more written with "
-                "`rehearsal_num_texts`.", len(labels), self.num_texts,
+                "The Fisher information is of %d texts, all there are; `ewc_num_texts` asks for %d, and %s.", len(labels), self.num_texts,
+                more,
             )  # fmt: skip
         ranks, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
         mine = list(zip(texts.ids, labels, strict=False))[rank::ranks]

@@ -42,9 +42,9 @@ class Rehearsal(Regularizer):
 
     With `rehearsal_loss="ce"` the texts are trained on as data instead: λ · CE(text; p_θ), a mean over the same tokens.
 
-    The micro-batches of an optimizer step, of all ranks together, get so many texts as further rows that their share is
-    `rehearsal_fraction`, spread evenly over them, and one at least; as many on each rank, and one at least, where the weights are
-    sharded and all must pass as often. All texts are taken once before any is taken again, in a seeded order that depends on
+    The micro-batches of an optimizer step, of all ranks together, get so many texts as further rows that their share of a full
+    batch is `rehearsal_fraction`, spread evenly over them, and one at least; as many on each rank, and one at least, where the
+    weights are sharded and all must pass as often. All texts are taken once before any is taken again, in a seeded order that depends on
     nothing but how many were taken so far. Where a run takes more than there are, the model before training passes over each
     once, and not in every micro-batch, see [`states_before`].
 
@@ -77,7 +77,7 @@ class Rehearsal(Regularizer):
         self.args, self.tokenizer, self.start = args, tokenizer, start
         self.taken = 0  # texts, by all ranks
         self._first = 0  # of this step, among all that are taken
-        self._micro_batch = self._predicted = 0
+        self._micro_batch, self._predicted = 0, 0.0
         self._counts: list[
             int
         ] = []  # of texts in this step: in the first micro-batch of each rank, in the second of each ...
@@ -171,11 +171,13 @@ class Rehearsal(Regularizer):
 
     def _tell_noise(self, trainer: Any) -> None:
         """Warn where what is held or watched would be there without any training: the model before it passes in eval mode."""
+        if self.args.drift_budget is None and not self.watches_drift:
+            return
         noise = noise_of(trainer)
-        if noise and (self.args.drift_budget is not None or self.watches_drift):
+        if noise:
             logger.warning(
-                "With %s the student's pass is a random one, and `rehearsal_kl` more than the drift, from the first step on: so is what "
-                "`drift_budget` holds and `max_drift` stops at. Set it to 0, or allow for more.", ", ".join(noise),
+                "With %s the student's pass is a random one, and `rehearsal_kl` more than the drift: so is what `drift_budget` holds "
+                "and `max_drift` stops at. Set it to 0, or allow for more.", ", ".join(noise),
             )  # fmt: skip
 
     def _know_before(self, trainer: Any) -> None:
@@ -245,6 +247,11 @@ class Rehearsal(Regularizer):
         self._predicted = sum(
             _num_predicted(self._texts(self._chosen(i, rank))) for i in range(len(batches)) for rank in ranks
         )
+        if (
+            gather is None
+        ):  # each rank has a mean of its own, and DDP takes the mean of all, also of those that have none
+            world = self.args.world_size
+            self._predicted *= sum(any(self._counts[rank::world]) for rank in range(world)) / world
 
     def _texts(self, numbers: list[int]) -> list[list[int]]:
         assert self.texts is not None
@@ -264,6 +271,7 @@ class Rehearsal(Regularizer):
         texts = self._texts(taken)
         weight = self._last_weight = self.weight.value(step)
         self._micro_batch += 1
+        packed = _is_packed(inputs)
         if not texts:
             return inputs, []
         own = num_sequences(**inputs)
@@ -275,10 +283,10 @@ class Rehearsal(Regularizer):
         times = torch.as_tensor(num_labels, dtype=torch.int64).clamp(
             min=1
         )  # not read here, where the host would wait for it
-        packed, joined, number = _is_packed(inputs), False, len(texts)
+        joined, number = False, len(texts)
         multiple = int(self.args.pad_to_multiple_of or 1)
         if packed:
-            batch = with_documents(inputs, texts)
+            batch = with_documents(inputs, texts, self.pad, multiple)
         elif joined := self._joins and "position_ids" not in inputs:
             batch, number = with_joined_rows(inputs, texts, self.pad, multiple)
         else:
@@ -397,11 +405,23 @@ def _texts_of_micro_batch(args: MeanTeacherConfig, rows: int, mean_length: float
 def _spread(mean: float, micro_batches: int, ranks: int) -> list[int]:
     """
     How many texts each micro-batch takes, the first of each rank, the second of each and so on, that take so many on average: one at
-    least, of all of them.
+    least, of all of them, and as many on each rank but for those left over, which are in one micro-batch of all. For the ranks wait
+    for each other in each.
     """
-    number = micro_batches * ranks
-    total = max(1, math.floor(mean * number + 0.5))
-    return [total * (i + 1) // number - total * i // number for i in range(number)]
+    if not micro_batches:  # a stream has ended
+        return []
+    total = max(1, math.floor(round(mean * micro_batches * ranks, 6) + 0.5))
+    each, left = divmod(total, ranks)
+    alike = _evenly(each, micro_batches)
+    fewest = alike.index(min(alike))
+    counts = [count for count in alike for _ in range(ranks)]
+    for rank, more in enumerate(_evenly(left, ranks)):
+        counts[fewest * ranks + rank] += more
+    return counts
+
+
+def _evenly(total: int, parts: int) -> list[int]:
+    return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
 
 
 def _is_packed(inputs: Inputs) -> bool:
@@ -425,7 +445,9 @@ def noise_of(trainer: Any) -> list[str]:
     dropped = [
         (name, value) for config in (adapter, of_model) if config is not None for name, value in vars(config).items()
     ]
-    found = {name: value for name, value in dropped if "drop" in name and isinstance(value, float) and value > 0}
+    heads = ("classifier", "summary")  # that a causal language model has not
+    dropped = [(name, value) for name, value in dropped if "drop" in name and not name.startswith(heads)]
+    found = {name: value for name, value in dropped if isinstance(value, float) and value > 0}
     found |= {"neftune_noise_alpha": trainer.args.neftune_noise_alpha} if trainer.args.neftune_noise_alpha else {}
     return [f"`{name}={value:g}`" for name, value in found.items()]
 

@@ -55,9 +55,12 @@ def _of_text(name: str, ids: list[int]) -> list[int]:
     return list(range(len(ids))) if name == "position_ids" else []
 
 
-def with_documents(inputs: Inputs, texts: list[list[int]]) -> Inputs:
-    """A packed micro-batch with the texts as further documents."""
+def with_documents(inputs: Inputs, texts: list[list[int]], pad: int, multiple: int = 1) -> Inputs:
+    """A packed micro-batch with the texts as further documents, and one of padding where it is not a `multiple` of that many tokens."""
     batch = dict(inputs)
+    length = inputs["input_ids"].shape[1] + sum(map(len, texts))
+    if filler := padded_length([length], multiple) - length:
+        texts = [*texts, [pad] * filler]
     ids = torch.tensor([token for text in texts for token in text])
     more = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
     more["position_ids"] = torch.cat([torch.arange(len(text)) for text in texts])
