@@ -1113,6 +1113,20 @@ def test_what_an_arm_would_refuse_is_refused_before_any_is_trained(checked, tmp_
     checked(arms, training, evaluate_only=True)
 
 
+@pytest.mark.filterwarnings("ignore:Ignored with")
+@pytest.mark.parametrize(
+    "name, options", [("rehearsal_loss", dict(rehearsal_loss="ce")), ("kl_weight", dict(kl_weight=3))]
+)
+def test_an_arm_whose_option_does_nothing_is_refused(checked, tmp_path, name, options):
+    """It would be plain SFT under another name."""
+    with pytest.raises(
+        ValueError, match=rf"x, seed 0, would not be what its name says: `{name}=.*` does nothing beside its"
+    ):
+        checked({"x": {"teacher": "none"} | options})
+    assert not list((tmp_path / "out").rglob("*"))
+    checked({"x": {"teacher": "none"}}, options)  # common to all arms
+
+
 def test_of_an_arm_that_is_not_trained_yet_one_seed_is_checked_and_data_is_read_once(checked, tmp_path, monkeypatch):
     looked, read = [], []
     check, load = running.check_training, comparison_rows.load_parts

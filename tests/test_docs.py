@@ -305,6 +305,33 @@ def test_the_table_of_more_seeds_is_of_the_kept_figures(name, method, sft):
     assert table([f"{title}, three seeds", *kept, ahead]) in text
 
 
+def test_the_table_of_medquad_is_of_its_figures():
+    text, found = (RESULTS / "frontier.md").read_text(encoding="utf-8"), the_map("medquad_seed_0")
+    texts, of_setting = found["map"]["texts"], ways("medquad_seed_0")
+    named = {
+        "rehearsal-4-2": "rehearsal, weight 4, twice the rate",
+        "ewc": "EWC, weight 300, twice the rate",
+        "sft-2": "plain SFT, twice the rate",
+        "sft-1": "plain SFT",
+        "sft-0.5": "plain SFT, half the rate",
+    }
+    assert of_setting.keys() == named.keys() and found["map"]["reference"]["label"] == "sft-2"
+    for label, name in named.items():
+        drifts = [
+            of_setting[label]["by_text"][texts.index(one)]
+            for one in ("human_answers", "wikipedia", "own_answers", "general")
+        ]
+        assert table([name, *along(of_setting[label]), *(number(100 * drift, 0) for drift in drifts)]) in text
+    at_ten = {
+        entry["method"]: f"{number(100 * entry['gain_at']['0.1']['mean'], 0)}" for entry in found["map"]["methods"]
+    }
+    whole, nats = of_setting["rehearsal-4-2"]["points"][-1], found["map"]["reference"]
+    said = " ".join(text.split())
+    assert f"({nats['gain']:.3f} and {nats['drift']:.3f} nats)" in said
+    assert f"keeps less, {100 * whole['gain']:.0f} % at {100 * whole['drift']:.1f} % of the drift" in said
+    assert f"over its three rates has {at_ten['sft']} %, EWC {at_ten['ewc']}" in said
+
+
 def test_the_table_of_the_strongest_controls_is_of_its_figures():
     text = (RESULTS / "frontier.md").read_text(encoding="utf-8")
     found = {entry["method"]: entry for entry in the_map("definitions_controls")["map"]["methods"]}

@@ -299,7 +299,9 @@ class MeanTeacherConfig(SFTConfig):
         others += [getattr(self, name) for name in _PENALTIES]
         return not self.needs_fused_forward and self.loss_type == "nll" and not any(others)
 
-    def _warn_about_ignored(self):
+    @property
+    def ignored(self) -> list[str]:
+        """Names of the options that are set and do nothing beside the others."""
         default = {f.name: f.default for f in fields(MeanTeacherConfig)}
         ignored = []
         if self.teacher != "ema":
@@ -324,7 +326,10 @@ class MeanTeacherConfig(SFTConfig):
             ignored.append("ewc_num_texts")
         if self.kl_direction != "jsd" and self.jsd_mixture != default["jsd_mixture"]:
             ignored.append("jsd_mixture")
-        if ignored:
+        return ignored
+
+    def _warn_about_ignored(self):
+        if ignored := self.ignored:
             warnings.warn(
                 f"Ignored with `teacher={self.teacher!r}`, `kl_direction={self.kl_direction!r}`, "
                 f"`rehearsal_weight={self.rehearsal_weight!r}`, `ewc_weight={self.ewc_weight!r}`: "

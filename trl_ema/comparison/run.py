@@ -257,6 +257,11 @@ def _check_trainings(todo: Sequence[tuple[Comparison, Arm, int]], read: RunData)
         logger.info("Checking %s", run)
         # Anew: a trainer changes its settings, which say what the next one made in this process computes in.
         args, settings, model_args = _understand(stage, arm, seed)
+        if idle := [name for name in settings.ignored if name in arm.options]:
+            raise ValueError(
+                f"{run}, would not be what its name says: {', '.join(f'`{name}={arm.options[name]!r}`' for name in idle)} does nothing "
+                "beside its other options. Give what turns it on, such as a weight, or leave it out."
+            )
         # The adapter of the stage before may be still to be trained. A new one is refused for the same reasons.
         options = replace(args, adapter_name_or_path=None), settings, model_args
         try:
