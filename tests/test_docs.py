@@ -427,6 +427,7 @@ def of_the_map():
     def share(found):
         return f"{number(100 * found['mean'], 0)} % ({span(found, 0, 100)})"
 
+    better, plain_there = (ways("medquad_seed_0")[label]["points"][-1]["gain"] for label in ("sft-2", "sft-1"))
     (gemma,) = ways("gemma_seed_0")["rehearsal-4-0.5"]["points"]
     long = the_map("accuracy_seed_0")
     lost = {found["label"]: found["forgetting"] for found in long["points"]}
@@ -448,7 +449,9 @@ def of_the_map():
             *points("sft-2.5"), *points("rehearsal-4-2.5")
         ),
         f"rehearsal keeps {share(kept)} of what SFT learns, over three seeds; plain SFT, scaled back to there, {share(plain)}",
-        f"replay of such texts has {by_method['replay']} % there, EWC {by_method['ewc']} %, SelfAug {by_method['selfaug']} %",
+        f"it has {by_method['rehearsal']} %, replay of its texts {by_method['replay']}, EWC {by_method['ewc']}, "
+        f"SelfAug {by_method['selfaug']}, others less",
+        f"on the second domain, learns {number(100 * (better / plain_there - 1), 0)} % more",
         f"On a second domain, three seeds, {share(second)} against {share(plain_second)}; a second model kept "
         f"{number(100 * gemma['gain'], 0)} % at {number(100 * gemma['drift'], 0)} % of the drift",
         f"there SFT loses {number(100 * point('sft')['forgetting']['mean'], 1)} points "
