@@ -257,7 +257,8 @@ def _check_trainings(todo: Sequence[tuple[Comparison, Arm, int]], read: RunData)
         logger.info("Checking %s", run)
         # Anew: a trainer changes its settings, which say what the next one made in this process computes in.
         args, settings, model_args = _understand(stage, arm, seed)
-        if idle := [name for name in settings.ignored if name in arm.options]:
+        # A script of its own may have other uses for them.
+        if arm.script is None and (idle := [name for name in settings.ignored if name in arm.options]):
             raise ValueError(
                 f"{run}, would not be what its name says: {', '.join(f'`{name}={arm.options[name]!r}`' for name in idle)} does nothing "
                 "beside its other options. Give what turns it on, such as a weight, or leave it out."
