@@ -306,6 +306,21 @@ def test_the_table_of_more_seeds_is_of_the_kept_figures(name, method, sft):
     assert table([f"{title}, three seeds", *kept, ahead]) in text
 
 
+def test_what_the_map_says_of_the_second_model_is_of_its_figures():
+    said = " ".join((RESULTS / "frontier.md").read_text(encoding="utf-8").split())
+    texts, reference = (the_map("gemma_finalists")["map"][name] for name in ("texts", "reference"))
+    found = ways("gemma_finalists")["rehearsal-4-0.5"]
+    human, encyclopaedic, built_in = (
+        f"{100 * found['by_text'][texts.index(name)]:.0f} %" for name in ("human_answers", "wikipedia", "general")
+    )
+    whole = found["points"][-1]
+    assert f"(gain {reference['gain']:.3f} and drift {reference['drift']:.3f} nats)" in said
+    assert f"keeps {100 * whole['gain']:.0f} % of the gain at {100 * whole['drift']:.0f} % of the drift" in said
+    assert (
+        f"{human} on the human answers, {encyclopaedic} on the encyclopaedic text, {built_in} on the built-in" in said
+    )
+
+
 def test_the_table_of_medquad_is_of_its_figures():
     text, found = (RESULTS / "frontier.md").read_text(encoding="utf-8"), the_map("medquad_seed_0")
     texts, of_setting = found["map"]["texts"], ways("medquad_seed_0")

@@ -476,6 +476,7 @@ def test_whatever_tells_tokens_apart_goes_on_in_the_texts(documents):
         collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
         features = [{"input_ids": ids, "labels": ids} for ids in ([1, 2, 3, 4], [1, 2])]
         found = with_documents(collator(features), texts, pad=0)
+        assert with_documents(collator(features), texts, pad=0, multiple=16)["input_ids"].shape[1] % 16 == 0
         expected = collator([*features, *({"input_ids": ids, "labels": [-100] * len(ids)} for ids in texts)])
     else:
         collator = DataCollatorForLanguageModeling(pad_token_id=0, return_position_ids=True)

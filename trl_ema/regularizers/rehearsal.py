@@ -173,7 +173,7 @@ class Rehearsal(Regularizer):
         """Warn where what is held or watched would be there without any training: the model before it passes in eval mode."""
         if self.args.drift_budget is None and not self.watches_drift:
             return
-        noise = noise_of(trainer)
+        noise = _noise_of(trainer)
         if noise:
             logger.warning(
                 "With %s the student's pass is a random one, and `rehearsal_kl` more than the drift: so is what `drift_budget` holds "
@@ -247,9 +247,8 @@ class Rehearsal(Regularizer):
         self._predicted = sum(
             _num_predicted(self._texts(self._chosen(i, rank))) for i in range(len(batches)) for rank in ranks
         )
-        if (
-            gather is None
-        ):  # each rank has a mean of its own, and DDP takes the mean of all, also of those that have none
+        # Else each rank has a mean of its own, and DDP takes the mean of all, also of those that have none.
+        if gather is None:
             world = self.args.world_size
             self._predicted *= sum(any(self._counts[rank::world]) for rank in range(world)) / world
 
@@ -437,17 +436,19 @@ def _is_packed(inputs: Inputs) -> bool:
     )
 
 
-def noise_of(trainer: Any) -> list[str]:
+def _noise_of(trainer: Any) -> list[str]:
     """What makes a pass in train mode another one each time: options of the training, its adapter and its model, with their values."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter = getattr(model, "active_peft_config", None)
     of_model = model.config.get_text_config()
-    dropped = [
-        (name, value) for config in (adapter, of_model) if config is not None for name, value in vars(config).items()
-    ]
     heads = ("classifier", "summary")  # that a causal language model has not
-    dropped = [(name, value) for name, value in dropped if "drop" in name and not name.startswith(heads)]
-    found = {name: value for name, value in dropped if isinstance(value, float) and value > 0}
+    found = {
+        name: value
+        for config in (adapter, of_model)
+        if config is not None
+        for name, value in vars(config).items()
+        if "drop" in name and not name.startswith(heads) and isinstance(value, float) and value > 0
+    }
     found |= {"neftune_noise_alpha": trainer.args.neftune_noise_alpha} if trainer.args.neftune_noise_alpha else {}
     return [f"`{name}={value:g}`" for name, value in found.items()]
 
