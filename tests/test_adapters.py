@@ -106,7 +106,7 @@ IDS = torch.tensor([[1, 7, 12, 25, 2, 9, 11, 21, 40, 2]])
 
 def logits(model):
     with torch.no_grad():
-        return model(input_ids=IDS).logits
+        return model(input_ids=IDS.to(model.device)).logits.cpu()
 
 
 def adapter_config(kind, options):

@@ -184,8 +184,9 @@ def make_beside(make_trainer, tokenizer, tmp_path):
 
 
 def logits(model):
+    ids = torch.tensor([[1, 7, 25, len(make_tokenizer()) - 1, 12]], device=model.device)
     with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor([[1, 7, 25, len(make_tokenizer()) - 1, 12]])).logits
+        return model.eval()(input_ids=ids).logits.cpu()
 
 
 @pytest.mark.parametrize(

@@ -600,7 +600,8 @@ def test_a_dora_adapter_on_a_4_bit_base_computes_as_it_was_trained(tiny_folder, 
     def load():
         return load_base(str(tiny_folder / "model"), dtype=torch.float32, quantization_config=four_bit)[0]
 
-    model, ids = get_peft_model(load(), lora(use_dora=True)), torch.arange(3, 15)[None]
+    model = get_peft_model(load(), lora(use_dora=True))
+    ids = torch.arange(3, 15, device=model.device)[None]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

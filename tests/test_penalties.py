@@ -270,7 +270,7 @@ def test_a_run_measures_it_on_its_first_texts_per_token_drawn(held, caplog, numb
     tokens = sum(label != -100 for _, labels in rows for label in labels)
     for name, found in ewc.fisher.items():
         expected = sum(one[name] ** 2 for one in scores) / tokens
-        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-8)
+        torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-3, atol=1e-8)
 
 
 def test_of_a_fresh_lora_it_sees_b_alone(held):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, adapter_weights, logged, lora, make_tokenizer, rows, tiny_model
+from conftest import DEVICE, USE_CPU, adapter_weights, logged, lora, make_tokenizer, rows, tiny_model
 from datasets import concatenate_datasets
 from peft import get_peft_model
 from test_families import FAMILIES
@@ -188,6 +188,7 @@ APART = {
 }  # fmt: skip
 
 
+@pytest.mark.skipif(not USE_CPU, reason="A GPU joins the texts, and passes over few tokens together: see below.")
 @pytest.mark.parametrize("case", APART)
 def test_rows_and_texts_of_other_lengths_are_not_padded_alike(rehearsing, case):  # noqa: F811
     length, options, expected = APART[case]
@@ -304,6 +305,7 @@ def test_an_adapter_that_begins_within_a_row_has_one_text_in_it(rehearsing, on_a
     assert not of(trainer)._joins
 
 
+@pytest.mark.skipif(not USE_CPU, reason="The trainer is on a GPU.")
 def test_a_cpu_joins_no_texts(rehearsing):  # noqa: F811
     trainer = rehearsing()
     trainer.train()
@@ -367,7 +369,7 @@ def test_dropout_is_the_students_alone(rehearsing, options):  # noqa: F811
     trainer = rehearsing(model=tiny_model(**model), peft_config=lora(**adapter), callbacks=[watch], **options)
     watch.trainer = trainer
     trainer.train()
-    calm = tiny_model(**model).eval()(watch.ids).logits
+    calm = tiny_model(**model).eval().to(DEVICE)(watch.ids).logits
     for logits in watch.found:
         torch.testing.assert_close(logits, calm, rtol=1e-4, atol=1e-4)
     assert len(watch.found) == 4
@@ -557,7 +559,7 @@ def test_ranks_that_find_texts_go_with_those_that_had_found_none(rehearsing, mon
     monkeypatch.setattr(write, lambda *_, **options: calls.append(options["world_size"]) or found)
     trainer.train()
     assert not calls
-    other = torch.tensor([True])
+    other = torch.tensor([True], device=DEVICE)
     monkeypatch.setattr(trainer.accelerator, "gather", lambda missing: torch.cat([missing[None], other]))
     assert of(trainer).own.get(trainer) == found and calls == [1]
 
