@@ -488,6 +488,17 @@ def test_iterable_data_sets(make_trainer):
     same_run(stream, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("teacher", ["ema", "none"])
+def test_a_trainer_made_since_with_another_precision_is_told(make_trainer, teacher):
+    half = make_trainer(bf16=True, teacher=teacher)
+    make_trainer()
+    with pytest.raises(RuntimeError, match="with mixed precision 'bf16'; since .*with 'no'.*Make this trainer again"):
+        half.train()
+    assert half.state.global_step == 0
+    make_trainer(bf16=True)
+    half.train()  # the precision it was made with
+
+
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
 def test_bf16_training_stays_close_to_float32(make_trainer, direction):
     half = make_trainer(bf16=True, kl_direction=direction)

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, TrainOutput
 
 from .adapters.fitness import base_changed_by, refuse_leftovers
 from .adapters.names import base_of
@@ -125,6 +125,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
             check_free_space(self, checkpoint=True)
         self._init_checkpoints()
         keep_float32_outputs(self.accelerator)
+        self._mixed_precision = self.accelerator.mixed_precision
         # First, so that whatever saves or measures at the end of a step finds the teacher moved.
         self.callback_handler.callbacks.insert(0, RegularizerCallback(self))
 
@@ -154,6 +155,16 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
                 "The model of this trainer was given to another trainer, which has taken this one's teacher off it, and may have put an "
                 "adapter of its own there. Save before that (`trainer.save_model()`), or load the model again and give that."
             )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Accelerate has one for the whole process: this run would be in that of another trainer, or in float16 unscaled.
+        if self.accelerator.mixed_precision != self._mixed_precision:
+            raise RuntimeError(
+                f"This trainer was made with mixed precision {self._mixed_precision!r}; since then another one was made with "
+                f"{self.accelerator.mixed_precision!r}, and accelerate has the last one for all of a process. Make this trainer "
+                "again, and train each before the next is made, or give both the same `bf16` and `fp16`."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
     def teacher(self) -> MeanTeacher | None:
