@@ -316,6 +316,13 @@ def test_what_the_map_says_of_the_second_model_is_of_its_figures():
     assert (
         f"{human} on the human answers, {encyclopaedic} on the encyclopaedic text, {built_in} on the built-in" in said
     )
+    one_seed = {label: way["points"][-1] for label, way in ways("gemma_seed_0").items()}
+    gain, drift = ({label: 100 * point[name] for label, point in one_seed.items()} for name in ("gain", "drift"))
+    assert f"learns less ({gain['sft-1']:.0f} % at {drift['sft-1']:.0f} % of the drift)" in said
+    assert (
+        f"({gain['rehearsal-4-1']:.0f} % at {drift['rehearsal-4-1']:.1f} %, where half the rate has "
+        f"{gain['rehearsal-4-0.5']:.0f} % at {drift['rehearsal-4-0.5']:.1f} %" in said
+    )
 
 
 def test_the_table_of_medquad_is_of_its_figures():
