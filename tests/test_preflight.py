@@ -69,10 +69,12 @@ def test_a_training_that_would_start_is_shown_and_leaves_nothing(workplace):
     done = check(
         workplace, "--dataset_name", "data.jsonl", "--output_dir", "deep/er/out", "--num_train_epochs", "2", "--ema_half_life",
         "0.25", "--kl_warmup_ratio", "0.5", "--warmup_steps", "3", "--per_device_train_batch_size", "4", "--save_steps", "5",
-        "--gradient_accumulation_steps", "2",
+        "--gradient_accumulation_steps", "2", "--rehearsal_weight", "4", "--rehearsal_num_texts", "16",
+        "--rehearsal_num_tokens", "32",
     )  # fmt: skip
     assert sorted(os.listdir(workplace)) == before
     told = said(done)
+    assert "rehearsal: weight 4, each text is seen 4 times" in told  # 2 beside 4 rows, in 32 micro-batches
     # 64 rows: 16 micro-batches, 8 steps an epoch.
     assert "16 optimizer steps of 8 rows on 1 process(es); 64 rows an epoch" in told
     assert f"half of it is replaced in 4 steps (0.25 of the run), decay {0.5 ** (1 / 4):.6g}" in told

@@ -705,18 +705,39 @@ def test_who_ends_at_the_budget_is_told_nothing(rehearsing, caplog):
     assert "nats per token, `drift_budget` is" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("limits", "named"),
+    [
+        (dict(drift_budget=0.1), "`drift_budget` then goes"),
+        (dict(max_drift=9), "`max_drift` then goes"),
+        (dict(drift_budget=0.1, max_drift=9), "`drift_budget` and `max_drift` then goes"),
+    ],
+)
 @pytest.mark.parametrize(("texts", "told"), [(3, True), (4, False)])
-def test_a_budget_that_is_held_on_texts_seen_before_is_told(rehearsing, tmp_path, caplog, texts, told):
+def test_a_limit_that_goes_by_texts_seen_before_is_told(rehearsing, tmp_path, caplog, texts, told, limits, named):
     options = dict(rehearsal_num_texts=texts, rehearsal_fraction=0.2, max_steps=4)
-    rehearsing(1.0, drift_budget=0.1, **options).train()
-    assert ("The run takes 4 texts and there are 3." in caplog.text) == told
+    rehearsing(1.0, **limits, **options).train()
+    assert (f"The run takes 4 texts and there are 3. {named} by the drift" in caplog.text) == told
     assert ("with `rehearsal_num_texts=4` each is new" in caplog.text) == told
     given = dict(rehearsal_texts=str(tmp_path / "out" / FILE), rehearsal_fraction=0.2, max_steps=4)
-    rehearsing(1.0, drift_budget=0.1, **given).train()
+    rehearsing(1.0, **limits, **given).train()
     assert ("with 4 texts in the file each is new" in caplog.text) == told
     caplog.clear()
     rehearsing(1.0, **options).train()
     assert "The run takes" not in caplog.text
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+@pytest.mark.parametrize(("steps", "told"), [(40, False), (41, True)])
+def test_texts_that_are_seen_more_often_than_was_measured_are_told(rehearsing, tmp_path, caplog, steps, told, loss):
+    options = dict(rehearsal_fraction=0.2, max_steps=steps, rehearsal_loss=loss)
+    trainer = rehearsing(1.0, rehearsal_num_texts=2, **options)
+    trainer.train()
+    assert ("takes 41 texts and there are 2, so that each is seen about 20 times" in caplog.text) == told
+    assert ("Give `rehearsal_num_texts=3` or more." in caplog.text) == told
+    assert of(trainer).times_seen(steps, 1) == steps / 2 and of(trainer).times_seen(steps, 4) == 2 * steps
+    rehearsing(1.0, rehearsal_texts=str(tmp_path / "out" / FILE), **options).train()
+    assert ("Give 3 texts in the file or more." in caplog.text) == told
 
 
 @pytest.mark.parametrize(

@@ -495,6 +495,8 @@ def test_a_trainer_made_since_with_another_precision_is_told(make_trainer, teach
     with pytest.raises(RuntimeError, match="with mixed precision 'bf16'; since .*with 'no'.*Make this trainer again"):
         half.train()
     assert half.state.global_step == 0
+    with half.precision():  # what is measured of it is in its own
+        assert torch.is_autocast_enabled(DEVICE)
     make_trainer(bf16=True)
     half.train()  # the precision it was made with
 

@@ -22,6 +22,7 @@ from .losses import IGNORE_INDEX
 from .memory import NF4, Bytes, Sizes, memory
 from .processes import Launch
 from .refusals import Refusals
+from .regularizers.rehearsal import Rehearsal
 from .schedules import half_life_to_decay
 
 
@@ -241,6 +242,10 @@ def print_run(trainer: Any, rows: int | None, steps: int, launch: Launch) -> Non
             else ", without a ramp"
         )
         print(f"  divergence: weight {args.kl_weight:g}{ramp}")
+    for regularizer in trainer.regularizers:
+        if isinstance(regularizer, Rehearsal):
+            times = regularizer.times_seen(steps, launch.ranks)
+            print(f"  rehearsal: weight {args.rehearsal_weight:g}, each text is seen {times:.2g} times")
     one = bytes_to_write(trainer, checkpoint=True) * (2 if launch.writes_shards else 1)
     final, kept = bytes_to_write(trainer, checkpoint=False), checkpoints_kept(args, steps)
     free = shutil.disk_usage(args.output_dir).free

@@ -102,6 +102,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics, quantization_config=quantization_config,
             peft_config=peft_config, formatting_func=formatting_func,
         )  # fmt: skip
+        self._mixed_precision = self.accelerator.mixed_precision
         refuse_leftovers(self.model)
         self._claim = claim(self.model, before)
         check_labels(self.train_dataset, self.eval_dataset, compute_metrics)
@@ -125,7 +126,6 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
             check_free_space(self, checkpoint=True)
         self._init_checkpoints()
         keep_float32_outputs(self.accelerator)
-        self._mixed_precision = self.accelerator.mixed_precision
         # First, so that whatever saves or measures at the end of a step finds the teacher moved.
         self.callback_handler.callbacks.insert(0, RegularizerCallback(self))
 
@@ -178,7 +178,7 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
         The autocast that the run trains in: a context for passes outside it. Not `accelerator.autocast`, which leaves it to
         DeepSpeed, that is to later.
         """
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
         return torch.autocast(self.accelerator.device.type, dtype, enabled=dtype is not None)
 
     @property
