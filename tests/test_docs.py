@@ -348,7 +348,7 @@ def test_the_table_of_medquad_is_of_its_figures():
     whole, nats = of_setting["rehearsal-4-2"]["points"][-1], found["map"]["reference"]
     said = " ".join(text.split())
     assert f"({nats['gain']:.3f} and {nats['drift']:.3f} nats)" in said
-    assert f"keeps less, {100 * whole['gain']:.0f} % at {100 * whole['drift']:.1f} % of the drift" in said
+    assert f"Of SFT at its best rate rehearsal keeps less, {100 * whole['gain']:.0f} % at {100 * whole['drift']:.1f} % of the drift" in said
     assert f"over its three rates has {at_ten['sft']} %, EWC {at_ten['ewc']}" in said
 
 
@@ -402,6 +402,23 @@ def test_what_the_report_says_of_the_longer_runs_is_of_their_figures(name, metho
         left = entry["gain_at"]["0.1"]
         assert f"{number(100 * left['mean'], 0)} % ({span(left, 0, 100)})" in text
     assert figure(ahead, 3) in text
+
+
+def test_what_the_report_says_of_given_texts_and_of_averages_is_of_its_figures():
+    said = " ".join((RESULTS / "frontier.md").read_text(encoding="utf-8").split())
+    found = {way["label"]: way for way in all_ways()}
+    encyclopaedic = the_map()["map"]["texts"].index("wikipedia")
+
+    def whole(label):
+        return "{0:.0f} % at {1:.1f} %".format(*(100 * found[label]["points"][-1][name] for name in ("gain", "drift")))
+
+    given, own = "rehearsal_given-4-2", "rehearsal_averaged_slower"
+    kept = " and ".join(number(100 * found[label]["by_text"][encyclopaedic], 0) for label in (given, own))
+    assert f"with one seed: {whole(given)} of the drift, where its own" in said
+    assert f"(`{own}`), have {whole(own)}; on encyclopaedic text they keep less ({kept} %)" in said
+    assert f"below its student's curve ({whole(own + ', teacher')}; the student {whole(own)})" in said
+    fast = "rehearsal_averaged-0.25"
+    assert f"saves drift, {whole(fast + ', teacher')} where its student has {whole(fast)}" in said
 
 
 def test_what_the_report_says_of_ewc_is_of_its_figures():
