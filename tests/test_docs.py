@@ -984,7 +984,8 @@ def a_run(tiny_folder, tmp_path, monkeypatch, request):
     (code,) = blocks("README.md")
     assert len([line for line in code.splitlines() if line]) <= 14
     code = code.replace("Qwen/Qwen2.5-0.5B-Instruct", str(tiny_folder / "model"))
-    options = "max_steps=2, bf16=False, use_cpu=True, rehearsal_num_texts=8, rehearsal_num_tokens=32, logging_steps=1"
+    options = "max_steps=2, bf16=False, use_cpu=True, rehearsal_num_tokens=32, logging_steps=1"
+    code = code.replace("rehearsal_num_texts=2048", "rehearsal_num_texts=8")
     code = code.replace('MeanTeacherConfig("out",', f'MeanTeacherConfig("out", {options},')
     code = code.replace('teacher="none"', f'teacher="{getattr(request, "param", "none")}"')
     scope = {}
