@@ -348,7 +348,10 @@ def test_the_table_of_medquad_is_of_its_figures():
     whole, nats = of_setting["rehearsal-4-2"]["points"][-1], found["map"]["reference"]
     said = " ".join(text.split())
     assert f"({nats['gain']:.3f} and {nats['drift']:.3f} nats)" in said
-    assert f"Of SFT at its best rate rehearsal keeps less, {100 * whole['gain']:.0f} % at {100 * whole['drift']:.1f} % of the drift" in said
+    assert (
+        f"Of SFT at its best rate rehearsal keeps less, {100 * whole['gain']:.0f} % at {100 * whole['drift']:.1f} % of the drift"
+        in said
+    )
     assert f"over its three rates has {at_ten['sft']} %, EWC {at_ten['ewc']}" in said
 
 
@@ -410,7 +413,8 @@ def test_what_the_report_says_of_given_texts_and_of_averages_is_of_its_figures()
     encyclopaedic = the_map()["map"]["texts"].index("wikipedia")
 
     def whole(label):
-        return "{0:.0f} % at {1:.1f} %".format(*(100 * found[label]["points"][-1][name] for name in ("gain", "drift")))
+        point = found[label]["points"][-1]
+        return f"{100 * point['gain']:.0f} % at {100 * point['drift']:.1f} %"
 
     given, own = "rehearsal_given-4-2", "rehearsal_averaged_slower"
     kept = " and ".join(number(100 * found[label]["by_text"][encyclopaedic], 0) for label in (given, own))
