@@ -504,7 +504,7 @@ def of_the_map():
             *points("sft-2.5"), *points("rehearsal-4-2.5")
         ),
         f"rehearsal keeps {share(kept)} of what SFT learns, over three seeds; SFT scaled back to there {share(plain)}",
-        f"replay of its texts has {replayed} % there, EWC {by_ewc}; with one seed SelfAug {by_method['selfaug']}, others less",
+        f"replay of its texts has {replayed} %, EWC {by_ewc}; with one seed SelfAug {by_method['selfaug']}, others less",
         f"On a second domain {share(second)} against {share(plain_second)}, on a second model "
         f"{share(other_model)} against {share(plain_of_it)}",
         f"there SFT loses {number(100 * point('sft')['forgetting']['mean'], 1)} points "
