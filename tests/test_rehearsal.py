@@ -708,16 +708,16 @@ def test_who_ends_at_the_budget_is_told_nothing(rehearsing, caplog):
 @pytest.mark.parametrize(
     ("limits", "named"),
     [
-        (dict(drift_budget=0.1), "`drift_budget` then goes"),
-        (dict(max_drift=9), "`max_drift` then goes"),
-        (dict(drift_budget=0.1, max_drift=9), "`drift_budget` and `max_drift` then goes"),
+        (dict(drift_budget=0.1), "`drift_budget`"),
+        (dict(max_drift=9), "`max_drift`"),
+        (dict(drift_budget=0.1, max_drift=9), "`drift_budget` and `max_drift`"),
     ],
 )
 @pytest.mark.parametrize(("texts", "told"), [(3, True), (4, False)])
 def test_a_limit_that_goes_by_texts_seen_before_is_told(rehearsing, tmp_path, caplog, texts, told, limits, named):
     options = dict(rehearsal_num_texts=texts, rehearsal_fraction=0.2, max_steps=4)
     rehearsing(1.0, **limits, **options).train()
-    assert (f"The run takes 4 texts and there are 3. {named} by the drift" in caplog.text) == told
+    assert (f"The run takes 4 texts and there are 3. Of {named} the measure is then the drift" in caplog.text) == told
     assert ("with `rehearsal_num_texts=4` each is new" in caplog.text) == told
     given = dict(rehearsal_texts=str(tmp_path / "out" / FILE), rehearsal_fraction=0.2, max_steps=4)
     rehearsing(1.0, **limits, **given).train()
@@ -733,11 +733,19 @@ def test_texts_that_are_seen_more_often_than_was_measured_are_told(rehearsing, t
     options = dict(rehearsal_fraction=0.2, max_steps=steps, rehearsal_loss=loss)
     trainer = rehearsing(1.0, rehearsal_num_texts=2, **options)
     trainer.train()
-    assert ("takes 41 texts and there are 2, so that each is seen about 20 times" in caplog.text) == told
-    assert ("Give `rehearsal_num_texts=3` or more." in caplog.text) == told
-    assert of(trainer).times_seen(steps, 1) == steps / 2 and of(trainer).times_seen(steps, 4) == 2 * steps
+    assert ("takes 41 texts and there are 2, so that each is seen 20.5 times" in caplog.text) == told
+    assert ("Give at least `rehearsal_num_texts=3`." in caplog.text) == told
+    caplog.clear()
+    rows(2, kind="text").to_json(tmp_path / "few.jsonl")
+    rehearsing(1.0, rehearsal_dataset=str(tmp_path / "few.jsonl"), **options).train()
+    assert ("Give at least 3 rows in `rehearsal_dataset`." in caplog.text) == told
+    assert of(trainer).times_seen(steps, 1, False) == steps / 2 and of(trainer).times_seen(steps, 4, True) == 2 * steps
+    options = dict(rehearsal_fraction=0.33, per_device_train_batch_size=1, max_steps=steps, rehearsal_loss=loss)
+    trainer = rehearsing(1.0, rehearsal_num_texts=2, **options)
+    assert of(trainer).times_seen(6, 8, False) == 6 * 4 / 2  # half a text for each row
+    assert of(trainer).times_seen(6, 8, True) == 6 * 8 / 2  # one at least
     rehearsing(1.0, rehearsal_texts=str(tmp_path / "out" / FILE), **options).train()
-    assert ("Give 3 texts in the file or more." in caplog.text) == told
+    assert ("Give at least 3 texts in the file." in caplog.text) == told
 
 
 @pytest.mark.parametrize(

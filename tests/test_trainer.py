@@ -499,6 +499,10 @@ def test_a_trainer_made_since_with_another_precision_is_told(make_trainer, teach
         assert torch.is_autocast_enabled(DEVICE)
     make_trainer(bf16=True)
     half.train()  # the precision it was made with
+    half = make_trainer(bf16=True, teacher=teacher)
+    config(half.args.output_dir)
+    with pytest.raises(RuntimeError, match="another trainer or configuration was made, with None"):
+        half.train()
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])

@@ -22,7 +22,7 @@ from .losses import IGNORE_INDEX
 from .memory import NF4, Bytes, Sizes, memory
 from .processes import Launch
 from .refusals import Refusals
-from .regularizers.rehearsal import Rehearsal
+from .regularizers.rehearsal import OFTEN, Rehearsal
 from .schedules import half_life_to_decay
 
 
@@ -244,8 +244,13 @@ def print_run(trainer: Any, rows: int | None, steps: int, launch: Launch) -> Non
         print(f"  divergence: weight {args.kl_weight:g}{ramp}")
     for regularizer in trainer.regularizers:
         if isinstance(regularizer, Rehearsal):
-            times = regularizer.times_seen(steps, launch.ranks)
-            print(f"  rehearsal: weight {args.rehearsal_weight:g}, each text is seen {times:.2g} times")
+            times = regularizer.times_seen(steps, launch.ranks, launch.shards_weights)
+            found = "once" if times == 1 else f"{times:.2g} times" if times < 10 else f"{times:,.0f} times"
+            print(f"  rehearsal: weight {args.rehearsal_weight:g}, each text is seen {found}")
+            if times > OFTEN:
+                print(
+                    "  That is more often than was measured: give more texts (`rehearsal_num_texts`), or train for fewer steps."
+                )
     one = bytes_to_write(trainer, checkpoint=True) * (2 if launch.writes_shards else 1)
     final, kept = bytes_to_write(trainer, checkpoint=False), checkpoints_kept(args, steps)
     free = shutil.disk_usage(args.output_dir).free

@@ -158,11 +158,12 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         # Accelerate has one for the whole process: this run would be in that of another trainer, or in float16 unscaled.
-        if self.accelerator.mixed_precision != self._mixed_precision:
+        found = getattr(self.accelerator, "mixed_precision", None)  # none where a configuration was made since
+        if found != self._mixed_precision:
             raise RuntimeError(
-                f"This trainer was made with mixed precision {self._mixed_precision!r}; since then another one was made with "
-                f"{self.accelerator.mixed_precision!r}, and accelerate has the last one for all of a process. Make this trainer "
-                "again, and train each before the next is made, or give both the same `bf16` and `fp16`."
+                f"This trainer was made with mixed precision {self._mixed_precision!r}; since then another trainer or configuration "
+                f"was made, with {found!r}, and accelerate has the last one for all of a process. Make this trainer again, and "
+                "train each before the next is made, or give both trainers the same `bf16` and `fp16`."
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -30,7 +30,7 @@ from .text_rows import padded_length, with_documents, with_joined_rows, with_row
 logger = logging.getLogger(__name__)
 
 _MUCH = 1.25  # a factor from what was asked for, of which a user is told
-_OFTEN = 20  # times that a text is seen, at most, in what was measured
+OFTEN = 20  # times that a text is seen, at most, in what was measured
 
 
 class Rehearsal(Regularizer):
@@ -169,24 +169,30 @@ class Rehearsal(Regularizer):
         watching = [name for name in ("drift_budget", "max_drift") if getattr(self.args, name) is not None]
         if taken > there and self._watches:
             logger.warning(
-                "The run takes %d texts and there are %d. %s then goes by the drift on texts that were trained on, which is another one "
+                "The run takes %d texts and there are %d. Of %s the measure is then the drift on texts that were trained on, which is another one "
                 "than on new texts; with %s each is new.", taken, there,
                 " and ".join(f"`{name}`" for name in watching), self._so_many(taken),
             )  # fmt: skip
-        elif taken > _OFTEN * there:
+        elif taken > OFTEN * there:
             logger.warning(
-                "The run takes %d texts and there are %d, so that each is seen about %.0f times. The more often, the less they hold: "
+                "The run takes %d texts and there are %d, so that each is seen %.3g times. The more often, the less they hold: "
                 "of 32 that were seen 19 times the drift on other texts was 2.4 times that of new ones, and more was not measured. Give "
-                "%s or more.", taken, there, taken / there, self._so_many(math.ceil(taken / _OFTEN)),
+                "at least %s.", taken, there, taken / there, self._so_many(math.ceil(taken / OFTEN)),
             )  # fmt: skip
 
     def _so_many(self, number: int) -> str:
-        return f"{number} texts in the file" if self.args.rehearsal_texts else f"`rehearsal_num_texts={number}`"
+        assert self.texts is not None
+        if self.args.rehearsal_texts:
+            return f"{number} texts in the file"
+        if self.own is None and len(self.texts.ids) < self.args.rehearsal_num_texts:  # all of its rows are taken
+            return f"{number} rows in `rehearsal_dataset`"
+        return f"`rehearsal_num_texts={number}`"
 
-    def times_seen(self, steps: int, ranks: int) -> float:
-        """How often a run of so many optimizer steps takes each text, on average."""
+    def times_seen(self, steps: int, ranks: int, alike: bool) -> float:
+        """How often a run of so many optimizer steps takes each text, on average; `alike` where weights are sharded."""
         number = self.args.rehearsal_num_texts if self.texts is None else len(self.texts.ids)
-        return self._taken_in(steps) * ranks / self.args.world_size / number
+        counts = _counts(self.per_micro_batch, self.args.gradient_accumulation_steps, ranks, alike)
+        return steps * sum(counts) / number
 
     def _tell_noise(self, trainer: Any) -> None:
         """Warn where what is held or watched would be there without any training: the model before it passes in eval mode."""
@@ -216,10 +222,7 @@ class Rehearsal(Regularizer):
         return steps * max(sum(counts[rank::ranks]) for rank in range(ranks))
 
     def _counts_of(self, micro_batches: int) -> list[int]:
-        ranks = self.args.world_size
-        if self._alike:
-            return [count for count in _spread(self.per_micro_batch, micro_batches, 1) for _ in range(ranks)]
-        return _spread(self.per_micro_batch, micro_batches, ranks)
+        return _counts(self.per_micro_batch, micro_batches, self.args.world_size, self._alike)
 
     def bytes_on_cpu(self, steps: int, sharded: bool) -> int:
         if self.args.rehearsal_loss != "kl" or self.start is None:
@@ -418,6 +421,13 @@ def _texts_of_micro_batch(args: MeanTeacherConfig, rows: int, mean_length: float
     if args.packing and args.max_length is not None:
         own *= args.max_length / mean_length
     return own * args.rehearsal_fraction / (1 - args.rehearsal_fraction)
+
+
+def _counts(mean: float, micro_batches: int, ranks: int, alike: bool) -> list[int]:
+    """As [`_spread`]; `alike`: as many on each rank."""
+    if alike:
+        return [count for count in _spread(mean, micro_batches, 1) for _ in range(ranks)]
+    return _spread(mean, micro_batches, ranks)
 
 
 def _spread(mean: float, micro_batches: int, ranks: int) -> list[int]:
