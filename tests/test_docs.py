@@ -464,7 +464,7 @@ def of_the_map():
     others = [way for way in all_ways() if not way["method"].startswith(("rehearsal", "replay", "budget"))]
     others = [way for way in others if len(way["points"]) > 1]  # what cannot be scaled has none there
     at_ten = [np.interp(0.1, *([0, *(p[name] for p in way["points"])] for name in ("drift", "gain"))) for way in others]
-    assert max(at_ten) < 0.66  # "EWC and SelfAug 66 %, others less": no single setting has more
+    assert max(at_ten) < 0.66  # "SelfAug 66, others less": no single setting has more
     by_method = {
         method: number(100 * float(gain_at(front_of(found), 0.1)[0]), 0) for method, found in ways_of_methods().items()
     }
@@ -504,7 +504,8 @@ def of_the_map():
             *points("sft-2.5"), *points("rehearsal-4-2.5")
         ),
         f"rehearsal keeps {share(kept)} of what SFT learns, over three seeds; SFT scaled back to there {share(plain)}",
-        f"replay of its texts has {replayed} %, EWC {by_ewc}; with one seed SelfAug {by_method['selfaug']}, others less",
+        f"Replay has {replayed} % on the two domains, EWC {by_ewc}; on [our map](recipes/results/frontier.md), one seed, "
+        f"SelfAug {by_method['selfaug']}, others less",
         f"On a second domain {share(second)} against {share(plain_second)}, on a second model "
         f"{share(other_model)} against {share(plain_of_it)}",
         f"there SFT loses {number(100 * point('sft')['forgetting']['mean'], 1)} points "
