@@ -158,7 +158,10 @@ class EMARegularizedSFTTrainer(CheckpointingTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         # Accelerate has one for the whole process: this run would be in that of another trainer, or in float16 unscaled.
-        found = getattr(self.accelerator, "mixed_precision", None)  # none where a configuration was made since
+        try:
+            found = self.accelerator.mixed_precision
+        except AttributeError:  # a configuration that was made since has reset accelerate's state
+            found = None
         if found != self._mixed_precision:
             raise RuntimeError(
                 f"This trainer was made with mixed precision {self._mixed_precision!r}; since then another trainer or configuration "
