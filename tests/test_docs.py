@@ -303,6 +303,27 @@ def test_the_table_of_more_seeds_is_of_the_kept_figures(name):
     assert table([f"{title}, three seeds", *kept, ahead]) in text
 
 
+def test_what_the_map_says_of_unscaled_rehearsal_is_of_its_figures():
+    said = " ".join((RESULTS / "frontier.md").read_text(encoding="utf-8").split())
+    (first, _), (second, _), _ = found = [
+        (ways(f"{name}_finalists")[label]["points"][-1], ways(f"{name}_finalists")[label]["by_text"])
+        for name, label in [
+            ("definitions", "rehearsal-4-2"),
+            ("medquad", "rehearsal-4-2"),
+            ("gemma", "rehearsal-4-0.5"),
+        ]
+    ]
+    kept = [f"{100 * point['gain']:.0f} % at {100 * point['drift']:.0f} %" for point, _ in found]
+    assert table(["98 % of its gain at 8 % of its drift", *(f"no, {one}" for one in kept)]) in (
+        RESULTS / "frontier.md"
+    ).read_text(encoding="utf-8")
+    assert f"is at {100 * first['gain']:.0f} % of the gain and {100 * first['drift']:.0f} % of the drift on" in said
+    assert f"and at {100 * second['gain']:.0f} % and {100 * second['drift']:.0f} % on MedQuAD" in said
+    built_in = the_map()["map"]["texts"].index("general")
+    near = " and ".join(f"{100 * by_text[built_in]:.0f} %" for _, by_text in found[:2])
+    assert f"on the built-in questions its drift is {near} of SFT's" in said
+
+
 def test_what_the_map_says_of_the_second_model_is_of_its_figures():
     said = " ".join((RESULTS / "frontier.md").read_text(encoding="utf-8").split())
     texts, reference = (the_map("gemma_finalists")["map"][name] for name in ("texts", "reference"))

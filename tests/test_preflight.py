@@ -64,6 +64,14 @@ def workplace(tiny_folder):
 # What it shows
 
 
+def test_texts_that_would_be_seen_more_often_than_was_measured_are_told(workplace):
+    told = said(check(
+        workplace, "--dataset_name", "data.jsonl", "--num_train_epochs", "12", "--per_device_train_batch_size", "4",
+        "--rehearsal_weight", "4", "--rehearsal_num_texts", "16", "--rehearsal_num_tokens", "32",
+    ))  # fmt: skip
+    assert "each text is seen 24 times That is more often than was measured: give more texts" in told
+
+
 def test_a_training_that_would_start_is_shown_and_leaves_nothing(workplace):
     before = sorted(os.listdir(workplace))
     done = check(
@@ -75,6 +83,7 @@ def test_a_training_that_would_start_is_shown_and_leaves_nothing(workplace):
     assert sorted(os.listdir(workplace)) == before
     told = said(done)
     assert "rehearsal: weight 4, each text is seen 4 times" in told  # 2 beside 4 rows, in 32 micro-batches
+    assert "more often than was measured" not in told
     # 64 rows: 16 micro-batches, 8 steps an epoch.
     assert "16 optimizer steps of 8 rows on 1 process(es); 64 rows an epoch" in told
     assert f"half of it is replaced in 4 steps (0.25 of the run), decay {0.5 ** (1 / 4):.6g}" in told

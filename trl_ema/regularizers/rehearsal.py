@@ -169,8 +169,8 @@ class Rehearsal(Regularizer):
         watching = [name for name in ("drift_budget", "max_drift") if getattr(self.args, name) is not None]
         if taken > there and self._watches:
             logger.warning(
-                "The run takes %d texts and there are %d. Of %s the measure is then the drift on texts that were trained on, which is another one "
-                "than on new texts; with %s each is new.", taken, there,
+                "The run takes %d texts and there are %d. Of %s the measure is then the drift on texts that were trained on, which is "
+                "another one than on new texts; with %s each is new.", taken, there,
                 " and ".join(f"`{name}`" for name in watching), self._so_many(taken),
             )  # fmt: skip
         elif taken > OFTEN * there:
